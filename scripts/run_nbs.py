@@ -1,48 +1,67 @@
-"Execute notebooks in place, one fresh kernel each; keep outputs; honour nbdev directives; write nbdev-clean JSON."
+"Execute notebooks, one fresh kernel each. Outputs are kept, nbdev's directives honoured, and two runs write the same bytes."
 import argparse, re, sys, time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
-from nbdev.config import get_config
 from nbdev.clean import nbdev_clean
-DIR = re.compile(r'^\s*#\s*\|\s*([^:\s]+)\s*:?\s*(.*)$')
-WIDGET = 'application/vnd.jupyter.widget-view+json'
+from nbdev.config import get_config
+from nbdev.doclinks import nbglob
+
 def directives(src):
-    d = {}
-    for l in src.splitlines():
-        if m := DIR.match(l): d[m[1]] = m[2].strip()
-        elif l.strip(): break
-    return d
+    "The `#| name: value` lines that open a cell, as a dict."
+    found = {}
+    for line in filter(str.strip, src.splitlines()):
+        if not (m := re.match(r'\s*#\s*\|\s*([^:\s]+)\s*:?\s*(.*)', line)): break
+        found[m[1]] = m[2].strip().lower()
+    return found
+
 class Client(NotebookClient):
+    "Leaves a cell, with the outputs it has, where it says `eval: false`, carries a flag of `skip`, or exports."
     skip = frozenset()
     async def async_execute_cell(self, cell, cell_index, **kw):
-        if cell.cell_type == 'code':
-            d = directives(cell.source)
-            if d.get('eval', '').lower() == 'false' or self.skip & d.keys() or 'nbdev_export(' in cell.source:
-                return cell                                   # a skipped cell keeps its stored outputs
+        d = directives(cell.source)
+        if d.get('eval')=='false' or self.skip & d.keys() or 'nbdev_export(' in cell.source: return cell
         return await super().async_execute_cell(cell, cell_index, **kw)
-def noise(o): return WIDGET in o.get('data', {}) or (o.output_type == 'stream' and o.name == 'stderr')
-def run(path, skip, timeout):
-    nb = nbformat.read(path, 4); t = time.time(); err = None
-    cl = Client(nb, kernel_name='python3', timeout=timeout, record_timing=False, store_widget_state=False,
-                coalesce_streams=True, resources={'metadata': {'path': str(Path(path).parent)}})
-    cl.skip = frozenset(skip)
-    try: cl.execute()
-    except (CellExecutionError, RuntimeError, TimeoutError) as e: err = str(e)   # cell time-outs are TimeoutError
+
+def is_noise(o):
+    "Progress bars and warnings: ids and paths that differ from run to run."
+    return 'application/vnd.jupyter.widget-view+json' in o.get('data', {}) or o.get('name')=='stderr'
+
+def run(path, skip=(), timeout=600, write=True):
+    "Execute one notebook; gives `(path, seconds, error or None)`. Nothing is written after an error."
+    nb,start = nbformat.read(path, 4),time.time()
+    client = Client(nb, kernel_name='python3', timeout=timeout, record_timing=False, store_widget_state=False,
+                    coalesce_streams=True, extra_arguments=['--IPKernelApp.log_level=ERROR'], resources=dict(metadata=dict(path=str(Path(path).parent))))
+    client.skip = frozenset(skip)
+    try: client.execute()
+    except (CellExecutionError, RuntimeError, TimeoutError) as e: return path, time.time()-start, str(e)
     for c in nb.cells:
-        if c.cell_type == 'code': c.outputs = [o for o in c.outputs if not noise(o)]
-    if err is None: nbformat.write(nb, path); nbdev_clean.__wrapped__(path)
-    return path, time.time()-t, err
-if __name__ == '__main__':
-    p = argparse.ArgumentParser(); p.add_argument('nbs', nargs='*'); p.add_argument('--flags', default='')
-    p.add_argument('--timeout', type=int, default=600); p.add_argument('-j', type=int, default=1)
-    a = p.parse_args(); cfg = get_config(); skip = set(cfg.tst_flags.split()) - set(a.flags.split())
-    root = cfg.nbs_path
-    nbs = a.nbs or sorted(str(f) for f in root.glob('**/*.ipynb') if not any(q[0] in '._' for q in f.relative_to(root).parts))
-    with ThreadPoolExecutor(a.j) as ex: res = list(ex.map(lambda f: run(f, skip, a.timeout), nbs))
-    for f, t, e in res:
-        print(f"{'FAIL' if e else 'ok  '} {t:6.1f}s {f}")
-        if e: print(e, file=sys.stderr)
-    bad = sum(bool(e) for *_, e in res); print(f'{len(res)-bad} passed, {bad} failed'); sys.exit(bad > 0)
+        if c.cell_type=='code': c.outputs = [o for o in c.outputs if not is_noise(o)]
+    if write:
+        nbformat.write(nb, path)
+        nbdev_clean.__wrapped__(path)
+    return path, time.time()-start, None
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('nbs', nargs='*', help='notebooks; all of them if none is given')
+    p.add_argument('--flags', default='', help='run the cells with these flags too, e.g. "slow net"')
+    p.add_argument('--check', action='store_true', help='execute only: leave the files as they are')
+    p.add_argument('--timeout', type=int, default=600, help='seconds a cell may take')
+    p.add_argument('-j', type=int, default=1, help='notebooks at a time; set OMP_NUM_THREADS=1 with it')
+    a = p.parse_args()
+    skip = set(get_config().tst_flags.split()) - set(a.flags.split())
+    one = partial(run, skip=skip, timeout=a.timeout, write=not a.check)
+    n = bad = 0
+    with ThreadPoolExecutor(a.j) as pool:
+        for path,secs,err in pool.map(one, a.nbs or sorted(nbglob())):
+            n,bad = n+1,bad+bool(err)
+            print(f"{'FAIL' if err else 'ok  '} {secs:6.1f}s {path}", flush=True)
+            if err: print(err, file=sys.stderr, flush=True)
+    print(f'{n-bad} passed, {bad} failed')
+    return bad>0
+
+if __name__=='__main__': sys.exit(main())
