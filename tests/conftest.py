@@ -1,0 +1,28 @@
+"Every test: two threads, a seed, no network, no window."
+import os
+for k,v in dict(OMP_NUM_THREADS='2', MPLBACKEND='Agg', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1', HF_HUB_DISABLE_TELEMETRY='1').items():
+    os.environ.setdefault(k, v)                     # before torch is imported
+
+import pytest, torch
+from fastldm.core import set_seed
+
+
+def pytest_collection_modifyitems(items):
+    "Skip what this machine cannot run, and say why."
+    no = dict(gpu=None if torch.cuda.is_available() else 'no CUDA device', net=None if os.environ.get('FASTLDM_NET') else 'needs the network: set FASTLDM_NET=1')
+    for item in items:
+        for name,why in no.items():
+            if why and item.get_closest_marker(name): item.add_marker(pytest.mark.skip(reason=why))
+
+@pytest.fixture(autouse=True)
+def seeded():
+    set_seed(0)
+
+@pytest.fixture
+def real():
+    "`real('mnist', 'test')`: a data set of this computer; the test is skipped, with what to do, where there is none."
+    from fastldm.data import get_dataset
+    def get(name, split='train', **kw):
+        try: return get_dataset(name, split=split, download=False, **kw)
+        except FileNotFoundError as e: pytest.skip(f'{name} is not on this computer: {e}')
+    return get

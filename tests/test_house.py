@@ -1,0 +1,199 @@
+"The house rules: quick and light imports, notebooks and library that agree, sizes, documentation, nothing unsafe, nothing of one computer."
+import ast, inspect, json, os, re, shutil, subprocess, sys
+from dataclasses import is_dataclass
+from importlib import import_module
+from pathlib import Path
+import pytest
+from fastcore.docments import docments
+
+ROOT = Path(__file__).parents[1]
+MAX_LINES,MAX_CELL = 1900,25                        # exported lines in all, and in one cell
+HEAVY = set('torchvision matplotlib seaborn transformers diffusers accelerate sklearn scipy pandas torch_fidelity lpips torchmetrics huggingface_hub nbdev IPython'.split())
+CONTRACT = set('self cls denoise x t s cond cb model batch real fake raw'.split())      # the same everywhere: see the six contracts in CONTRIBUTING.md
+
+def tree():
+    "Files of the repository: what git knows or would add."
+    p = subprocess.run(['git','ls-files','-co','--exclude-standard'], cwd=ROOT, capture_output=True, text=True)
+    if p.returncode: pytest.skip('not a git checkout')
+    return [f for o in p.stdout.splitlines() if (f := ROOT/o).is_file()]
+
+def cells(nb): return json.loads(nb.read_text(encoding='utf-8'))['cells']
+def code(nb): return [c for c in cells(nb) if c['cell_type']=='code']
+def src(c): return ''.join(c['source'])
+def name(f): return f.relative_to(ROOT).as_posix()
+
+NBS = sorted(f for f in (ROOT/'nbs').rglob('*.ipynb') if not any(p[0] in '._' for p in f.relative_to(ROOT).parts))
+PYS = sorted(f for f in (ROOT/'fastldm').glob('*.py') if f.name!='_modidx.py')
+MODULES = {f.stem: f for f in PYS if f.name!='__init__.py'}
+NUMBER = {m[2]: int(m[1]) for f in NBS if (m := re.match(r'(\d\d)_(\w+)$', f.stem))}      # module: number of its notebook
+
+def fresh(program, **env):
+    "What a program prints in a new process."
+    p = subprocess.run([sys.executable,'-c',program], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **env})
+    assert p.returncode==0, p.stderr
+    return p.stdout.strip()
+
+def imported(*modules):
+    return {m.split('.')[0] for m in fresh(f"import sys, {', '.join(modules)}; print(*sys.modules)").split()}
+
+
+# ---- imports
+
+def test_import_is_light(): assert not imported('fastldm') & HEAVY
+
+def test_each_module_is_light(): assert not imported(*(f'fastldm.{m}' for m in MODULES)) & HEAVY
+
+@pytest.mark.slow
+@pytest.mark.bench
+def test_import_is_quick():
+    "Two seconds, beside what torch alone takes on this machine now."
+    def best(m): return min(float(fresh(f'import time; t = time.perf_counter(); import {m}; print(time.perf_counter()-t)')) for _ in range(3))
+    torch,ours = best('torch'),best('fastldm')
+    print(f'import torch {torch:.2f} s, import fastldm {ours:.2f} s')
+    assert ours < 2+torch
+
+def imports_of(f):
+    "Modules of fastldm that a module imports, at its top or inside a function."
+    for n in ast.walk(ast.parse(f.read_text(encoding='utf-8'))):
+        if isinstance(n, ast.ImportFrom):
+            mod = n.module or ''
+            if n.level: mod = f'fastldm.{mod}'.rstrip('.')
+            yield from ([mod] if mod!='fastldm' else [f'fastldm.{a.name}' for a in n.names])
+        elif isinstance(n, ast.Import): yield from (a.name for a in n.names)
+
+@pytest.mark.parametrize('mod', MODULES)
+def test_imports_go_down(mod):
+    "A module uses only lower-numbered ones, so that the notebooks can be read in order."
+    assert mod in NUMBER, f'fastldm/{mod}.py has no notebook of its number and name'
+    used = {m.split('.')[1] for m in imports_of(MODULES[mod]) if m.startswith('fastldm.')} & NUMBER.keys()
+    assert not [m for m in used if NUMBER[m]>=NUMBER[mod]]
+
+@pytest.mark.parametrize('mod', MODULES)
+def test_nothing_is_unpickled(mod):
+    "Weights are read as numbers only; a pickle can run any program."
+    for n in ast.walk(ast.parse(MODULES[mod].read_text(encoding='utf-8'))):
+        if isinstance(n, (ast.Import,ast.ImportFrom)):
+            names = [a.name for a in n.names]+[getattr(n,'module',None)]
+            assert not {'pickle','cPickle','dill','cloudpickle','joblib','shelve'} & {str(o).split('.')[0] for o in names}, n.lineno
+        if isinstance(n, ast.Call):
+            kw = {k.arg: getattr(k.value,'value',None) for k in n.keywords}
+            if ast.unparse(n.func)=='torch.load': assert kw.get('weights_only') is True, n.lineno
+            assert kw.get('allow_pickle') is not True, n.lineno
+
+
+# ---- notebooks
+
+def test_exported_and_clean(tmp_path):
+    "nbdev_export and nbdev_clean change nothing, and no module is left without its notebook."
+    shutil.copytree(ROOT/'nbs', tmp_path/'nbs')
+    (tmp_path/'fastldm').mkdir()
+    for f in ('settings.ini','pyproject.toml','fastldm/__init__.py'): shutil.copy(ROOT/f, tmp_path/f)
+    env = {k:v for k,v in os.environ.items() if k!='IN_TEST'}
+    for call in ('nbdev.doclinks import nbdev_export as f','nbdev.clean import nbdev_clean as f'):
+        subprocess.run([sys.executable,'-c',f'from {call}; f.__wrapped__()'], cwd=tmp_path, env=env, check=True, capture_output=True)
+    def files(root): return {f.relative_to(root).as_posix(): f.read_bytes() for p in ('nbs/**/*.ipynb','fastldm/*.py','pyproject.toml')
+                             for f in root.glob(p) if '.ipynb_checkpoints' not in f.parts}
+    was,now = files(ROOT),files(tmp_path)
+    assert not [f for f in was.keys()|now.keys() if was.get(f)!=now.get(f)], 'run nbdev_export and nbdev_clean'
+
+def outputs(nb): return [o for c in code(nb) for o in c['outputs']]
+
+@pytest.mark.parametrize('nb', NBS, ids=name)
+def test_notebook_was_run(nb):
+    "It says what it is about, and holds its outputs: some, none of them an error or a warning."
+    first,kinds = cells(nb)[0],[o.get('name',o['output_type']) for o in outputs(nb)]
+    assert first['cell_type']=='markdown' and re.match(r'# .+\n+> .+', src(first)), 'begin with "# Title" and "> one line"'
+    assert kinds, 'run it: python scripts/run_nbs.py'
+    assert not {'error','stderr'} & set(kinds)
+    if nb.stem[:2].isdigit(): assert 'nbdev_export()' in src(code(nb)[-1]), 'end with nbdev.nbdev_export()'
+
+@pytest.mark.parametrize('nb', NBS, ids=name)
+def test_notebook_is_small(nb): assert nb.stat().st_size < 2*2**20
+
+def statements(src):
+    "Lines of code proper: without comments and docstrings, a signature with its documentation counted as one line."
+    skip,tree = set(),ast.parse(src)
+    for d in ast.walk(tree):
+        if not isinstance(d, (ast.FunctionDef,ast.ClassDef)): continue
+        first = d.body[0]
+        if isinstance(d, ast.FunctionDef): skip |= {*range(d.lineno+1, first.lineno)}
+        if ast.get_docstring(d) and first.lineno>d.lineno: skip |= {*range(first.lineno, first.end_lineno+1)}
+    return sum(bool(l.strip()) and l.strip()[0]!='#' and i not in skip for i,l in enumerate(src.splitlines(), 1))
+
+@pytest.mark.parametrize('nb', [f for f in NBS if f.stem[:2].isdigit()], ids=name)
+def test_cells_are_short(nb):
+    long = {src(c)[:160]: n for c in code(nb) if re.match(r'#\s*\|\s*export', src(c)) and (n := statements(src(c)))>MAX_CELL}
+    assert not long, f'exported cells of more than {MAX_CELL} lines'
+
+
+# ---- sizes
+
+def test_files_are_small():
+    files = tree()
+    assert not [f'{name(f)}: {f.stat().st_size/2**20:.1f} MiB' for f in files if f.stat().st_size>=16*2**20]
+    assert sum(f.stat().st_size for f in files if 'weights' in f.parts) < 120*2**20
+
+def test_library_is_small(capsys):
+    text = {f.stem: f.read_text(encoding='utf-8') for f in PYS}
+    n = {k: sum(bool(l.strip()) and l[0]!='#' for l in t.splitlines()) for k,t in text.items()}
+    with capsys.disabled(): print(f"\nexported lines: {sum(n.values())}, of them statements {sum(map(statements, text.values()))} "
+                                  f"({', '.join(f'{k} {v}' for k,v in n.items())})")
+    assert sum(n.values())<=MAX_LINES
+
+
+# ---- documentation
+
+def undocumented(o):
+    "Parameters without a word, of their own or at the end of the line that holds them; and the return value, where it is annotated."
+    src = inspect.cleandoc('\n'+inspect.getsource(o)).splitlines()
+    d,docs = ast.parse('\n'.join(src)).body[0],docments(o, args_kwargs=True)
+    args = [(a.lineno,a.target.id) for a in d.body if isinstance(a, ast.AnnAssign)] if is_dataclass(o) else []
+    if inspect.isclass(o): d = next((f for f in d.body if isinstance(f, ast.FunctionDef) and f.name=='__init__'), None)
+    if d:
+        a,ret = d.args,d.returns
+        args += [(p.lineno,p.arg) for p in (*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg,a.kwarg)))]
+        if ret and ast.unparse(ret)!='None': args.append((ret.end_lineno,'return'))
+    return [n for line,n in args if n not in CONTRACT and not docs.get(n) and '#' not in src[line-1]]
+
+def public(mod):
+    "Functions and classes that a module defines and lists."
+    m = import_module(f'fastldm.{mod}')
+    for n in m.__all__:
+        o = getattr(m, n)
+        if callable(o) and not inspect.isclass(o): o = inspect.unwrap(o)
+        if (inspect.isfunction(o) or inspect.isclass(o)) and o.__module__==m.__name__: yield n,o
+
+@pytest.mark.parametrize('mod', MODULES)
+def test_documented(mod):
+    "Each public function and class has a docstring, each parameter a comment."
+    bad = {n: miss for n,o in public(mod) if (miss := ['docstring']*(not o.__doc__)+undocumented(o))}
+    assert not bad, '; '.join(f"{n}: {', '.join(v)}" for n,v in bad.items())
+
+
+# ---- nothing of one computer
+
+PLACE = re.compile(r'(?<![\w.:])(/(?:'+'|'.join(['work','tmp','root','home','Users'])+r')/[\w.-]+)')
+
+def texts(f):
+    "The text of a file; of a notebook its sources and its outputs in words, not its pictures."
+    if f.suffix!='.ipynb': return [f.read_text(encoding='utf-8')]
+    shown = [''.join(v) for o in outputs(f) for k,v in (*o.get('data',{}).items(), ('text',o.get('text','')))
+             if isinstance(v, (str,list)) and not k.startswith('image/')]
+    return [src(c) for c in cells(f)]+shown
+
+def test_no_machine_paths():
+    kinds = {'.py','.ipynb','.md','.ini','.toml','.yml','.json','.cff','.txt','.csv',''}
+    found = {name(f): m for f in tree() if f.suffix in kinds for t in texts(f) if (m := PLACE.findall(t))}
+    assert not found
+
+@pytest.mark.parametrize('md', sorted(ROOT.glob('*.md')), ids=name)
+def test_links_lead_somewhere(md):
+    links = re.findall(r'\]\((?!\w+:|#)([^)#]+)', md.read_text(encoding='utf-8'))
+    assert not [l for l in links if not (ROOT/l).exists()]
+
+def test_one_version():
+    import fastldm, yaml
+    settings = dict(re.findall(r'(?m)^(\w+) = (.*)$', (ROOT/'settings.ini').read_text(encoding='utf-8')))
+    cff = yaml.safe_load((ROOT/'CITATION.cff').read_text(encoding='utf-8'))
+    assert settings['version']==fastldm.__version__==cff['version']
+    assert f"## {settings['version']}" in (ROOT/'CHANGELOG.md').read_text(encoding='utf-8')

@@ -1,0 +1,31 @@
+"Every notebook runs from top to bottom, in a copy of the repository, so that nothing here changes."
+import os, shutil, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).parents[1]
+QUICK = {'09_cond','12_ldm'}
+NBS = sorted(f.relative_to(ROOT).as_posix() for f in (ROOT/'nbs').rglob('*.ipynb') if not any(p[0] in '._' for p in f.relative_to(ROOT).parts))
+
+def execute(root, nb):
+    "One notebook in its own process, on one thread: two at a time are quicker so than one on two threads."
+    env = {**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONPATH':str(root), 'FASTLDM_FIGURES':str(root/'figures')}      # the copy's library and figures
+    return subprocess.run([sys.executable,'scripts/run_nbs.py','--check',nb], cwd=root, env=env, capture_output=True, text=True)
+
+@pytest.fixture(scope='module')
+def results(request, tmp_path_factory):
+    "Starts all notebooks that were selected, two at a time; the tests wait for theirs."
+    root = tmp_path_factory.mktemp('copy')
+    skip = shutil.ignore_patterns('__pycache__', '.*', 'runs')
+    for d in ('nbs','fastldm','figures','scripts'): shutil.copytree(ROOT/d, root/d, ignore=skip) if (ROOT/d).exists() else None
+    for f in ('settings.ini','README.md','pyproject.toml'): shutil.copy(ROOT/f, root/f)
+    wanted = [i.callspec.params['nb'] for i in request.session.items if getattr(i,'originalname','')=='test_runs']
+    with ThreadPoolExecutor(2) as pool:
+        yield {nb: pool.submit(execute, root, nb) for nb in wanted}
+        pool.shutdown(cancel_futures=True)
+
+@pytest.mark.parametrize('nb', [pytest.param(n, id=n, marks=() if Path(n).stem in QUICK else pytest.mark.slow) for n in NBS])
+def test_runs(nb, results):
+    p = results[nb].result()
+    assert p.returncode==0, p.stdout+p.stderr
