@@ -11,7 +11,7 @@ NBS = sorted(f.relative_to(ROOT).as_posix() for f in (ROOT/'nbs').rglob('*.ipynb
 def execute(root, nb):
     "One notebook in its own process, on one thread: two at a time are quicker so than one on two threads."
     env = {**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONPATH':str(root), 'FASTLDM_FIGURES':str(root/'figures')}      # the copy's library and figures
-    return subprocess.run([sys.executable,'scripts/run_nbs.py','--check',nb], cwd=root, env=env, capture_output=True, text=True)
+    return subprocess.run([sys.executable,'scripts/run_nbs.py','--check','--timeout','240',nb], cwd=root, env=env, capture_output=True, text=True)
 
 @pytest.fixture(scope='module')
 def results(request, tmp_path_factory):
