@@ -34,7 +34,7 @@ class LatentDiffusion(Module):
         shape, # of one latent, (c,h,w)
         steps:int=20, # steps of sampling when nobody says
         step:str='DPMSolver2M', # name of the step
-        times:str='log_snr_times', # name of the time grid
+        times:str='angle_times', # name of the time grid
     ):
         super().__init__(); self.autoencoder,self.denoiser = autoencoder,denoiser
         self.shape,self.steps,self.step,self.times = tuple(shape),steps,step,times
@@ -98,7 +98,7 @@ def sample(self:LatentDiffusion,
     parse = model.conditioner.parse if model.conditioner is not None else _no_conditions
     batch = parse(n, self.device, **conditions)
     scales = _guidance(model, guidance_scale, [k for k,v in conditions.items() if v is not None])
-    seed,out = torch.seed()%2**31 if seed is None else seed,[]
+    seed,out = torch.randint(2**31,()).item() if seed is None else seed,[]
     for i in range(0, n, batch_size):
         part = {k:v[i:i+batch_size] for k,v in batch.items()}
         m = min(batch_size, n-i)

@@ -201,11 +201,11 @@ def psnr(a, b, # pictures (N,C,H,W) in [0,1], or bytes
     return _pairs(a, b, lambda a,b: -10*(a-b).square().mean((1,2,3)).clamp_min(1e-10).log10(), 'psnr', each)
 
 def ssim(a, b, each:bool=False): # as in `psnr`
-    "Structural similarity (Wang et al. 2004, eq. 13), windows of 11×11 pixels with σ=1.5, where they fit."
+    "Structural similarity (Wang et al. 2004, eq. 13), windows of 11×11 pixels with σ=1.5, borders reflected."
     def f(a, b):
-        if min(a.shape[2:])<11: raise ValueError(f"SSIM needs pictures of at least 11×11 pixels; given {tuple(a.shape)}")
+        if min(a.shape[2:])<6: raise ValueError(f"SSIM needs pictures of at least 6×6 pixels; given {tuple(a.shape)}")
         g = torch.exp(-(torch.arange(11,device=a.device)-5)**2/4.5); g = (g/g.sum()).expand(a.shape[1],1,1,-1)
-        m = lambda x: F.conv2d(F.conv2d(x, g, groups=x.shape[1]), g.mT, groups=x.shape[1])
+        m = lambda x: F.conv2d(F.conv2d(F.pad(x, (5,)*4, mode='reflect'), g, groups=x.shape[1]), g.mT, groups=x.shape[1])
         μa,μb = m(a),m(b)
         va,vb,c = m(a*a)-μa**2,m(b*b)-μb**2,m(a*b)-μa*μb
         return ((2*μa*μb+1e-4)*(2*c+9e-4)/((μa**2+μb**2+1e-4)*(va+vb+9e-4))).mean((1,2,3))

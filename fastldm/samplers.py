@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ddpm_step', 'sample_generators', 'noise_from', 'noise_like', 'sample', 'uniform_times', 'log_snr_times',
-           'karras_times', 'ddim_step', 'euler_step', 'heun_step', 'euler_maruyama_step', 'pc_step', 'DPMSolver2M',
-           'DPMSolver3M', 'UniPC']
+           'karras_times', 'angle_times', 'ddim_step', 'euler_step', 'heun_step', 'euler_maruyama_step', 'pc_step',
+           'DPMSolver2M', 'DPMSolver3M', 'UniPC']
 
 # %% ../nbs/11_samplers.ipynb #770772f4
 import torch, numpy as np
@@ -98,6 +98,16 @@ def karras_times(
     hi,lo = (-schedule.log_snr(torch.tensor([1.,t_min]).double())/2/rho).exp()
     log_snr = -2*rho*torch.linspace(hi, lo, n).double().log()
     return torch.cat([time_of_log_snr(schedule, log_snr), torch.zeros(1).double()])
+
+def angle_times(
+    schedule, # a `Schedule`
+    n:int, # number of steps
+)->torch.Tensor: # (n+1,), from 1 to 0
+    "Times at equal distance in the angle `arctan(sigma/alpha)`; on the cosine schedule that is equal distance in time."
+    _check_n(n)
+    top = (-schedule.log_snr(torch.ones(1).double())/2).exp().atan()
+    θ = top*torch.linspace(1, 0, n+1).double()[:-1]
+    return torch.cat([time_of_log_snr(schedule, -2*θ.tan().log()), torch.zeros(1).double()])
 
 # %% ../nbs/11_samplers.ipynb #40e8df43
 def ddim_step(
@@ -229,6 +239,15 @@ class DPMSolver3M(DPMSolver2M):
         return φ1*d0 + φ2*slope + 2*φ3*curve
 
 # %% ../nbs/11_samplers.ipynb #9b69e3df
+def _unipc_weights(h, rs):
+    if not rs: return []
+    if len(rs)==1: return [.5]                                    # the authors' choice, still of the right order
+    k,φ,b,fact = len(rs),-np.expm1(-h)/h - 1,[],1
+    for i in range(1,k+1):
+        b.append(φ*fact/np.expm1(-h)); fact *= i+1; φ = -φ/h - 1/fact
+    return np.linalg.solve(np.vander(rs, k, increasing=True).T, b)
+
+# %% ../nbs/11_samplers.ipynb #f7cf9762
 class UniPC(DPMSolver2M):
     "UniPC with `B(h) = exp(h)-1` (Zhao et al. 2023): predictor of order `order`, corrected at no extra call."
     def __init__(self,
@@ -255,11 +274,3 @@ class UniPC(DPMSolver2M):
         self.past = [(self._lambda(denoise,t),d)] + self.past[:self.order-1]
         self.x,self.t,self.next_t = x,t,s
         return self._update(denoise, x, t, s, self.past)
-
-def _unipc_weights(h, rs):
-    if not rs: return []
-    if len(rs)==1: return [.5]                                    # the authors' choice, still of the right order
-    k,φ,b,fact = len(rs),-np.expm1(-h)/h - 1,[],1
-    for i in range(1,k+1):
-        b.append(φ*fact/np.expm1(-h)); fact *= i+1; φ = -φ/h - 1/fact
-    return np.linalg.solve(np.vander(rs, k, increasing=True).T, b)

@@ -1,0 +1,42 @@
+"The weights that ship: what they must still be able to do, scored by the evaluators that ship with them."
+import pytest, torch
+from fastldm import available, load
+from fastldm.metrics import Reference, fid, image_features, label_accuracy
+
+# pictures of each model (ten network calls), least label accuracy, largest FID in the evaluator's features: a little worse than measured
+FLOORS = dict(mnist=(1000,.97,.6), fashion=(1000,.88,1.5))
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', FLOORS)
+def test_still_as_good(name):
+    n,least,most = FLOORS[name]
+    labels = torch.arange(n)%10
+    x,net = load(name).sample(n, label=labels, steps=10, seed=1),load(f'{name}_evaluator')
+    f = image_features(x, net)
+    assert label_accuracy(f, labels, net) >= least
+    assert fid(Reference.load(f'{name}_evaluator'), f, net) <= most
+
+@pytest.mark.parametrize('name,least', [('mnist_evaluator',.993), ('fashion_evaluator',.93)])
+def test_evaluators_are_good_enough(name, least):
+    "On the real test pictures; what it saw in them is kept, so no data is needed."
+    net,ref = load(name),Reference.load(name)
+    assert len(ref.features)==10000
+    assert label_accuracy(ref.features, ref.labels, net) >= least
+
+@pytest.mark.slow
+@pytest.mark.parametrize('data', ['mnist','fashion'])
+def test_references_are_of_the_real_pictures(data, real):
+    "Where the set is on this computer: the kept features are what the evaluator sees in it today."
+    ds,ref = real(data,'test'),Reference.load(f'{data}_evaluator')
+    f = image_features(ds.image[:500], load(f'{data}_evaluator'))
+    assert (f-ref.features[:500]).abs().max() < .05*f.abs().max() and (ds.label[:500]==ref.labels[:500]).all()
+
+def test_more_guidance_more_label():
+    "Guidance makes pictures more typical of their class, and changes nothing at scale 1."
+    m,net = load('fashion'),load('fashion_evaluator')
+    labels = torch.arange(200)%10
+    p = [torch.softmax(net.head(image_features(m.sample(200,label=labels,steps=8,seed=0,guidance_scale=w), net)),1)[range(200),labels].mean().item() for w in (0.,1.,3.)]
+    assert p[0] < .3 < p[1] < p[2]
+
+def test_names():
+    assert {'mnist','fashion','mnist_tutorial'} <= set(available()) and {'mnist_evaluator','fashion_evaluator'} <= set(available('Evaluator'))
