@@ -68,8 +68,8 @@ class FirstStage(Module):
 
 # %% ../nbs/05_autoencoder.ipynb #a524748a
 @torch.no_grad()
-def latent_stats(ae:FirstStage, data, # a data set, or pictures (N,C,H,W)
-                 batch_size:int=256, n:int=10_000 # look at no more than this many
+def latent_stats(ae:FirstStage, data, # an autoencoder; a data set, or pictures (N,C,H,W)
+                 batch_size:int=256, n:int=10_000 # of encoding; look at no more than this many
                 )->tuple: # mean and standard deviation, (1,c,1,1), before shift and scale
     "Mean and standard deviation of the raw latents, per channel, the encoder's own spread included."
     idx = torch.linspace(0, len(data)-1, min(n,len(data))).long().unique()
@@ -199,7 +199,8 @@ def _digest(*parts)->str:
     for p in parts: h.update(f'{p.dtype}{tuple(p.shape)}'.encode()+p.contiguous().numpy().tobytes() if torch.is_tensor(p) else repr(p).encode())
     return h.hexdigest()[:16]
 
-def data_fingerprint(ds, batch_size:int=256)->str: # 16 hexadecimal digits
+def data_fingerprint(ds, batch_size:int=256 # a data set of dicts; how many to fetch at once
+                    )->str: # 16 hexadecimal digits
     "Which pictures, labels and other fields a data set holds, and in which order."
     idx = range(len(ds))
     if torch.is_tensor(getattr(ds,'image',None)): # in memory: no need to fetch; paths do not count

@@ -75,7 +75,7 @@ class Pictures:
 def _collate(items): return items if isinstance(items, dict) else default_collate(items)
 
 def dataloader(ds, # any data set of dicts
-               batch_size:int=64,
+               batch_size:int=64, # pictures in a batch
                shuffle:bool=False, # a new order each time it is gone through
                seed:int=0, # of that order
                workers:int=0, # processes that read; for folders too large for memory

@@ -157,7 +157,12 @@ def diffusion_loss(
 # %% ../nbs/10_denoiser.ipynb #7ddcfcb4
 class Guided:
     "A denoiser around a denoiser: conditions encoded once, combined by coefficients. Made by `guide`."
-    def __init__(self, model, conds, coefs, interval):
+    def __init__(self,
+        model, # a `Denoiser`
+        conds:list, # `Cond`s, from nothing said to all said
+        coefs:list, # weight of the answer to each
+        interval:tuple, # times at which it acts
+    ):
         self.model,self.schedule,self.interval = model,model.schedule,interval
         kept = [(c,w) for c,w in zip(conds,coefs) if w]
         self.full,self.coefs = conds[-1],[w for _,w in kept]

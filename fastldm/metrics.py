@@ -12,9 +12,9 @@ import json,os
 from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import nn
-from fastcore.basics import store_attr
+from fastcore.basics import store_attr,patch
 from .core import *
-from .ldm import load,weights_folders
+from .ldm import load as load_shipped,weights_folders
 
 # %% ../nbs/18_metrics.ipynb #1ad5d5b1
 def _conv(ci, co, stride=1): return nn.Sequential(nn.Conv2d(ci, co, 3, stride, 1, bias=False), nn.BatchNorm2d(co))
@@ -98,7 +98,8 @@ def image_features(images, # (N,C,H,W) in [0,1], bytes, or a data set in memory
 @torch.no_grad()
 def label_accuracy(images, # pictures, or their features
                    labels, # what each should show
-                   net:Evaluator)->Score:
+                   net:Evaluator # who looks
+                  )->Score:      # 0 to 1
     "Part of the pictures in which `net` sees the label. `ValueError` if the counts differ or a label does not exist."
     f,y = _see(images, net),torch.as_tensor(labels).cpu()
     logits = net.head(f.to(net.head.weight.device)).cpu()
@@ -232,8 +233,9 @@ def nearest_neighbours(samples, train, # pictures (N,C,H,W) in [0,1], bytes, dat
     return (a-b[i]).norm(dim=1),i # computed once more: exact where the fast way has cancelled
 
 def memorisation(samples, train, test, # as above; `test`: unseen real pictures, or their mean distance
-                 net=None)->Score:
-    "Mean distance to the nearest training picture, over that of unseen real pictures: 1 as new as these, 0 copies."
+                 net=None   # compare what it sees; None: pixels
+                )->Score:   # 1 as new as these, 0 copies
+    "Mean distance to the nearest training picture, over that of unseen real pictures."
     base = test if isinstance(test,float) else nearest_neighbours(test, train, net)[0].mean()
     return Score(nearest_neighbours(samples, train, net)[0].mean()/base, f"memorisation_{'pixels' if net is None else net_name(net)}")
 
@@ -261,17 +263,18 @@ class Reference:
         with write_atomic(Path(folder)/'reference.safetensors') as p: save_file(dict(features=self.features.half(), labels=self.labels.short()), p, dict(info=json.dumps(info)))
         return Path(folder)/'reference.safetensors'
 
-    @classmethod
-    def load(cls, name): # of a shipped evaluator, or its folder
-        "`FileNotFoundError` where the evaluator has no reference, `ValueError` where it is damaged."
-        from safetensors import safe_open
-        p = next((d for d in (*(w/str(name) for w in weights_folders()), Path(name)) if d.is_dir()), Path(name))/'reference.safetensors'
-        if not p.exists(): raise FileNotFoundError(f"{p} does not exist: make it with Reference.of(test, evaluator, train).save(folder)")
-        try:
-            with safe_open(p, 'pt') as f: return cls(f.get_tensor('features').float(), f.get_tensor('labels').long(), **json.loads(f.metadata()['info']))
-        except Exception as e: raise ValueError(f"{p} is damaged, or not written by `Reference.save` ({type(e).__name__}: {e}): fetch or make it again") from e
-
     def __repr__(self): return f"Reference({self.name}: {len(self.features)} pictures of {'×'.join(map(str,self.shape))})"
+
+# %% ../nbs/18_metrics.ipynb #f8d9ed6f
+@patch(cls_method=True)
+def load(cls:Reference, name): # of a shipped evaluator, or its folder
+    "The reference beside an evaluator; `FileNotFoundError` where there is none, `ValueError` where it is damaged."
+    from safetensors import safe_open
+    p = next((d for d in (*(w/str(name) for w in weights_folders()), Path(name)) if d.is_dir()), Path(name))/'reference.safetensors'
+    if not p.exists(): raise FileNotFoundError(f"{p} does not exist: make it with Reference.of(test, evaluator, train).save(folder)")
+    try:
+        with safe_open(p, 'pt') as f: return cls(f.get_tensor('features').float(), f.get_tensor('labels').long(), **json.loads(f.metadata()['info']))
+    except Exception as e: raise ValueError(f"{p} is damaged, or not written by `Reference.save` ({type(e).__name__}: {e}): fetch or make it again") from e
 
 # %% ../nbs/18_metrics.ipynb #5b0ce223
 def evaluate(samples, labels=None, # pictures in [0,1] or bytes; what each should show
@@ -279,7 +282,7 @@ def evaluate(samples, labels=None, # pictures in [0,1] or bytes; what each shoul
              reference:Reference=None, # of the real set; the one beside the evaluator if not given
              train=None)->dict: # with the training set, also: is it learned by heart?
     "All scores of a set of samples by name. `ValueError` for pictures of another shape than the real ones."
-    net = evaluator if isinstance(evaluator, nn.Module) else load(evaluator)
+    net = evaluator if isinstance(evaluator, nn.Module) else load_shipped(evaluator)
     ref = reference or Reference.load(net_name(net) if net is evaluator else evaluator)
     x = _bytes(samples, 'samples')
     if list(x.shape[1:])!=list(ref.shape): raise ValueError(f"samples have shape {tuple(x.shape[1:])}, the real pictures {tuple(ref.shape)}: {net_name(net)} judges only these")

@@ -92,7 +92,7 @@ def score_cb(
     if name not in available('Evaluator'): return []
     net,ref = load(name),Reference.load(name)
     def score(learn):
-        labels = torch.arange(n)%net.head.out_features
+        labels = ref.labels[:n]
         x = LatentDiffusion(ae, learn.ema_model, shape).sample(n, label=labels, seed=0)
         learn.model.train()
         return dict(accuracy=float(label_accuracy(x, labels, net)), fid=float(fid(ref, x, net)))
@@ -253,13 +253,14 @@ def evaluate_ldm(
     **sampling, # for `ldm.sample`: steps, step, guidance_scale, ...
 )->dict: # numbers by name
     "Draw and score. Raises what `sample` raises."
-    labels = torch.arange(n) % ldm.denoiser.conditioner.embedders['label'].n_classes
+    ref = Reference.load(f'{data}_evaluator')
+    labels = ref.labels.repeat(-(-n//len(ref.labels)))[:n]
     start = time.perf_counter()
     x = ldm.sample(n, label=labels, seed=seed, progress=progress, **sampling)
     res = dict(images_per_second=n/(time.perf_counter()-start), parameters=n_params(ldm))
     real = [_found(data, root, s) for s in ('train','test')]
     short = lambda k: k.replace(f'_{data}_evaluator','')
-    res |= {short(k):v for k,v in evaluate(x, labels, evaluator, Reference.load(f'{data}_evaluator'), real[0]).items()}
+    res |= {short(k):v for k,v in evaluate(x, labels, evaluator, ref, real[0]).items()}
     return {**res, **(reconstruction(ldm, real[1]) if real[1] else {})}
 
 def _found(data, root, split):

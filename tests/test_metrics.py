@@ -50,7 +50,7 @@ def test_torch_fidelity_from_pictures_to_number(net, sets):
 
 def test_floats_bytes_and_png_files_score_the_same(sets, tmp_path):
     "Colour, read by torch-fidelity from a folder; ours from floats in memory."
-    real,fake = (x.expand(-1,3,-1,-1)//torch.tensor([1,2,3]).view(1,3,1,1) for x in sets)
+    real,fake = (x.expand(-1,3,-1,-1)//torch.tensor([1,2,3],dtype=torch.uint8).view(1,3,1,1) for x in sets)
     colour = Evaluator(c_in=3, channels=(8,16), n_features=12).eval()
     for n,x in dict(real=real, fake=fake).items():
         (tmp_path/n).mkdir()
