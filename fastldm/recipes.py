@@ -56,7 +56,7 @@ def train_autoencoder(
     def make(folder):
         set_seed(seed)
         m = model or Autoencoder(c_in=ds[0]['image'].shape[0], c_latent=c_latent, channels=channels, kl=True)
-        learn = _learn(m, ds, loss_fn or autoencoder_loss(kl_weight=2e-3), folder, steps=steps, seed=seed, **{**dict(batch_size=64, lr=5e-3, weight_decay=0., warmup=200, ema=.999), **kw})
+        learn = _learn(m, ds, loss_fn or autoencoder_loss(kl_weight=2e-3), folder, steps=steps, seed=seed, **{**dict(batch_size=min(64,len(ds)), lr=5e-3, weight_decay=0., warmup=200, ema=.999), **kw})
         m = learn.ema_model.eval()
         if fit_scale: m.fit_scale(ds)
         return m, dict(stage='autoencoder', steps=steps, seconds=round(learn.seconds), seed=seed)
@@ -70,12 +70,12 @@ def train_denoiser(
     steps:int=20000, # of the optimiser
     seed:int=0, # of everything
     ema:float=.999, # decay of the average; None: none
-    batch_size:int=64, # latents a step
+    batch_size:int=64, # latents a step, at most all of them
     **kw, # for the `Learner`
 ): # the trained denoiser, with averaged weights
     "Second stage. `ValueError` of the learner before work starts."
     def make(folder):
-        learn = _learn(model, latents, loss_fn, folder, steps=steps, seed=seed, ema=ema, batch_size=batch_size, **{**dict(lr=1e-3, warmup=500), **kw})
+        learn = _learn(model, latents, loss_fn, folder, steps=steps, seed=seed, ema=ema, batch_size=min(batch_size,len(latents)), **{**dict(lr=1e-3, warmup=500), **kw})
         history = [{k:r[k] for k in ('step','loss','accuracy','fid')} for r in learn.log if 'fid' in r]
         return learn.ema_model.eval(), dict(stage='denoiser', steps=steps, batch_size=batch_size, seconds=round(learn.seconds), seed=seed, history=history)
     return _stage(Path(folder)/'denoiser', make)
