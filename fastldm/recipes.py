@@ -75,7 +75,7 @@ def train_denoiser(
 ): # the trained denoiser, with averaged weights
     "Second stage. `ValueError` of the learner before work starts."
     def make(folder):
-        learn = _learn(model, latents, loss_fn, folder, steps=steps, seed=seed, ema=ema, batch_size=min(batch_size,len(latents)), **{**dict(lr=1e-3, warmup=500), **kw})
+        learn = _learn(model, latents, loss_fn, folder, steps=steps, seed=seed, ema=ema, batch_size=min(batch_size,len(latents)), **{**dict(lr=1e-3, warmup=min(500,steps//10)), **kw})
         history = [{k:r[k] for k in ('step','loss','accuracy','fid')} for r in learn.log if 'fid' in r]
         return learn.ema_model.eval(), dict(stage='denoiser', steps=steps, batch_size=batch_size, seconds=round(learn.seconds), seed=seed, history=history)
     return _stage(Path(folder)/'denoiser', make)
@@ -116,7 +116,7 @@ def label_ldm(
     precision:str=None, # 'bf16' where the processor has it
     progress:bool=True, # show bars
     cbs=(), # callbacks of the denoiser's training
-    **card, # what else the card should say: licence, source of the data
+    card:dict=None, # what else the card should say, e.g. the source of the data
 )->LatentDiffusion: # saved in `folder`
     "Autoencoder, latents, denoiser, model. Raises what the data set raises, before work starts."
     folder = Path(folder)
@@ -130,7 +130,7 @@ def label_ldm(
     conditioner = Conditioner(drop=drop, label=LabelEmbedder(n_classes,d_emb)) if n_classes else None
     net = UNet(c_latent, channels, n_blocks, attention=[i>0 for i in range(len(channels))], d_emb=d_emb)
     den = train_denoiser(latents, folder, Denoiser(net, Cosine(), conditioner), partial(diffusion_loss, weight=weight), steps, cbs=[*cbs, *score_cb(data, ae, shape, max(1,steps//8))], **kw)
-    return _finish(folder, LatentDiffusion(ae, den, shape), data, ds, seed, **card)
+    return _finish(folder, LatentDiffusion(ae, den, shape), data, ds, seed, **(card or {}))
 
 _licences = dict(mnist='CC BY-SA 3.0, as usually given', fashion='MIT', digits='CC BY 4.0 (UCI)')
 
@@ -175,7 +175,7 @@ def tutorial_ldm(
     precision:str=None, # 'bf16' where the processor has it
     progress:bool=True, # show bars
     cbs=(), # callbacks of the denoiser's training
-    **card, # what else the card should say
+    card:dict=None, # what else the card should say
 )->LatentDiffusion: # saved in `folder`
     "The preset of the Harvard tutorial (Wang and Vastola 2022). Raises what the data set raises, before work starts."
     folder,ds = Path(folder),get_dataset(data, root)
@@ -190,7 +190,7 @@ def tutorial_ldm(
     decay = lambda f: max(.5, .995**int(f*epochs))
     den = train_denoiser(latents, folder, den, partial(diffusion_loss, total=True, times=_tutorial_times), steps=epochs*len(ds)//of(1024), batch_size=of(1024), lr=1e-4,
                          schedule=decay, cbs=[*cbs, *score_cb(data, ae, (4,10,10), max(1,epochs*len(ds)//of(1024)//8))], **kw)
-    return _finish(folder, LatentDiffusion(ae, den, (4,10,10), steps=500, step='euler_maruyama_step', times='uniform_times'), data, ds, seed, **card)
+    return _finish(folder, LatentDiffusion(ae, den, (4,10,10), steps=500, step='euler_maruyama_step', times='uniform_times'), data, ds, seed, **(card or {}))
 
 def _tutorial_times(schedule, n, device=None): return 1e-5 + (1-1e-5)*torch.rand(n, device=device)
 
