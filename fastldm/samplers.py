@@ -92,11 +92,12 @@ def karras_times(
     n:int, # number of steps
     t_min:float=1e-3, # the last time before 0
     rho:float=7., # exponent; larger spends more on small noise
-)->torch.Tensor: # (n+1,), from 1 to 0
+    sigma_max:float=80., # largest `sigma/alpha` to start from; with more noise nothing is to be seen
+)->torch.Tensor: # (n+1,), from the start to 0
     "Times at equal distance in `(sigma/alpha)^(1/rho)` (Karras et al. 2022, eq. 5)."
     _check_n(n)
-    hi,lo = (-schedule.log_snr(torch.tensor([1.,t_min]).double())/2/rho).exp()
-    log_snr = -2*rho*torch.linspace(hi, lo, n).double().log()
+    ratio = (-schedule.log_snr(torch.tensor([1.,t_min]).double())/2).exp().clamp(max=sigma_max)
+    log_snr = -2*rho*torch.linspace(*ratio**(1/rho), n).double().log()
     return torch.cat([time_of_log_snr(schedule, log_snr), torch.zeros(1).double()])
 
 def angle_times(
