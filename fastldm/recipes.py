@@ -430,7 +430,7 @@ def _draw(name, book):
     file,start = figures_path()/f'{name}.json',time.time()
     old = json.loads(file.read_text())['numbers'] if file.exists() else {}
     try:
-        with contextlib.redirect_stdout(io.StringIO()): run_notebook(book)
+        with contextlib.redirect_stdout(io.StringIO()), matplotlib.rc_context(matplotlib.rcParamsDefault): run_notebook(book)
         return name, time.time()-start, moved(old, json.loads(file.read_text())['numbers'])
     except Exception as e: return name, time.time()-start, e
 
