@@ -93,7 +93,7 @@ def sample(self:LatentDiffusion,
     "Draw `n` pictures. `ValueError` says what is wrong with a condition, a scale, a step or a count, before work starts."
     if not isinstance(n,int) or n<1: raise ValueError(f'n={n!r}: expected a whole number of at least 1')
     named = lambda f: _sampler(f) if isinstance(f,str) else f
-    step,ts = named(step or self.step),named(times or self.times)(self.denoiser.schedule, steps or self.steps)
+    step,ts = named(step or self.step),named(times or self.times)(self.denoiser.schedule, self.steps if steps is None else steps)
     model = self.denoiser.eval()
     parse = model.conditioner.parse if model.conditioner is not None else _no_conditions
     batch = parse(n, self.device, **conditions)

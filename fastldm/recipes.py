@@ -13,14 +13,14 @@ from difflib import get_close_matches
 from functools import partial, wraps
 from pathlib import Path
 from fastcore.script import call_parse, store_true, Param
-from .core import figures_path, fingerprint, image_grid, n_params, set_seed, write_atomic, load_model, save_model
+from .core import figures_path, image_grid, n_params, set_seed, write_atomic, load_model, save_model
 from .data import get_dataset, to_image
 from .train import Learner, SampleCB
 from .autoencoder import Autoencoder, TutorialAutoencoder, LatentDataset, autoencoder_loss
-from .schedules import VE, Cosine, uniform_t
+from .schedules import VE, Cosine
 from .unet import UNet, TutorialUNet
 from .cond import Conditioner, LabelEmbedder
-from .denoiser import Denoiser, diffusion_loss, uniform_weight, edm_weight
+from .denoiser import Denoiser, diffusion_loss, edm_weight
 from .ldm import LatentDiffusion, available, load, save, weights_folders
 from .metrics import Evaluator, Reference, evaluator_loss, evaluate, fid, label_accuracy, psnr, ssim
 

@@ -18,6 +18,7 @@ def ldm(): return load('mnist')
     (dict(label=1, guidance_scale=-1.), 'at least 0'),
     (dict(label=1, guidance_scale=dict(mask=2.)), "conditioned on ['label']"),
     (dict(label=1, steps=-3), 'steps=-3'),
+    (dict(label=1, steps=0), 'steps=0'),
     (dict(label=1, step='heun'), "did you mean 'heun_step'?"),
     (dict(label=1, times='karras'), "did you mean 'karras_times'?"),
 ])
