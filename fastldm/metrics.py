@@ -29,16 +29,16 @@ class _Block(nn.Module):
 class Evaluator(Module):
     "A small residual classifier (He et al. 2016); its features are the space in which sets of pictures are compared."
     def __init__(self, n_classes:int=10, c_in:int=1, # classes; 1 grey, 3 colour
-                 channels=(32,64,128), n_features:int=64): # of the levels, each half as large; of `features`
+                 channels=(32,64,128), hidden:int=64): # of the levels, each half as large; of the head
         super().__init__()
         self.c_in,cs = c_in,[channels[0],*channels]
         self.stem = nn.Sequential(_conv(c_in, cs[0]), nn.ReLU(), nn.MaxPool2d(2))
         self.levels = nn.Sequential(*[_Block(a, b, 1 if i==0 else 2) for i,(a,b) in enumerate(zip(cs, cs[1:]))])
-        self.project,self.head = nn.Linear(cs[-1], n_features),nn.Linear(n_features, n_classes)
+        self.head = nn.Sequential(nn.Linear(cs[-1], hidden), nn.ReLU(), nn.Linear(hidden, n_classes))
         self.to(memory_format=torch.channels_last) # a third faster on a CPU
 
-    def features(self, x)->torch.Tensor: # (B,C,H,W) in [-1,1] to (B,n_features)
-        return F.relu(self.project(self.levels(self.stem(x)).mean((2,3))))
+    def features(self, x)->torch.Tensor: # (B,C,H,W) in [-1,1] to (B,channels[-1])
+        return self.levels(self.stem(x)).mean((2,3))
     def forward(self, x): return self.head(self.features(x)) # (B,n_classes)
 
 # %% ../nbs/18_metrics.ipynb #f4fdaebb
@@ -102,7 +102,7 @@ def label_accuracy(images, # pictures, or their features
                   )->Score:      # 0 to 1
     "Part of the pictures in which `net` sees the label. `ValueError` if the counts differ or a label does not exist."
     f,y = _see(images, net),torch.as_tensor(labels).cpu()
-    logits = net.head(f.to(net.head.weight.device)).cpu()
+    logits = net.head(f.to(net.head[0].weight.device)).cpu()
     if y.shape!=f.shape[:1]: raise ValueError(f"{len(f)} pictures need as many labels; given labels of shape {tuple(y.shape)}")
     if y.min()<0 or y.max()>=logits.shape[1]: raise ValueError(f"labels must be from 0 to {logits.shape[1]-1}; given {y.min()} to {y.max()}")
     return Score((logits.argmax(1)==y).float().mean(), f'label_accuracy_{net_name(net)}')

@@ -8,7 +8,7 @@ __all__ = ['RECIPES', 'train_autoencoder', 'train_denoiser', 'score_cb', 'label_
            'moved', 'run_notebook', 'figures_cli']
 
 # %% ../nbs/19_recipes.ipynb #bb916d46
-import contextlib, io, json, os, sys, time, torch
+import contextlib, io, json, os, re, sys, time, torch
 from difflib import get_close_matches
 from functools import partial, wraps
 from pathlib import Path
@@ -17,6 +17,7 @@ from .core import figures_path, image_grid, n_params, set_seed, write_atomic, lo
 from .data import get_dataset, to_image
 from .train import Learner, SampleCB
 from .autoencoder import Autoencoder, TutorialAutoencoder, LatentDataset, autoencoder_loss
+from .perceptual import FeatureDistance, FeatureNet, classifier_loss
 from .schedules import VE, Cosine
 from .unet import UNet, TutorialUNet
 from .cond import Conditioner, LabelEmbedder
@@ -164,13 +165,21 @@ def write_card(
     return Path(folder)/'README.md'
 
 # %% ../nbs/19_recipes.ipynb #4e11cb8a
+def _judge(ds, folder, seed=0, precision=None, progress=True, **_):
+    "A small classifier, for the distance that stands in for LPIPS."
+    set_seed(seed)
+    learn = _learn(FeatureNet(ds[0]['image'].shape[0], len(ds.classes), (8,16,32)), ds, classifier_loss, folder, steps=max(300,len(ds)//64), batch_size=64, lr=4e-3,
+                   seed=seed, precision=precision, progress=progress)
+    return learn.model.eval(), dict(stage='judge', steps=learn.steps, seconds=round(learn.seconds), seed=seed)
+
+# %% ../nbs/19_recipes.ipynb #c13ffec7
 def tutorial_ldm(
     data='mnist', # a 28x28 grey set
     folder='runs/mnist_tutorial', # where the stages and the model go
     root=None, # where the set is looked for first
     ae_epochs:int=50, # of the autoencoder
     epochs:int=250, # of the denoiser
-    perceptual=None, # distance added to the autoencoder's squared error
+    perceptual='features', # distance added to the autoencoder's squared error: 'features', or one of `fastldm.perceptual`, or None
     seed:int=0, # of everything
     precision:str=None, # 'bf16' where the processor has it
     progress:bool=True, # show bars
@@ -182,7 +191,8 @@ def tutorial_ldm(
     plain = partial(torch.optim.Adam, betas=(.9,.999))
     kw = dict(seed=seed, precision=precision, progress=progress, optimizer=plain, warmup=0, clip=None, ema=None)
     of = lambda b: min(b, len(ds))
-    ae = train_autoencoder(ds, folder, TutorialAutoencoder(), loss_fn=autoencoder_loss(perceptual), steps=ae_epochs*len(ds)//of(2048), batch_size=of(2048), lr=1e-3,
+    if perceptual=='features': perceptual = FeatureDistance(_stage(folder/'judge', partial(_judge, ds, **kw)))
+    ae = train_autoencoder(ds, folder, TutorialAutoencoder(), loss_fn=autoencoder_loss(perceptual, 4.), steps=ae_epochs*len(ds)//of(2048), batch_size=of(2048), lr=1e-3,
                            schedule='constant', fit_scale=False, **kw)
     latents = LatentDataset(ds, ae, cache=folder/'cache', progress=progress)
     set_seed(seed)
@@ -190,7 +200,7 @@ def tutorial_ldm(
     decay = lambda f: max(.5, .995**int(f*epochs))
     den = train_denoiser(latents, folder, den, partial(diffusion_loss, total=True, times=_tutorial_times), steps=epochs*len(ds)//of(1024), batch_size=of(1024), lr=1e-4,
                          schedule=decay, cbs=[*cbs, *score_cb(data, ae, (4,10,10), max(1,epochs*len(ds)//of(1024)//8))], **kw)
-    return _finish(folder, LatentDiffusion(ae, den, (4,10,10), steps=500, step='euler_maruyama_step', times='uniform_times'), data, ds, seed, **(card or {}))
+    return _finish(folder, LatentDiffusion(ae, den, (4,10,10), steps=500, step='euler_maruyama_step', times='uniform_times'), data, ds, seed, **{**dict(perceptual=getattr(perceptual,'name',None)), **(card or {})})
 
 def _tutorial_times(schedule, n, device=None): return 1e-5 + (1-1e-5)*torch.rand(n, device=device)
 
@@ -227,9 +237,9 @@ def train_evaluator(
 RECIPES = dict(
     digits=partial(label_ldm, 'digits', c_latent=4, ae_channels=(32,48), ae_steps=1000, channels=(32,64), steps=3000),
     mnist=partial(label_ldm, 'mnist', c_latent=4, ae_steps=6000, steps=14000),
-    fashion=partial(label_ldm, 'fashion', c_latent=8, ae_steps=5000, steps=14000),
+    fashion=partial(label_ldm, 'fashion', c_latent=8, ae_steps=5000, steps=20000),
     mnist_tutorial=partial(tutorial_ldm, 'mnist'),
-    digits_evaluator=partial(train_evaluator, 'digits', epochs=40, batch_size=64, shift=1, turn=.1, channels=(32,64), n_features=32),
+    digits_evaluator=partial(train_evaluator, 'digits', epochs=40, batch_size=64, shift=1, turn=.1, channels=(32,64), hidden=32),
     mnist_evaluator=partial(train_evaluator, 'mnist', epochs=8, turn=.15),
     fashion_evaluator=partial(train_evaluator, 'fashion', epochs=24, flip=True),
     folder=label_ldm,
@@ -422,8 +432,18 @@ def figures_cli(
     for name in (bar := tqdm(chosen)):
         bar.set_description(name)
         rows.append(_draw(name, books[name]))
+    _gallery(books)
     _report(rows)
 
+# %% ../nbs/19_recipes.ipynb #e9c1b358
+def _gallery(books):
+    "README.md beside the figures: each picture under the title and the first line of its notebook."
+    part = lambda name,title,line: f'## [{title}](../nbs/figures/{name}.ipynb)\n\n{line}\n\n![{title}]({name}.png)\n'
+    lines = {n:[l.lstrip('#> ') for l in ''.join(json.loads(b.read_text(encoding='utf-8'))['cells'][0]['source']).splitlines() if l] for n,b in books.items()}
+    drawn = sorted((n for n in books if (figures_path()/f'{n}.png').exists()), key=lambda n: re.sub(r'\d+', lambda m: m[0].zfill(3), n))
+    with write_atomic(figures_path()/'README.md') as f: f.write_text('\n'.join(['# The figures\n', *(part(n,*lines[n][:2]) for n in drawn)]), encoding='utf-8')
+
+# %% ../nbs/19_recipes.ipynb #994ee149
 def _draw(name, book):
     "Draw one figure; (name, seconds, numbers that moved or the error)."
     import matplotlib; matplotlib.use('Agg')

@@ -9,10 +9,10 @@ from fastldm.metrics import *
 def net():
     "An evaluator whose features spread: untrained, but with statistics of the digits."
     set_seed(0)
-    net = Evaluator(channels=(8,16), n_features=12)
+    net = Evaluator(channels=(8,16), hidden=12)
     for _ in range(20):
         with torch.no_grad(): net(torch.cat([Digits()[:200]['image'], Digits()[:200]['image'].roll(2,2)]))
-    torch.nn.init.normal_(net.project.weight, 0, 2)
+    torch.nn.init.normal_(net.head[0].weight, 0, 2)
     net.meta = dict(name='digits_evaluator')
     return net.eval()
 
@@ -51,7 +51,7 @@ def test_torch_fidelity_from_pictures_to_number(net, sets):
 def test_floats_bytes_and_png_files_score_the_same(sets, tmp_path):
     "Colour, read by torch-fidelity from a folder; ours from floats in memory."
     real,fake = (x.expand(-1,3,-1,-1)//torch.tensor([1,2,3],dtype=torch.uint8).view(1,3,1,1) for x in sets)
-    colour = Evaluator(c_in=3, channels=(8,16), n_features=12).eval()
+    colour = Evaluator(c_in=3, channels=(8,16), hidden=12).eval()
     for n,x in dict(real=real, fake=fake).items():
         (tmp_path/n).mkdir()
         for i,o in enumerate(x): to_image(o.float()/127.5-1).save(tmp_path/n/f'{i:04}.png')
@@ -63,7 +63,7 @@ def test_torchmetrics_fid_and_kid(net, sets):
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
     class Look(torch.nn.Module):
-        num_features = 12
+        num_features = 16
         def forward(self, x): return net.features(x/127.5-1)
     score = []
     for m in (FrechetInceptionDistance(feature=Look()), KernelInceptionDistance(feature=Look(), subsets=1, subset_size=400)):
