@@ -218,7 +218,7 @@ class LatentDataset:
         if cache is not None: self.cache = Path(cache).expanduser()/f"latents-{fingerprint(autoencoder)}-{data_fingerprint(ds)}{'-flip'*flip}.safetensors"
         if not (self.cache and self.cache.exists() and self._load(len(ds))):
             self._encode(ds, autoencoder, batch_size, progress)
-            if self.cache: self._save()
+            if self.cache: self._keep()
         for k,v in self.fields.items(): setattr(self, k, v)
 
     def __len__(self): return self.latent.shape[1]
@@ -253,6 +253,12 @@ def _encode(self:LatentDataset, ds, ae, batch_size, progress):
     self.fields = {k:torch.cat(v) if torch.is_tensor(v[0]) else sum(map(list,v), []) for k,v in fields.items()}
 
 # %% ../nbs/05_autoencoder.ipynb #838c3531
+@patch
+def _keep(self:LatentDataset):
+    "Write the cache; where that cannot be, say so, and do without."
+    try: self._save()
+    except OSError as e: warnings.warn(f"the latents cannot be kept in {self.cache.parent} ({e}); this run goes on with those in memory, the next will encode again")
+
 @patch
 def _save(self:LatentDataset):
     "Write the cache."

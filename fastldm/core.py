@@ -106,8 +106,8 @@ def save_model(model:Module, # what to save
               )->Path: # `folder`
     "Write model.safetensors and config.json; `ValueError` where the record or a weight cannot be saved."
     from safetensors.torch import save_file
-    info = json.dumps(dict(config=model.config(), fingerprint=fingerprint(model), **meta), indent=1, ensure_ascii=False, default=_number)
-    state = {}
+    config,state = model.config(),{}
+    info = json.dumps(dict(config=config, config_fingerprint=_mark(config), fingerprint=fingerprint(model), **meta), indent=1, ensure_ascii=False, default=_number)
     for n,t in model.state_dict().items():
         state[n] = (t.half() if half and t.is_floating_point() else t).detach().cpu().clone().contiguous()
         if half and t.is_floating_point() and (~state[n].isfinite()).sum()!=(~t.isfinite()).sum():
@@ -117,6 +117,8 @@ def save_model(model:Module, # what to save
         save_file(state, w)
         c.write_text(info+'\n', encoding='utf-8')
     return folder
+
+def _mark(config): return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
 def _number(o):
     "Tensors, arrays, paths as JSON can hold them."
@@ -137,29 +139,44 @@ def _read_model(folder):
             if f.suffix in _pickles: raise _no_pickle(f)
     for f in (p,c,w):
         if not f.exists(): raise FileNotFoundError(f"{f} does not exist; a saved model is a folder with config.json and model.safetensors, as `save_model` writes")
-    try: info = json.loads(c.read_text(encoding='utf-8')); info['config'],info['fingerprint']
-    except (ValueError,KeyError,TypeError) as e: raise ValueError(f"{c} is damaged, or not written by `save_model` ({e!r}): fetch or save the model again") from e
+    try:
+        info = json.loads(c.read_text(encoding='utf-8')); info['fingerprint']
+        if _mark(info['config'])!=info['config_fingerprint']: raise ValueError('the record was altered after it was saved')
+    except (ValueError,KeyError,TypeError,RecursionError) as e: raise ValueError(f"{c} is damaged, or not written by `save_model` ({e!r}): fetch or save the model again") from e
     try: return info,load_file(w)
     except Exception as e:
         if w.read_bytes()[:2] in (b'PK',b'\x80\x02',b'\x80\x04'): raise _no_pickle(w) from e
         raise ValueError(f"{w} is damaged ({e}): fetch or save the model again") from e
 
 # %% ../nbs/00_core.ipynb #5cac6b37
-def load_model(folder, # as `save_model` made it
-               device=None # `default_device()` if not given
-              )->Module: # in eval mode; the rest of config.json is its `meta`
-    "Rebuild a saved model; `FileNotFoundError` or `ValueError` says what is missing or was altered."
-    info,state = _read_model(folder)
-    with torch.random.fork_rng(devices=[]): model = from_config(info['config'])
+def _build(folder, config):
+    "The model of a record, with any weights; `ValueError` where it describes none."
+    try: model = from_config(config)
+    except ValueError: raise
+    except Exception as e: raise ValueError(f"{folder}: config.json describes a model that cannot be built ({type(e).__name__}: {e}): fetch or save it again") from e
+    if not isinstance(model, Module): raise ValueError(f"{folder}: config.json does not describe a model: fetch or save it again")
+    return model
+
+def _check_weights(folder, model, state):
+    "`ValueError` names the weights that are missing, too many, or of another shape."
     want = model.state_dict()
     wrong = ([f"`{n}` is missing" for n in want if n not in state] + [f"`{n}` is not part of the model" for n in state if n not in want]
         + [f"`{n}` is {tuple(state[n].shape)}, the model needs {tuple(t.shape)}" for n,t in want.items() if n in state and state[n].shape!=t.shape])
     if wrong: raise ValueError(f"{folder}: the weights are not those of the {type(model).__name__} in config.json: {'; '.join(wrong[:4])}"
         f"{f' and {len(wrong)-4} more' if len(wrong)>4 else ''}. They belong to another architecture, or were altered")
+
+def load_model(folder, # as `save_model` made it
+               device=None # `default_device()` if not given
+              )->Module: # in eval mode; the rest of config.json is its `meta`
+    "Rebuild a saved model; `FileNotFoundError` or `ValueError` says what is missing or was altered."
+    info,state = _read_model(folder)
+    with torch.random.fork_rng(devices=[]):
+        with torch.device('meta'): _check_weights(folder, _build(folder, info['config']), state)
+        model = _build(folder, info['config'])
     if fingerprint(state)!=info['fingerprint']:
         raise ValueError(f"{folder}: the weights were altered after they were saved (fingerprint {fingerprint(state)}, config.json says {info['fingerprint']}): fetch or save the model again")
     model.load_state_dict(state)
-    model.meta = {k:v for k,v in info.items() if k!='config'}
+    model.meta = {k:v for k,v in info.items() if k not in ('config','config_fingerprint')}
     return model.eval().to(device or default_device())
 
 def default_device()->torch.device: # cuda where there is one, else cpu

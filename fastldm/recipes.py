@@ -15,9 +15,8 @@ from pathlib import Path
 from fastcore.script import call_parse, store_true, Param
 from .core import figures_path, image_grid, n_params, set_seed, write_atomic, load_model, save_model
 from .data import get_dataset, to_image
-from .train import Learner, SampleCB
+from .train import Learner, SampleCB, _read_checkpoint
 from .autoencoder import Autoencoder, TutorialAutoencoder, LatentDataset, autoencoder_loss
-from .perceptual import FeatureDistance, FeatureNet, classifier_loss
 from .schedules import VE, Cosine
 from .unet import UNet, TutorialUNet
 from .cond import Conditioner, LabelEmbedder
@@ -37,7 +36,7 @@ def _learn(model, data, loss_fn, folder, **kw):
     "Train in `folder/run`, from its checkpoint where there is one."
     learn = Learner(model, data, loss_fn, folder=folder/'run', **kw)
     at = learn.checkpoint.exists()
-    if at: print(f'{folder.name}: going on from the checkpoint in {folder/"run"}')
+    if at: print(f'{folder.name}: going on from step {_read_checkpoint(learn.checkpoint)[0]["step"]} of {learn.steps}, in {learn.folder}')
     return learn.fit(resume=at)
 
 # %% ../nbs/19_recipes.ipynb #c4a28902
@@ -165,21 +164,13 @@ def write_card(
     return Path(folder)/'README.md'
 
 # %% ../nbs/19_recipes.ipynb #4e11cb8a
-def _judge(ds, folder, seed=0, precision=None, progress=True, **_):
-    "A small classifier, for the distance that stands in for LPIPS."
-    set_seed(seed)
-    learn = _learn(FeatureNet(ds[0]['image'].shape[0], len(ds.classes), (8,16,32)), ds, classifier_loss, folder, steps=max(300,len(ds)//64), batch_size=64, lr=4e-3,
-                   seed=seed, precision=precision, progress=progress)
-    return learn.model.eval(), dict(stage='judge', steps=learn.steps, seconds=round(learn.seconds), seed=seed)
-
-# %% ../nbs/19_recipes.ipynb #c13ffec7
 def tutorial_ldm(
     data='mnist', # a 28x28 grey set
     folder='runs/mnist_tutorial', # where the stages and the model go
     root=None, # where the set is looked for first
     ae_epochs:int=50, # of the autoencoder
     epochs:int=250, # of the denoiser
-    perceptual='features', # distance added to the autoencoder's squared error: 'features', or one of `fastldm.perceptual`, or None
+    perceptual=None, # distance added to the autoencoder's squared error, e.g. `LPIPS('squeeze')`
     seed:int=0, # of everything
     precision:str=None, # 'bf16' where the processor has it
     progress:bool=True, # show bars
@@ -191,7 +182,6 @@ def tutorial_ldm(
     plain = partial(torch.optim.Adam, betas=(.9,.999))
     kw = dict(seed=seed, precision=precision, progress=progress, optimizer=plain, warmup=0, clip=None, ema=None)
     of = lambda b: min(b, len(ds))
-    if perceptual=='features': perceptual = FeatureDistance(_stage(folder/'judge', partial(_judge, ds, **kw)))
     ae = train_autoencoder(ds, folder, TutorialAutoencoder(), loss_fn=autoencoder_loss(perceptual, 4.), steps=ae_epochs*len(ds)//of(2048), batch_size=of(2048), lr=1e-3,
                            schedule='constant', fit_scale=False, **kw)
     latents = LatentDataset(ds, ae, cache=folder/'cache', progress=progress)
@@ -200,7 +190,7 @@ def tutorial_ldm(
     decay = lambda f: max(.5, .995**int(f*epochs))
     den = train_denoiser(latents, folder, den, partial(diffusion_loss, total=True, times=_tutorial_times), steps=epochs*len(ds)//of(1024), batch_size=of(1024), lr=1e-4,
                          schedule=decay, cbs=[*cbs, *score_cb(data, ae, (4,10,10), max(1,epochs*len(ds)//of(1024)//8))], **kw)
-    return _finish(folder, LatentDiffusion(ae, den, (4,10,10), steps=500, step='euler_maruyama_step', times='uniform_times'), data, ds, seed, **{**dict(perceptual=getattr(perceptual,'name',None)), **(card or {})})
+    return _finish(folder, LatentDiffusion(ae, den, (4,10,10), steps=500, step='euler_maruyama_step', times='uniform_times'), data, ds, seed, **dict(perceptual=getattr(perceptual,'name',None)) | (card or {}))
 
 def _tutorial_times(schedule, n, device=None): return 1e-5 + (1-1e-5)*torch.rand(n, device=device)
 
@@ -325,12 +315,14 @@ def train_cli(
     ae_steps:int=None, # of the autoencoder's training
     seed:int=0, # of everything
     precision:str=None, # bf16 where the processor has it, fp16 on a GPU
+    resume:store_true=False, # only go on with what was begun; an error where nothing was
 ):
-    "Train a model. The same command goes on where an interrupted one stopped."
+    "Train a model. The same command goes on where an interrupted one stopped, and says from which step."
     fn = RECIPES[_known(recipe, RECIPES, 'recipe')]
     if recipe=='folder' and data is None: raise ValueError('the recipe `folder` needs --data, a folder of pictures')
     given = {k:v for k,v in dict(data=data, size=size, steps=steps, ae_steps=ae_steps).items() if v is not None}
     out = Path(out or f'runs/{recipe}')
+    if resume and not any(out.glob('**/checkpoint.safetensors')): raise FileNotFoundError(f'{out} has no checkpoint to go on from: leave out --resume to begin, or give the --out of the run that was begun')
     fn(folder=out, root=root, seed=seed, precision=precision, **given)
     print(f"done. In Python: fastldm.load('{out}').sample(16); samples are in {out/'samples.png'}")
 
@@ -428,10 +420,13 @@ def figures_cli(
     chosen = [_known(n, books, 'figure') for n in names or books]
     if fresh: os.environ['FASTLDM_FRESH'] = '1'
     if train: _train_all()
-    rows = []
+    rows = [] if names or train else _drawn()
     for name in (bar := tqdm(chosen)):
         bar.set_description(name)
-        rows.append(_draw(name, books[name]))
+        key = [name,books[name].stat().st_mtime,fresh]
+        if key not in [r[3] for r in rows]: rows = [r for r in rows if r[0]!=name]+[[*_draw(name, books[name]),key]]
+        if not names: _drawn([r for r in rows if not isinstance(r[2], str)])
+    if not names: _drawn(None)
     _gallery(books)
     _report(rows)
 
@@ -444,25 +439,34 @@ def _gallery(books):
     with write_atomic(figures_path()/'README.md') as f: f.write_text('\n'.join(['# The figures\n', *(part(n,*lines[n][:2]) for n in drawn)]), encoding='utf-8')
 
 # %% ../nbs/19_recipes.ipynb #994ee149
+def _drawn(rows=()):
+    "Rows of the run that is under way: read; first written where given, removed with None."
+    file = figures_path()/'.under_way.json'
+    if rows is None: file.unlink(missing_ok=True)
+    elif rows:
+        with write_atomic(file) as f: f.write_text(json.dumps(rows))
+    return json.loads(file.read_text()) if file.exists() else []
+
+# %% ../nbs/19_recipes.ipynb #68deb7ac
 def _draw(name, book):
-    "Draw one figure; (name, seconds, numbers that moved or the error)."
+    "Draw one figure; (name, seconds, list of the numbers that moved or text of the error)."
     import matplotlib; matplotlib.use('Agg')
     file,start = figures_path()/f'{name}.json',time.time()
     old = json.loads(file.read_text())['numbers'] if file.exists() else {}
     try:
         with contextlib.redirect_stdout(io.StringIO()), matplotlib.rc_context(matplotlib.rcParamsDefault): run_notebook(book)
         return name, time.time()-start, moved(old, json.loads(file.read_text())['numbers'])
-    except Exception as e: return name, time.time()-start, e
+    except Exception as e: return name, time.time()-start, f'{type(e).__name__}: {e}'
 
-# %% ../nbs/19_recipes.ipynb #68deb7ac
+# %% ../nbs/19_recipes.ipynb #368f373f
 def _report(rows):
     "The closing table; exit status 1 when a figure failed."
     print(f'\n{"figure":24s}{"seconds":>9s}  numbers that moved')
-    for name,secs,moves in rows:
-        note = f'FAILED: {type(moves).__name__}: {moves}' if isinstance(moves, Exception) else '; '.join(moves[:3])+(f' and {len(moves)-3} more' if len(moves)>3 else '') or 'none'
+    for name,secs,moves,*_ in rows:
+        note = f'FAILED: {moves}' if isinstance(moves, str) else '; '.join(moves[:3])+(f' and {len(moves)-3} more' if len(moves)>3 else '') or 'none'
         print(f'{name:24s}{secs:9.1f}  {note}')
     print(f'{len(rows)} figures in {sum(r[1] for r in rows):.0f} s, in {figures_path()}')
-    if any(isinstance(r[2], Exception) for r in rows): sys.exit(1)
+    if any(isinstance(r[2], str) for r in rows): sys.exit(1)
 
 def _train_all():
     "The shipped models, trained anew into runs/; `load` finds them there."

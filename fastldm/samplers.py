@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ddpm_step', 'sample_generators', 'noise_from', 'noise_like', 'sample', 'uniform_times', 'log_snr_times',
            'karras_times', 'angle_times', 'ddim_step', 'euler_step', 'heun_step', 'euler_maruyama_step', 'pc_step',
-           'DPMSolver2M', 'DPMSolver3M', 'UniPC']
+           'DPMSolver2M', 'DPMSolver3M', 'UniPC', 'log_likelihood', 'bits_per_dim']
 
 # %% ../nbs/11_samplers.ipynb #770772f4
-import torch, numpy as np
+import math, torch, numpy as np
 from contextlib import contextmanager
 from functools import partial
 from contextvars import ContextVar
@@ -275,3 +275,42 @@ class UniPC(DPMSolver2M):
         self.past = [(self._lambda(denoise,t),d)] + self.past[:self.order-1]
         self.x,self.t,self.next_t = x,t,s
         return self._update(denoise, x, t, s, self.past)
+
+# %% ../nbs/11_samplers.ipynb #a564bfad
+def _velocity(denoise, y, t, θ, cond, signs):
+    "dy/dθ, and one estimate of its divergence for each probe, (probes,B)."
+    with torch.enable_grad():
+        y = y.detach().requires_grad_()
+        a,σ = scales(denoise, t, y)
+        x0 = denoise(y*(a**2+σ**2).sqrt(), t, cond)
+        trace = torch.stack([(v*torch.autograd.grad(x0, y, v, retain_graph=True)[0]).flatten(1).sum(1) for v in signs])
+    return ((θ.cos()*y-x0)/θ.sin()).detach().to(y.dtype), (y[0].numel()*θ.cos()-trace.double().cpu())/θ.sin()
+
+def log_likelihood(
+    denoise, # the denoiser
+    x:torch.Tensor, # clean samples, (B,...): for a latent model, latents
+    cond=None, # handed to the denoiser
+    steps:int=50, # of Heun's method, two calls each
+    times=karras_times, # time grid
+    probes:int=4, # estimates of each trace
+    seed:int=0, # of the probes
+)->tuple: # `log p` in nats, (B,), and its standard error from the probes, (B,)
+    "Density of samples under the model's own ODE (Song et al. 2021b, eq. 39; Heun's method). Raises nothing of its own."
+    ts = times(denoise.schedule, steps)[:-1].flip(0)
+    θs,gen,d = (-denoise.schedule.log_snr(ts)/2).exp().atan(),torch.Generator().manual_seed(seed),x[0].numel()
+    signs = (torch.randint(2, (probes,*x.shape), generator=gen)*2-1).to(x)
+    y,log_p = x*θs[0].cos().to(x.dtype),d*θs[0].cos().log()
+    for t,s,θ,φ in zip(ts, ts[1:], θs, θs[1:]):
+        v,div = _velocity(denoise, y, t, θ, cond, signs)
+        v2,div2 = _velocity(denoise, y+(φ-θ).to(y.dtype)*v, s, φ, cond, signs)
+        y,log_p = y+(φ-θ).to(y.dtype)*(v+v2)/2,log_p+(φ-θ)*(div+div2)/2
+    end = y.flatten(1).double().cpu()/θs[-1].sin()
+    log_p = log_p - end.square().sum(1)/2 - d*(θs[-1].sin().log()+math.log(2*math.pi)/2)
+    return log_p.mean(0),log_p.std(0)/probes**.5
+
+def bits_per_dim(
+    log_p:torch.Tensor, # nats
+    x:torch.Tensor, # the samples, (B,...)
+)->torch.Tensor: # of a density: can be negative
+    "Nats of a sample to bits a dimension."
+    return -log_p/(x[0].numel()*math.log(2))

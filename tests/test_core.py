@@ -152,6 +152,8 @@ def test_a_class_that_is_not_there(saved, record, match):
     info = json.loads((saved/'config.json').read_text())
     info['config'].update(record)
     (saved/'config.json').write_text(json.dumps(info))
+    with pytest.raises(ValueError, match='the record was altered'): load_model(saved)
+    (saved/'config.json').write_text(json.dumps({**info, 'config_fingerprint':core._mark(info['config'])}))   # as if it had been saved so
     with pytest.raises(ValueError, match=match): load_model(saved)
 
 
