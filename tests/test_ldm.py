@@ -18,6 +18,7 @@ def ldm(): return load('mnist')
     (dict(label=1, guidance_scale=-1.), 'at least 0'),
     (dict(label=1, guidance_scale=dict(mask=2.)), "conditioned on ['label']"),
     (dict(label=1, steps=-3), 'steps=-3'),
+    (dict(label=1, precision='fp16'), "expected None or 'bf16'"),
     (dict(label=1, steps=0), 'steps=0'),
     (dict(label=1, step='heun'), "did you mean 'heun_step'?"),
     (dict(label=1, times='karras'), "did you mean 'karras_times'?"),
@@ -89,3 +90,22 @@ def test_hub(tmp_path, ldm, monkeypatch):
     def offline(*a, **k): raise OSError('no network')
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', offline)
     with pytest.raises(FileNotFoundError, match="'me/other' is no folder here"): load('me/other')
+
+@pytest.mark.parametrize('kw', [dict(), dict(step='ddpm_step'), dict(step='pc_step', times='uniform_times'), dict(guidance_scale=3.)])
+def test_same_seed_same_picture(ldm, kw):
+    "Whatever the batch size, the split, the number of threads: to float error. Another seed gives another picture."
+    ask = dict(label=[3,1,4,1,5,9,2], steps=5, seed=11, **kw)
+    whole,n = ldm.sample(7, **ask),torch.get_num_threads()
+    for size in (1,3,4): assert (ldm.sample(7, batch_size=size, **ask)-whole).abs().max()<1e-3
+    torch.set_num_threads(1 if n>1 else 2)
+    try: other = ldm.sample(7, **ask)
+    finally: torch.set_num_threads(n)
+    assert (other-whole).abs().max()<1e-3
+    assert torch.equal(ldm.sample(7, **ask), whole)
+    assert (ldm.sample(3, **{**ask,'label':[3,1,4]})-whole[:3]).abs().max()<1e-3             # the first of fewer are the first of more
+    assert (ldm.sample(7, **{**ask,'seed':12})-whole).abs().max()>.1
+
+def test_half_precision_is_near(ldm):
+    ask = dict(label=list(range(10)), steps=10, seed=0)
+    a,b = ldm.sample(10, **ask),ldm.sample(10, precision='bf16', **ask)
+    assert 0<(a-b).abs().mean()<.02 and b.dtype==torch.float32
