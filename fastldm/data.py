@@ -5,15 +5,18 @@
 # %% auto #0
 __all__ = ['DATASETS', 'from_image', 'to_uint8', 'to_image', 'Pictures', 'dataloader', 'Digits', 'read_idx', 'PublicSet', 'MNIST',
            'FashionMNIST', 'CIFAR10', 'open_image', 'ImageFolder', 'Flowers17', 'Flowers5', 'Flowers102', 'Augmented',
-           'get_dataset', 'edges']
+           'Shards', 'write_shards', 'get_dataset', 'edges']
 
 # %% ../nbs/01_data.ipynb #9dfeb8dc
-import csv,difflib,gzip,math,os,zipfile
+import csv,difflib,gzip,io,json,math,os,tarfile,zipfile
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from PIL import Image,ImageOps
 from torch.utils.data import DataLoader,default_collate
+from fastcore.basics import patch
+from .core import write_atomic
 from tqdm.auto import tqdm
 
 # %% ../nbs/01_data.ipynb #09971773
@@ -196,14 +199,14 @@ class CIFAR10(PublicSet):
 # %% ../nbs/01_data.ipynb #95a27d2d
 _suffixes = {'.png','.jpg','.jpeg','.webp','.bmp','.gif','.tif','.tiff','.ppm','.pgm'}
 
-def open_image(path, # a picture file, or one in a zip file (`zipfile.Path`)
+def open_image(path, # a picture file, one in a zip file (`zipfile.Path`), or an open binary file
                size:int=64, # side of the square that comes out
                channels:int=3 # 3 colour, 1 grey
               )->torch.Tensor: # uint8 (channels,size,size)
     "Read a picture of any size and mode; `ValueError` names one that cannot be read."
     path = Path(path) if isinstance(path, str) else path
     try:
-        with path.open('rb') as f, Image.open(f) as im:
+        with (path.open('rb') if hasattr(path,'open') else path) as f, Image.open(f) as im:
             im.load()
             im = ImageOps.exif_transpose(im)
             if im.mode.startswith('I'): im = Image.fromarray((np.asarray(im)/257).clip(0,255).astype(np.uint8))  # 16 bit
@@ -322,6 +325,89 @@ class Augmented(Pictures):
 def _warp(x, θ): # bytes to bytes
     y = F.grid_sample(x.float(), F.affine_grid(θ, x.shape, align_corners=False), 'bilinear', 'reflection', False)
     return y.round().clamp(0,255).to(torch.uint8)
+
+# %% ../nbs/01_data.ipynb #de3070b7
+class Shards(Pictures):
+    "Tar files of pictures in WebDataset's layout, on disk or by any address that fsspec knows (https, s3, hf); few of them at a time in memory."
+    def __init__(self, urls, # of the shards, in order
+                 counts=None, # pictures in each; None: from index.json beside the first, else each is read once to count
+                 size:int=64, channels:int=3, # of what comes out
+                 keep:int=4): # shards in memory, and mixed with each other
+        self.urls,self.size,self.channels,self.keep,self.kept = [str(u) for u in urls],size,channels,keep,OrderedDict()
+        if not self.urls: raise ValueError('Shards needs the address of at least one tar file; given none')
+        self.counts = list(counts or self._index() or [len(self._shard(i)['image']) for i in tqdm(range(len(self.urls)), 'counting')])
+        if len(self.counts)!=len(self.urls): raise ValueError(f'{len(self.urls)} shards but {len(self.counts)} counts: give one a shard')
+        self.ends = np.cumsum(self.counts)
+
+    def __len__(self): return int(self.ends[-1])
+
+    def order(self, generator)->torch.Tensor: # every index once
+        "Shards at random, their pictures mixed `keep` shards at a time."
+        start = self.ends-self.counts
+        which = torch.randperm(len(self.urls), generator=generator).tolist()
+        mixed = [torch.cat([torch.arange(start[i], self.ends[i]) for i in which[j:j+self.keep]]) for j in range(0, len(which), self.keep)]
+        return torch.cat([m[torch.randperm(len(m), generator=generator)] for m in mixed])
+
+    def __getitems__(self, idxs)->dict: # image (B,C,H,W) in [-1,1], and the label or caption where there is one
+        "A batch at once; reads the shards that are not in memory."
+        at = np.searchsorted(self.ends, idxs, side='right')
+        rows = [{k:v[int(i)-int(self.ends[s]-self.counts[s])] for k,v in self._shard(s).items()} for i,s in zip(idxs, at.tolist())]
+        return default_collate([dict(r, image=from_image(r['image'])) for r in rows])
+
+# %% ../nbs/01_data.ipynb #1b1303b2
+@patch
+def _index(self:Shards):
+    import fsspec
+    try:
+        with fsspec.open(self.urls[0].rsplit('/',1)[0]+'/index.json', 'rb') as f: table = json.load(f)
+        return [table[u.rsplit('/',1)[-1]] for u in self.urls]
+    except (OSError,KeyError,ValueError): return
+
+@patch
+def _shard(self:Shards, i):
+    "Pictures (bytes) and labels of a shard, from memory or read; `ValueError` names a damaged one, `FileNotFoundError` one that is not there."
+    if i not in self.kept:
+        import fsspec
+        rows,url = {},self.urls[i]
+        try:
+            with fsspec.open(url, 'rb') as f, tarfile.open(fileobj=f, mode='r|') as tar:
+                for m in tar:
+                    key,_,ext = m.name.rpartition('/')[2].partition('.')
+                    if m.isfile(): rows.setdefault(key, {})[ext] = tar.extractfile(m).read()
+        except (tarfile.TarError,EOFError) as e: raise ValueError(f'{url} is damaged ({e}): fetch or write it again') from e
+        except FileNotFoundError as e: raise FileNotFoundError(f'the shard {url} does not exist: check the address') from e
+        self.kept[i] = self._decoded(url, rows)
+        while len(self.kept)>self.keep: self.kept.popitem(last=False)
+    self.kept.move_to_end(i)
+    return self.kept[i]
+
+@patch
+def _decoded(self:Shards, url, rows):
+    pick = lambda r,exts: next((r[e] for e in exts if e in r), None)
+    images = [pick(r, [s[1:] for s in _suffixes]) for r in rows.values()]
+    if not rows or None in images: raise ValueError(f'{url} has entries without a picture: WebDataset shards hold key.jpg (or png, webp) and key.cls or key.txt')
+    with ThreadPoolExecutor(8) as ex: out = dict(image=list(ex.map(lambda b: open_image(io.BytesIO(b), self.size, self.channels), images)))
+    if all('cls' in r for r in rows.values()): out['label'] = [int(r['cls']) for r in rows.values()]
+    if all('txt' in r for r in rows.values()): out['caption'] = [r['txt'].decode() for r in rows.values()]
+    return out
+
+# %% ../nbs/01_data.ipynb #1e9a89ce
+def write_shards(ds, # any set of pictures, with or without labels
+                 folder, # where the shards and index.json go
+                 per_shard:int=1000 # pictures in each
+                )->list: # of the files
+    "Write a set as WebDataset shards, each whole or not at all."
+    folder,files = Path(folder),[]
+    for n,i in enumerate(range(0, len(ds), per_shard)):
+        files.append(folder/f'{n:06d}.tar')
+        with write_atomic(files[-1]) as p, tarfile.open(p, 'w') as tar:
+            def add(name, data): info = tarfile.TarInfo(name); info.size = len(data); tar.addfile(info, io.BytesIO(data))
+            for j in range(i, min(i+per_shard, len(ds))):
+                item,b = ds[j],io.BytesIO(); to_image(item['image']).save(b, 'png'); add(f'{j:08d}.png', b.getvalue())
+                if 'label' in item: add(f'{j:08d}.cls', str(int(item['label'])).encode())
+    counts = {f.name: min(per_shard, len(ds)-k*per_shard) for k,f in enumerate(files)}
+    with write_atomic(folder/'index.json') as p: p.write_text(json.dumps(counts))
+    return files
 
 # %% ../nbs/01_data.ipynb #9aa5f61c
 DATASETS = dict(digits=Digits, mnist=MNIST, fashion=FashionMNIST, cifar10=CIFAR10, flowers17=Flowers17, flowers5=Flowers5, flowers102=Flowers102) # a set of one's own is one more entry

@@ -41,7 +41,8 @@ class Batches:
         "Which examples batch `m` holds."
         e,b = divmod(m, self.n_epoch)
         if e!=self.epoch:
-            self.epoch,self.order = e,torch.randperm(len(self.data), generator=torch.Generator().manual_seed(_seed_of(self.seed,'order',e)))
+            g = torch.Generator().manual_seed(_seed_of(self.seed,'order',e))
+            self.epoch,self.order = e,self.data.order(g) if hasattr(self.data,'order') else torch.randperm(len(self.data), generator=g)
         return self.order[b*self.batch_size:(b+1)*self.batch_size].tolist()
 
     def __getitem__(self, m):
