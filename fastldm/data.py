@@ -381,6 +381,7 @@ def _shard(self:Shards, i):
     self.kept.move_to_end(i)
     return self.kept[i]
 
+# %% ../nbs/01_data.ipynb #de3da539
 @patch
 def _decoded(self:Shards, url, rows):
     pick = lambda r,exts: next((r[e] for e in exts if e in r), None)

@@ -33,7 +33,7 @@ class LatentDiffusion(Module):
         denoiser, # a `Denoiser`
         shape, # of one latent, (c,h,w)
         steps:int=20, # steps of sampling when nobody says
-        step:str='DPMSolver2M', # name of the step
+        step:str='DPMSolverSDE', # name of the step
         times:str='angle_times', # name of the time grid
     ):
         super().__init__(); self.autoencoder,self.denoiser = autoencoder,denoiser

@@ -93,7 +93,7 @@ def score_cb(
     net,ref = load(name),Reference.load(name)
     def score(learn):
         labels = ref.labels[:n]
-        x = LatentDiffusion(ae, learn.ema_model, shape).sample(n, label=labels, seed=0)
+        x = LatentDiffusion(ae, learn.ema_model, shape, step='DPMSolver2M').sample(n, label=labels, seed=0)
         learn.model.train()
         return dict(accuracy=float(label_accuracy(x, labels, net)), fid=float(fid(ref, x, net)))
     return [SampleCB(max(50, every//50*50), score)]                 # steps whose loss is in the log
@@ -135,7 +135,8 @@ def label_ldm(
     den = train_denoiser(latents, folder, Denoiser(net, Cosine(), conditioner), partial(diffusion_loss, weight=weight), steps, cbs=[*cbs, *score_cb(data, ae, shape, max(1,steps//8))], **kw)
     return _finish(folder, LatentDiffusion(ae, den, shape), data, ds, seed, **(card or {}))
 
-_licences = dict(mnist='CC BY-SA 3.0, as usually given', fashion='MIT', digits='CC BY 4.0 (UCI)')
+# %% ../nbs/19_recipes.ipynb #76b149e0
+_licences = dict(mnist='CC BY-SA 3.0, as usually given', fashion='MIT', digits='CC BY 4.0 (UCI)', **{f:'for research only, so this model too' for f in ('flowers5','flowers17','flowers102')})
 
 def _finish(folder, ldm, data, ds, seed, **card):
     "Save the whole model with its card, and a grid of samples to look at."

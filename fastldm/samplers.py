@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ddpm_step', 'sample_generators', 'noise_from', 'noise_like', 'sample', 'uniform_times', 'log_snr_times',
            'karras_times', 'angle_times', 'ddim_step', 'euler_step', 'heun_step', 'euler_maruyama_step', 'pc_step',
-           'DPMSolver2M', 'DPMSolver3M', 'UniPC', 'log_likelihood', 'bits_per_dim']
+           'DPMSolver2M', 'DPMSolverSDE', 'DPMSolver3M', 'UniPC', 'log_likelihood', 'bits_per_dim']
 
 # %% ../nbs/11_samplers.ipynb #770772f4
 import math, torch, numpy as np
@@ -203,7 +203,7 @@ def pc_step(
 # %% ../nbs/11_samplers.ipynb #aae74501
 class DPMSolver2M:
     "DPM-Solver++ (2M): second order, one call a step (Lu et al. 2022, algorithm 2)."
-    order = 2
+    order,eta = 2,0.                                            # `eta`: how much fresh noise, 1: as the reverse SDE has
     def __init__(self): self.reset()
     def reset(self): self.past,self.next_t = [],None
 
@@ -215,16 +215,22 @@ class DPMSolver2M:
         if s==0: return self.past[0][1]                         # the linear part is gone: the prediction itself
         (a,σ),(a_s,σ_s) = scales(denoise,t,x),scales(denoise,s,x)
         h = self._lambda(denoise, s) - λ
-        return σ_s/σ*x + a_s*self._integral(h)
+        x = σ_s/σ*np.exp(-self.eta*h)*x + a_s*self._integral(h)
+        return x + σ_s*np.sqrt(-np.expm1(-2*self.eta*h))*noise_like(x) if self.eta else x
 
     def _lambda(self, denoise, t): return (denoise.schedule.log_snr(t.double())/2).item()
 
     def _integral(self, h):
         (λ,d0),*past = self.past
-        w = -np.expm1(-h)
+        w = -np.expm1(-(1+self.eta)*h)
         if not past: return w*d0
         r = (λ - past[0][0])/h
         return w*(d0 + (d0-past[0][1])/(2*r))
+
+# %% ../nbs/11_samplers.ipynb #469f807c
+class DPMSolverSDE(DPMSolver2M):
+    "SDE-DPM-Solver++ (2M): the reverse SDE to second order, one call a step (Lu et al. 2022, appendix B)."
+    eta = 1.
 
 # %% ../nbs/11_samplers.ipynb #2aefb9f4
 class DPMSolver3M(DPMSolver2M):

@@ -247,3 +247,25 @@ def test_edges_turn_with_the_picture():
 def test_edges_of_a_batch_are_those_of_each():
     x = Digits(split='test')[:6]['image']
     assert torch.equal(edges(x), torch.cat([edges(o[None]) for o in x]))
+
+
+# shards
+
+def test_shards_with_workers_and_resume(tmp_path):
+    "Loader processes and a fresh object give the very batches that one object gives."
+    from fastldm.data import Shards, write_shards
+    from fastldm.train import Batches
+    files = write_shards(Digits(), tmp_path, per_shard=200)
+    make = lambda: Batches(Shards(files, size=16, channels=1, keep=2), 64, seed=5)
+    whole = make(); a = [whole[m]['image'] for m in range(30)]
+    assert all(torch.equal(make()[m]['image'], a[m]) for m in (0,13,29))
+    assert len({i for m in range(23) for i in whole.indices(m)})==23*64                      # an epoch has no picture twice
+
+def test_shards_say_what_is_wrong(tmp_path):
+    import io, tarfile
+    from fastldm.data import Shards
+    with tarfile.open(tmp_path/'a.tar','w') as t: info = tarfile.TarInfo('0.txt'); info.size = 2; t.addfile(info, io.BytesIO(b'hi'))
+    (tmp_path/'b.tar').write_bytes(b'not a tar file at all'*40)
+    with pytest.raises(ValueError, match='entries without a picture'): Shards([tmp_path/'a.tar'])
+    with pytest.raises(ValueError, match='b.tar is damaged'): Shards([tmp_path/'b.tar'])
+    with pytest.raises(ValueError, match='at least one'): Shards([])
