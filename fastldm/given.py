@@ -116,7 +116,7 @@ def upscale(
 # %% ../nbs/20_given.ipynb #2fdff614
 class Vary(Measured):
     "What `vary` makes."
-    step = steps = None                                        # as the model likes
+    step,steps = 'DPMSolver2M',None                            # fresh noise would change more than was asked for
     def __init__(self, images, strength): # pictures (1 or n,C,H,W) in [-1,1]; time up to which they are noised
         super().__init__((images,), lambda p, y: p); self.strength = strength
 
