@@ -88,6 +88,11 @@ class LabelEmbedder(Embedder):
         return raw.long().expand(n)
 
 # %% ../nbs/09_cond.ipynb #59e29964
+def _rows(raw, n, width, name, takes):
+    "(n,width) of one row for all or one a sample; `ValueError` for another shape."
+    if raw.shape not in ((width,),(n,width)): raise ValueError(f'{name}: shape {tuple(raw.shape)} for {n} samples; it takes {takes}')
+    return raw.expand(n, -1)
+
 class AttributeEmbedder(Embedder):
     "Binary attributes as tokens: one learned vector for each of on, off and unsaid, of each attribute."
     def __init__(self,
@@ -109,9 +114,9 @@ class AttributeEmbedder(Embedder):
         "`ValueError` for a wrong count or a value other than 0 and 1."
         if value is None: return self.blank(n)
         raw = torch.as_tensor(value).long()
-        if raw.shape not in ((self.n_attrs,),(n,self.n_attrs)): raise ValueError(f'{name}: shape {tuple(raw.shape)} for {n} samples; it takes {self.takes}')
+        rows = _rows(raw, n, self.n_attrs, name, self.takes)
         if not raw.float().eq(torch.as_tensor(value)).all() or raw.min()<0 or raw.max()>1: raise ValueError(f'{name}: a value outside {{0,1}}; it takes {self.takes}')
-        return raw.expand(n, -1)
+        return rows
 
 # %% ../nbs/09_cond.ipynb #2230d468
 class VectorEmbedder(Embedder):
@@ -134,9 +139,7 @@ class VectorEmbedder(Embedder):
     )->torch.Tensor: # (n,self.n)
         "`ValueError` for a wrong count."
         if value is None: return self.blank(n)
-        raw = torch.as_tensor(value).float()
-        if raw.shape not in ((self.n,),(n,self.n)): raise ValueError(f'{name}: shape {tuple(raw.shape)} for {n} samples; it takes {self.takes}')
-        return raw.expand(n, -1)
+        return _rows(torch.as_tensor(value).float(), n, self.n, name, self.takes)
 
 # %% ../nbs/09_cond.ipynb #123e22df
 class Conditioner(Module):
