@@ -94,6 +94,7 @@ def sample(self:LatentDiffusion,
     interval=(0.,1.), # times at which guidance acts
     given=Given(), # what is known of the pictures: `inpaint(...)`, `upscale(...)` or `vary(...)` of `fastldm.given`
     batch_size:int=256, # pictures at a time
+    first:int=0, # index of the first of these pictures, to draw many in parts
     precision:str=None, # 'bf16': the network's products in 16 bit, faster where the processor has it
     progress:bool=False, # show a bar
     callback=None, # called as `callback(x, t, s)` with the latents after each step
@@ -113,7 +114,7 @@ def sample(self:LatentDiffusion,
     seed,out = torch.randint(2**31,()).item() if seed is None else seed,[]
     for i in range(0, n, batch_size):
         part = slice(i, min(i+batch_size, n))
-        data,gens = [d[part] for d in known],sample_generators(seed, part.stop-i, i)
+        data,gens = [d[part] for d in known],sample_generators(seed, part.stop-i, first+i)
         with noise_from(gens): x = model.schedule(ts[:1].to(self.device))[1].float()*noise_like(torch.empty(part.stop-i, *self.shape, device=self.device))
         denoise,x,grid = given.begin(self, _denoiser_of(model, {k:v[part] for k,v in batch.items()}, scales, interval), x, ts, data)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision is not None): z = samplers.sample(denoise, x, grid, step, cb=callback, progress=progress, generators=gens)
@@ -131,11 +132,11 @@ def weights_folders()->list: # folders with one model each inside
     return [Path(p) for p in (os.environ.get('FASTLDM_WEIGHTS'), Path(fastldm.__file__).parent/'weights') if p]
 
 def available(
-    cls:str='LatentDiffusion', # class of the models; 'Evaluator' lists the networks that score them
+    cls:str='LatentDiffusion', # class of the models, or how its name ends; 'Evaluator' lists the networks that score them
 )->list: # names that `load` takes
     "The trained models that ship with the package."
     found = (f for w in weights_folders() for f in w.glob('*/config.json'))
-    return sorted({f.parent.name for f in found if json.loads(f.read_text())['config']['cls']==cls})
+    return sorted({f.parent.name for f in found if json.loads(f.read_text())['config']['cls'].endswith(cls)})
 
 def save(
     model:Module, # e.g. a `LatentDiffusion`
@@ -156,7 +157,7 @@ def load(
             if (w/name/'config.json').exists(): return load_model(w/name, device)
     if Path(name).exists(): return load_model(name, device)
     if name.count('/')==1 and not name.startswith(('.','/','~')): return load_model(_from_hub(name), device)
-    shipped = available()+available('Evaluator')
+    shipped = available('')
     near = get_close_matches(name, shipped, 1)
     raise FileNotFoundError(f"no model {name!r}: {f'did you mean {near[0]!r}? ' if near else ''}Shipped are {', '.join(shipped)}; otherwise give a folder that `save` wrote, or `user/name` on the hub")
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Evaluator', 'evaluator_loss', 'Score', 'net_name', 'image_features', 'label_accuracy', 'fid', 'kid',
-           'precision_recall', 'Inception', 'EfficientNetLite', 'register_evaluator', 'psnr', 'ssim', 'lpips_distance',
-           'nearest_neighbours', 'memorisation', 'Reference', 'evaluate']
+           'precision_recall', 'Inception', 'EfficientNetLite', 'PhotoEvaluator', 'register_evaluator', 'psnr', 'ssim',
+           'lpips_distance', 'nearest_neighbours', 'memorisation', 'Reference', 'evaluate']
 
 # %% ../nbs/18_metrics.ipynb #f11e72c5
 import json,os
@@ -102,7 +102,7 @@ def label_accuracy(images, # pictures, or their features
                   )->Score:      # 0 to 1
     "Part of the pictures in which `net` sees the label. `ValueError` if the counts differ or a label does not exist."
     f,y = _see(images, net),torch.as_tensor(labels).cpu()
-    logits = net.head(f.to(net.head[0].weight.device)).cpu()
+    logits = net.head(f.to(next(net.head.parameters()).device)).cpu()
     if y.shape!=f.shape[:1]: raise ValueError(f"{len(f)} pictures need as many labels; given labels of shape {tuple(y.shape)}")
     if y.min()<0 or y.max()>=logits.shape[1]: raise ValueError(f"labels must be from 0 to {logits.shape[1]-1}; given {y.min()} to {y.max()}")
     return Score((logits.argmax(1)==y).float().mean(), f'label_accuracy_{net_name(net)}')
@@ -188,6 +188,29 @@ class EfficientNetLite(nn.Module):
     def features(self, x): # (B,C,H,W) in [-1,1] to (B,1280)
         x = F.interpolate(x.expand(-1,3,-1,-1), (self.size,self.size), mode='bilinear', antialias=True)
         return self.net.extract_features((x*127.5+.5)/128).mean((2,3))
+
+# %% ../nbs/18_metrics.ipynb #a4e41ba7
+class PhotoEvaluator(Module):
+    "A linear classifier on the features of `EfficientNetLite`, which is looked for when the first picture is seen."
+    name,c_in = EfficientNetLite.name,3
+    def __init__(self, n_classes:int=5, size:int=160): # classes; side that pictures are brought to
+        super().__init__(); self.size,self.eyes = size,[]                # a list, so that its weights are not saved
+        self.head = nn.Sequential(nn.Linear(1280, n_classes))
+    def features(self, x): # (B,C,H,W) in [-1,1] to (B,1280)
+        if not self.eyes: self.eyes.append(EfficientNetLite(self.size))
+        return self.eyes[0].to(x.device).features(x)
+    def forward(self, x): return self.head(self.features(x)) # (B,n_classes)
+
+    def fit(self, ds, # a data set with `image` and `label` in memory
+            c:float=10.): # inverse strength of the penalty; returns the evaluator
+        "Logistic regression, by scikit-learn."
+        from sklearn.linear_model import LogisticRegression
+        f = image_features(ds, self)
+        mean,std = f.mean(0),f.std(0).clamp_min(1e-3)
+        fit = LogisticRegression(C=c/len(mean), max_iter=500).fit((f-mean)/std, ds.label)
+        w = torch.from_numpy(fit.coef_).float()/std
+        with torch.no_grad(): self.head[0].weight.copy_(w); self.head[0].bias.copy_(torch.from_numpy(fit.intercept_).float()-w@mean)
+        return self
 
 # %% ../nbs/18_metrics.ipynb #8643bba2
 def register_evaluator(net)->str: # for torch-fidelity's `feature_extractor`
