@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'train_autoencoder', 'train_denoiser', 'score_cb', 'label_ldm', 'write_card', 'tutorial_ldm',
-           'train_evaluator', 'evaluate_ldm', 'reconstruction', 'measured', 'train_cli', 'sample_cli', 'eval_cli',
-           'moved', 'run_notebook', 'figures_cli']
+           'train_evaluator', 'photo_evaluator', 'train_reader', 'train_vqvae', 'train_prior', 'text_to_image',
+           'evaluate_ldm', 'reconstruction', 'measured', 'train_cli', 'sample_cli', 'codes_cli', 'eval_cli', 'moved',
+           'run_notebook', 'figures_cli']
 
 # %% ../nbs/19_recipes.ipynb #bb916d46
 import contextlib, io, json, os, re, sys, time, torch
@@ -14,15 +15,22 @@ from functools import partial, wraps
 from pathlib import Path
 from fastcore.script import call_parse, store_true, Param
 from .core import figures_path, image_grid, n_params, set_seed, write_atomic, load_model, save_model
-from .data import Augmented, get_dataset, to_image
+from .data import DATASETS, Augmented, get_dataset, to_image
 from .train import Learner, SampleCB, _read_checkpoint
+from .captioned import Captioned
+from .synthetic import SyntheticScenes
 from .autoencoder import Autoencoder, TutorialAutoencoder, LatentDataset, autoencoder_loss
 from .schedules import VE, Cosine
 from .unet import UNet, TutorialUNet
-from .cond import Conditioner, LabelEmbedder, VectorEmbedder
+from .vqvae import VQVAE, vqvae_loss
+from .cond import Conditioner, LabelEmbedder, TextEmbedder, VectorEmbedder
 from .denoiser import Denoiser, diffusion_loss, edm_weight
 from .ldm import LatentDiffusion, available, load, save, weights_folders
-from .metrics import Evaluator, Reference, evaluator_loss, evaluate, fid, label_accuracy, psnr, ssim
+from .codes import CodeDataset, write_codes
+from .pixelsnail import EarlyStopCB, PixelSNAIL, bits_per_code, pixelsnail_loss
+from .blip import Blip, blip_loss
+from .text2image import CodeLatents, TextToImage
+from .metrics import Evaluator, PhotoEvaluator, Reference, evaluator_loss, evaluate, fid, label_accuracy, net_name, psnr, ssim
 
 # %% ../nbs/19_recipes.ipynb #440bf9c2
 def _stage(folder, make):
@@ -136,7 +144,7 @@ def label_ldm(
     return _finish(folder, LatentDiffusion(ae, den, shape), data, ds, seed, **(card or {}))
 
 # %% ../nbs/19_recipes.ipynb #76b149e0
-_licences = dict(mnist='CC BY-SA 3.0, as usually given', fashion='MIT', digits='CC BY 4.0 (UCI)', **{f:'for research only, so this model too' for f in ('flowers5','flowers17','flowers102')})
+_licences = dict(scenes='drawn by this library', clipart='public domain', photos='for research only, so this model too', paintings='for research only, so this model too', mnist='CC BY-SA 3.0, as usually given', fashion='MIT', digits='CC BY 4.0 (UCI)', **{f:'for research only, so this model too' for f in ('flowers5','flowers17','flowers102')})
 
 def _finish(folder, ldm, data, ds, seed, **card):
     "Save the whole model with its card, and a grid of samples to look at."
@@ -227,6 +235,126 @@ def train_evaluator(
     if not (folder/'reference.safetensors').exists(): Reference.of(test, net, ds).save(folder)
     return net
 
+# %% ../nbs/19_recipes.ipynb #8984650b
+def photo_evaluator(
+    data='flowers5', # a set of photographs by name
+    folder='runs/photo_evaluator', # where it goes
+    root=None, # where the set is looked for first
+    size:int=64, # side of the pictures
+    seed:int=0, # as in the other recipes; nothing here is drawn at random
+    precision:str=None, progress:bool=True, # likewise: there is no training loop
+)->PhotoEvaluator: # saved in `folder`, with what it sees in the real test pictures beside it
+    "A classifier on the features of EfficientNet-Lite0. Raises what the data set raises, and `FileNotFoundError` without that network."
+    folder,(ds,test) = Path(folder),(get_dataset(data, root, split=s, size=size) for s in ('train','test'))
+    def make(folder):
+        net = PhotoEvaluator(len(ds.classes)).fit(ds)
+        return net, dict(name=net.name, data=str(data), seed=seed, test_accuracy=float(label_accuracy(test, test.label, net)))
+    net = _stage(folder, make)
+    if not (folder/'reference.safetensors').exists(): Reference.of(test, net, ds).save(folder)
+    return net
+
+# %% ../nbs/19_recipes.ipynb #8b12308c
+def train_reader(
+    ds, # a captioned set
+    folder, # where the stage lives
+    model=None, # a `Blip`; None: a small one with the words of the captions
+    steps:int=6000, # of the optimiser
+    seed:int=0, # of everything
+    **kw, # for the `Learner`
+): # the trained reader
+    "Contrast, matching and captions. `ValueError` of the data set or the learner before work starts."
+    def make(folder):
+        set_seed(seed)
+        m = model or Blip.small(ds.caption, size=ds[0]['image'].shape[-1])
+        learn = _learn(m, ds, blip_loss(), folder, steps=steps, seed=seed, **{**dict(batch_size=min(64,len(ds)), lr=5e-4, weight_decay=.05, warmup=min(500,steps//10), ema=.999), **kw})
+        return learn.ema_model.eval(), dict(stage='reader', steps=steps, seconds=round(learn.seconds), seed=seed)
+    return _stage(Path(folder)/'reader', make)
+
+def train_vqvae(
+    ds, # a set of pictures
+    folder, # where the stage lives
+    model=None, # a `VQVAE`; None: two levels of 512 codes
+    loss_fn=None, # None: squared error and commitment
+    steps:int=8000, # of the optimiser
+    seed:int=0, # of everything
+    **kw, # for the `Learner`
+): # the trained VQ-VAE
+    "Pictures to codes and back. `ValueError` of the data set or the learner before work starts."
+    def make(folder):
+        set_seed(seed)
+        m = model or VQVAE(c_in=ds[0]['image'].shape[0])
+        learn = _learn(m, ds, loss_fn or vqvae_loss(), folder, steps=steps, seed=seed, **{**dict(batch_size=min(64,len(ds)), lr=2e-3, weight_decay=0., warmup=min(200,steps//10), ema=.999), **kw})
+        return learn.ema_model.eval().fit_scale(ds), dict(stage='vqvae', steps=steps, seconds=round(learn.seconds), seed=seed)
+    return _stage(Path(folder)/'vqvae', make)
+
+# %% ../nbs/19_recipes.ipynb #65e98c73
+def train_prior(
+    codes, held, # training and held-out codes
+    folder, # where the stage lives
+    level:int, # of the codes, 0 the coarsest
+    channels:int=96, # of the network
+    steps:int=8000, # of the optimiser, at most
+    seed:int=0, # of everything
+    network:dict=None, # more for `PixelSNAIL`
+    **kw, # for the `Learner`
+): # the prior that was best on the held-out codes
+    "One level of codes, given the level above and the text. `ValueError` of the learner before work starts."
+    def make(folder):
+        set_seed(seed+level)
+        above = (codes.n_codes,codes.shapes[level-1]) if level else None
+        d_text = codes.header['text']['shape'][1] if codes.header['text'] else None
+        m = PixelSNAIL(codes.n_codes, codes.shapes[level], channels, above=above, d_text=d_text, **{**dict(attention=level==0), **(network or {})})
+        stop = EarlyStopCB(held, every=max(50, steps//20//50*50))
+        learn = _learn(m, codes, pixelsnail_loss(level), folder, steps=steps, seed=seed, **{**dict(batch_size=min(64,len(codes)), lr=1e-3, warmup=min(300,steps//10), ema=.999, cbs=[stop]), **kw})
+        m = learn.ema_model.eval()
+        return m, dict(stage=f'prior of level {level}', steps=learn.step, seconds=round(learn.seconds), seed=seed, bits_per_code=float(bits_per_code(m, held)))
+    return _stage(Path(folder)/f'prior_{level}', make)
+
+# %% ../nbs/19_recipes.ipynb #0ff3a213
+def text_to_image(
+    data='scenes', # a captioned set by name, or a folder, table or zip file of one
+    folder='runs/text_to_image', # where the stages and the model go
+    root=None, # where the set is looked for first
+    size:int=64, # side of the pictures
+    reader_steps:int=6000, ae_steps:int=8000, # of the reader's and the VQ-VAE's training
+    prior_steps=(8000,8000), # of each level's prior, at most
+    steps:int=8000, # of the diffusion prior's training
+    channels=(48,96), # of the diffusion prior
+    prior_channels=(96,96), # of the other priors, a level each
+    codes:dict=None, diffusion:dict=None, # settings to draw with, as in `TextToImage`
+    seed:int=0, # of everything
+    precision:str=None, # 'bf16' where the processor has it
+    progress:bool=True, # show bars
+    card:dict=None, # what else the card should say
+)->TextToImage: # saved in `folder`
+    "Reader, VQ-VAE, codes, priors, model. Raises what the data set raises, before work starts."
+    folder = Path(folder)
+    ds,held = (_captioned(data, root, s, size) for s in ('train','test'))
+    kw = dict(seed=seed, precision=precision, progress=progress)
+    reader,vqvae = train_reader(ds, folder, steps=reader_steps, **kw),train_vqvae(ds, folder, steps=ae_steps, **kw)
+    books = [CodeDataset(write_codes(d, vqvae, folder/f'codes_{d.split}', reader.text_features, progress=progress), vqvae) for d in (ds,held)]
+    priors = [train_prior(*books, folder, l, c, n, **kw) for l,(c,n) in enumerate(zip(prior_channels, prior_steps))]
+    d_emb,d_text = 4*channels[0],reader.d_text
+    set_seed(seed)
+    net = UNet(vqvae.c_latent, channels, attention=[True]*len(channels), d_emb=d_emb, d_context=d_emb//2)
+    den = train_denoiser(CodeLatents(books[0], vqvae), folder, Denoiser(net, Cosine(), Conditioner(drop=.15, text=TextEmbedder(d_text,d_emb,d_emb//2))), partial(diffusion_loss, weight=edm_weight), steps, **kw)
+    return _finish_text(folder, TextToImage(reader, vqvae, priors, den, size, codes, diffusion), data, ds, held, seed, card or {})
+
+def _captioned(data, root, split, size):
+    "A set by name, else whatever `Captioned` reads."
+    return get_dataset(data, root, split=split, size=size) if data in DATASETS else Captioned(data, split, size=size)
+
+def _finish_text(folder, model, data, ds, held, seed, card):
+    "Save the whole model with its card, and pictures of held-out captions to look at."
+    stages = {k:load_model(folder/k,'cpu').meta for k in ('reader','vqvae',*(f'prior_{l}' for l in range(len(model.priors))),'denoiser')}
+    licence = f"weights Apache-2.0; data {_licences.get(str(data), 'of the user')}"
+    save(model, folder, **{**dict(data=str(data), n_pictures=len(ds), seed=seed, stages=stages, n_params=n_params(model), licence=licence), **card})
+    write_card(folder)
+    model = load(folder)
+    asked = [held.caption[i] for i in range(0, len(held), max(1, len(held)//16))][:16]
+    _save_grid(torch.cat([model.sample(asked, prior=k, seed=0) for k in model.kinds]), folder/'samples.png', 8)
+    return model
+
 # %% ../nbs/19_recipes.ipynb #4e3e36f1
 RECIPES = dict(
     digits=partial(label_ldm, 'digits', c_latent=4, ae_channels=(32,48), ae_steps=1000, channels=(32,64), steps=3000),
@@ -236,8 +364,13 @@ RECIPES = dict(
     digits_evaluator=partial(train_evaluator, 'digits', epochs=40, batch_size=64, shift=1, turn=.1, channels=(32,64), hidden=32),
     mnist_evaluator=partial(train_evaluator, 'mnist', epochs=8, turn=.15),
     fashion_evaluator=partial(train_evaluator, 'fashion', epochs=24, flip=True),
-    flowers=partial(label_ldm, 'flowers5', size=64, c_latent=8, ae_steps=8000, steps=16000, drop=.2, copies=4),
+    flowers=partial(label_ldm, 'flowers5', size=64, c_latent=8, ae_steps=8000, steps=12000, drop=.2, copies=4),
+    flowers5_evaluator=partial(photo_evaluator, 'flowers5'),
     folder=label_ldm,
+    scenes=partial(text_to_image, 'scenes'),
+    clipart=partial(text_to_image, 'clipart'),
+    paintings=partial(text_to_image, 'paintings'),
+    captioned=text_to_image,
 )
 
 def _known(name, names, what):
@@ -264,7 +397,7 @@ def evaluate_ldm(
     x = ldm.sample(n, label=labels, seed=seed, progress=progress, **sampling)
     res = dict(images_per_second=n/(time.perf_counter()-start), parameters=n_params(ldm))
     real = [_found(data, root, s) for s in ('train','test')]
-    short = lambda k: k.replace(f'_{data}_evaluator','')
+    short = lambda k: k.replace(f'_{net_name(evaluator)}','')
     res |= {short(k):v for k,v in evaluate(x, labels, evaluator, ref, real[0]).items()}
     return {**res, **(reconstruction(ldm, real[1]) if real[1] else {})}
 
@@ -306,14 +439,14 @@ def _command(f):
     @wraps(f)
     def run(*args, **kwargs):
         try: return f(*args, **kwargs)
-        except (ValueError,FileNotFoundError,FileExistsError,FloatingPointError) as e: sys.exit(f'{f.__name__.removesuffix("_cli")}: {e}')
+        except (ValueError,OSError,ImportError,FloatingPointError) as e: sys.exit(f'{f.__name__.removesuffix("_cli")}: {e}')
     return call_parse(run)
 
 @_command
 def train_cli(
     recipe:str, # a recipe by name; `folder` for pictures of your own
     out:str=None, # where the model goes (default: runs/RECIPE)
-    data:str=None, # for `folder`: pictures, one folder a class, or flat
+    data:str=None, # for `folder`: pictures, one folder a class, or flat; for `captioned`: a folder, table or zip file
     root:str=None, # where a public data set is looked for first
     size:int=None, # for `folder`: side of the pictures
     steps:int=None, # of the denoiser's training
@@ -324,7 +457,7 @@ def train_cli(
 ):
     "Train a model. The same command goes on where an interrupted one stopped, and says from which step."
     fn = RECIPES[_known(recipe, RECIPES, 'recipe')]
-    if recipe=='folder' and data is None: raise ValueError('the recipe `folder` needs --data, a folder of pictures')
+    if recipe in ('folder','captioned') and data is None: raise ValueError(f'the recipe `{recipe}` needs --data, a folder of pictures')
     given = {k:v for k,v in dict(data=data, size=size, steps=steps, ae_steps=ae_steps).items() if v is not None}
     out = Path(out or f'runs/{recipe}')
     if resume and not any(out.glob('**/checkpoint.safetensors')): raise FileNotFoundError(f'{out} has no checkpoint to go on from: leave out --resume to begin, or give the --out of the run that was begun')
@@ -335,27 +468,61 @@ def train_cli(
 @_command
 def sample_cli(
     model:str, # a shipped model, a folder, or user/name on the hub
-    n:int=16, # pictures
-    label:int=None, # class of all of them (default: one after the other)
+    prompt:str=None, # what to draw, for a model of texts
+    n:int=None, # pictures (default: 16, or 8 of a text)
+    label:int=None, # class of all of them, for a model of labels (default: one after the other)
     steps:int=None, # of sampling
     step:str=None, # name of the sampler
-    guidance_scale:float=1., # how closely to follow the label
+    guidance_scale:float=None, # how closely to follow the label or the text (default: 1, or the model's own)
+    prior:str=None, # of a model of texts: codes or diffusion
+    candidates:int=1, # of a model of texts: pictures drawn for each one kept
     seed:int=0, # of the pictures
     precision:str=None, # bf16: faster where the processor has it
     out:str='samples.png', # the grid
 ):
     "Draw pictures into a grid."
     ldm = load(model)
+    how = {k:v for k,v in dict(steps=steps, step=step, guidance_scale=guidance_scale, precision=precision).items() if v is not None}
+    if isinstance(ldm, TextToImage):
+        if label is not None: raise ValueError(f'{model} draws by text, not by label: use --prompt')
+        x,ncol = ldm.sample(prompt, n or 8, prior=prior, candidates=candidates, seed=seed, progress=True, **how),8
+    else:
+        if prompt is not None or prior or candidates!=1: raise ValueError(f"{model} does not draw by text, so --prompt, --prior and --candidates mean nothing to it; these do: {', '.join(available('TextToImage')) or 'none that is shipped'}")
+        x,ncol = _by_label(ldm, n or 16, label, seed=seed, progress=True, **how)
+    _save_grid(x, out, ncol)
+    print(f'{len(x)} pictures in {out}')
+
+def _by_label(ldm, n, label, **how):
+    "Pictures of one label, or of all one after the other; how many to a row."
     embedders = getattr(ldm.denoiser.conditioner, 'embedders', {})
     k = embedders['label'].n_classes if 'label' in embedders else 0
     cond = dict(label=label if label is not None else [i%k for i in range(n)]) if k or label is not None else {}
-    x = ldm.sample(n, steps=steps, step=step, guidance_scale=guidance_scale, seed=seed, precision=precision, progress=True, **cond)
-    _save_grid(x, out, k if k and label is None else 8)
-    print(f'{n} pictures in {out}')
+    return ldm.sample(n, **how, **cond),k if k and label is None else 8
 
 def _save_grid(x, path, ncol):
     zoom = max(1, 56//x.shape[-1])
     with write_atomic(path) as f: to_image(torch.from_numpy(image_grid(x, ncol, lo=0).repeat(zoom,0).repeat(zoom,1)).permute(2,0,1)).save(f)
+
+@_command
+def codes_cli(
+    data:str, # a set by name, or a folder, table or zip file of captioned pictures
+    model:str, # whose codes: a model of texts or a VQ-VAE, shipped or a folder
+    out:str, # folder of the database
+    split:str='train', # or test
+    reader:str=None, # a `Blip` that reads the captions (default: the model's own, if it has one)
+    root:str=None, # where a public set is looked for first
+    size:int=64, # side of the pictures
+    batch_size:int=128, # pictures at a time
+    workers:int=0, # processes that read pictures
+):
+    "Encode pictures and their captions into LMDB. The same command goes on where an interrupted one stopped."
+    m = load(model, 'cpu')
+    vqvae,read = (m.vqvae,m.reader) if isinstance(m, TextToImage) else (m,None)
+    if not isinstance(vqvae, VQVAE): raise ValueError(f'{model} is a {type(m).__name__}: codes are made by a VQVAE, or by a TextToImage that has one')
+    if reader: read = load(reader, 'cpu')
+    ds = _captioned(data, root, split, size)
+    path = write_codes(ds, vqvae, out, read.text_features if read is not None and hasattr(ds,'caption') else None, batch_size, workers)
+    print(f"{CodeDataset(path)} in {path}")
 
 @_command
 def eval_cli(
