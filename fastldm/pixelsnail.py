@@ -357,6 +357,7 @@ def stepper(self:CausalAttention, known, tokens): # as in `PixelSNAIL.known`
         return x+F.glu(out(_attend(q(now).view(n,self.n_heads,1,-1), k, v)[:,0]), -1)
     return step
 
+# %% ../nbs/14_pixelsnail.ipynb #8b016357
 @patch
 def stepper(self:TextAttention, known, tokens): # as in `PixelSNAIL.known`
     "Attention to the text at one position after another; its keys and values are computed once."

@@ -492,6 +492,7 @@ def sample_cli(
     _save_grid(x, out, ncol)
     print(f'{len(x)} pictures in {out}')
 
+# %% ../nbs/19_recipes.ipynb #f9657562
 def _by_label(ldm, n, label, **how):
     "Pictures of one label, or of all one after the other; how many to a row."
     embedders = getattr(ldm.denoiser.conditioner, 'embedders', {})
@@ -503,6 +504,7 @@ def _save_grid(x, path, ncol):
     zoom = max(1, 56//x.shape[-1])
     with write_atomic(path) as f: to_image(torch.from_numpy(image_grid(x, ncol, lo=0).repeat(zoom,0).repeat(zoom,1)).permute(2,0,1)).save(f)
 
+# %% ../nbs/19_recipes.ipynb #55f4f934
 @_command
 def codes_cli(
     data:str, # a set by name, or a folder, table or zip file of captioned pictures
@@ -524,6 +526,7 @@ def codes_cli(
     path = write_codes(ds, vqvae, out, read.text_features if read is not None and hasattr(ds,'caption') else None, batch_size, workers)
     print(f"{CodeDataset(path)} in {path}")
 
+# %% ../nbs/19_recipes.ipynb #33290401
 @_command
 def eval_cli(
     model:str, # a shipped model or a folder

@@ -58,7 +58,7 @@ def _by_codes(self:TextToImage, text, seed, first, progress, temperature=1., top
     codes,each = [],lambda v,l: v[l] if isinstance(v,(list,tuple)) else v
     for l,prior in enumerate(self.priors):
         kw = dict(temperature=each(temperature,l), top_k=each(top_k,l), top_p=each(top_p,l), guidance_scale=each(guidance_scale,l))
-        codes.append(sample_codes(prior, len(text), codes[-1] if codes else None, text if prior.d_text else None, seed=seed+1_000_003*l, first=first, progress=progress, **kw))
+        codes.append(sample_codes(prior, len(text), codes[-1] if codes else None, text if prior.d_text else None, seed=seed, first=first, progress=progress, **kw))
     return (self.vqvae.decode_codes(codes)+1)/2
 
 @patch

@@ -30,10 +30,10 @@ class VectorQuantizer(Module):
 
     @torch.no_grad()
     def nearest(self, v): # (n,d) -> (n,)
-        "The nearest code of each row; distances of 8,192 rows at a time, in the same memory."
-        e = self.codebook.float(); sq = e.square().sum(1)
-        far,idx = v.new_empty(min(len(v),8192), self.n_codes),torch.empty(len(v), dtype=torch.long, device=v.device)
-        for o,i in zip(v.split(8192), idx.split(8192)): torch.argmin(torch.addmm(sq, o, e.T, alpha=-2, out=far[:len(o)]), 1, out=i)
+        "The nearest code of each row; as many distances at a time as the processor's cache holds (2 MiB; on a GPU 128), in the same memory."
+        e = self.codebook.float(); sq,n = e.square().sum(1),max(1, 2**(19 if v.device.type=='cpu' else 25)//self.n_codes)
+        far,idx = v.new_empty(min(len(v),n), self.n_codes),torch.empty(len(v), dtype=torch.long, device=v.device)
+        for o,i in zip(v.split(n), idx.split(n)): torch.argmin(torch.addmm(sq, o, e.T, alpha=-2, out=far[:len(o)]), 1, out=i)
         return idx
 
     def embed(self, indices): # (B,h,w) -> (B,d,h,w)
@@ -64,6 +64,7 @@ def statistics(self:VectorQuantizer, v, i): # vectors (n,d), their codes (n,)
     if world>1: dist.all_reduce(stat)
     return stat.split([1,self.d_code,self.d_code], 1)
 
+# %% ../nbs/06_vqvae.ipynb #ecdf7866
 @patch
 @torch.no_grad()
 def begin(self:VectorQuantizer, v):
@@ -200,6 +201,7 @@ def check_codes(self:VQVAE, codes)->list: # int64, on the model's device
         if c.min()<0 or c.max()>=self.n_codes: raise ValueError(f"level {l} has codes from {c.min()} to {c.max()}, expected {want}: they belong to another model, or are damaged")
     return codes
 
+# %% ../nbs/06_vqvae.ipynb #41f2b2ea
 @patch
 def embed_codes(self:VQVAE, codes:list)->list: # [(B,d,h,w), ...]
     "The vectors of codes, level by level; `ValueError` as in `decode_codes`."

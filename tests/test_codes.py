@@ -77,6 +77,15 @@ def test_text_features_and_labels(tmp_path):
     full = sum(4+2+2*80+2*9*6 for _ in ds)
     assert (b['text'].abs().sum(2)==0).any() and sum(len(r) for r in records(tmp_path/'c', len(ds))[:-1])<full+30*len(ds)   # rows of zeros take no room
 
+def test_half_precision(tmp_path):
+    "Codes in bfloat16 are those of the encoder under autocast, and are not mixed with those in float32."
+    m,ds = model(),Lazy(100)
+    cs = CodeDataset(write(ds, tmp_path/'c', m, precision='bf16'), m)
+    with torch.autocast('cpu', torch.bfloat16): now = m.encode_codes(ds.__getitems__(range(64))['image'])
+    for a,b in zip(cs[:64]['codes'], now): eq(a, b)
+    with pytest.raises(ValueError, match='precision was bf16, is None'): write(ds, tmp_path/'c', m)
+    with pytest.raises(ValueError, match="expected None or 'bf16'"): write(ds, tmp_path/'d', m, precision='fp8')
+
 def test_names_of_files(tmp_path):
     from PIL import Image
     for i in range(3): (tmp_path/'p').mkdir(exist_ok=True); Image.new('L', (16,16), 60*i).save(tmp_path/'p'/f'picture {i}.png')
@@ -226,7 +235,7 @@ def test_two_writers(tmp_path):
     "The second is told, and the first goes on."
     import fastldm.codes as codes
     ds,m = Lazy(300),model()
-    head = codes._header(ds, m, None)
+    head = dict(codes._header(ds, m, None), precision=None)
     folder = (tmp_path/'c').resolve()
     env,done = codes._start(folder, head)
     p = child("write(Lazy(300), sys.argv[1])", folder, wait=False); p.communicate(timeout=200); eq(p.returncode, 0)
@@ -396,9 +405,9 @@ def test_extraction_speed(tmp_path):
         for k in range(2): t = time.perf_counter(); f(k); best = max(best, 512/(time.perf_counter()-t))
         return best
     names = [f'{i}.png' for i in range(512)]
-    res = dict(ours=rate(lambda k: write_codes(ds, ours, tmp_path/f'a{k}', progress=False)), same=rate(lambda k: their_way(x, with_one_hot(ours), tmp_path/f'b{k}', names)),
+    res = dict(ours=rate(lambda k: write_codes(ds, ours, tmp_path/f'a{k}', precision='bf16', progress=False)), exact=rate(lambda k: write_codes(ds, ours, tmp_path/f'e{k}', progress=False)), same=rate(lambda k: their_way(x, with_one_hot(ours), tmp_path/f'b{k}', names)),
         known=rate(lambda k: their_way(x, with_one_hot(known), tmp_path/f'c{k}', names)), known_ours=rate(lambda k: write_codes(ds, known, tmp_path/f'd{k}', progress=False)))
     size = lambda f: (tmp_path/f/'data.mdb').stat().st_size/512
-    print(f"\npictures a second: ours {res['ours']:.0f}; one-hot, pickle, one transaction {res['same']:.0f} with the same network, {res['known']:.0f} with the known one (which ours writes at {res['known_ours']:.0f}); bytes a picture {size('a0'):.0f} and {size('b0'):.0f}")
+    print(f"\npictures a second: ours {res['ours']:.0f} in bf16, {res['exact']:.0f} in float32; one-hot, pickle, one transaction {res['same']:.0f} with the same network, {res['known']:.0f} with the known one (which ours writes at {res['known_ours']:.0f}); bytes a picture {size('a0'):.0f} and {size('b0'):.0f}")
     torch.set_num_threads(n)
     assert res['ours']>0 and size('a0')<.3*size('b0')
