@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, torch
 from PIL import Image
 from fastldm.ldm import load
-from fastldm.recipes import text_to_image
+from fastldm.recipes import codes_cli, sample_cli, text_to_image, train_cli
 
 pytest.importorskip('transformers'); pytest.importorskip('lmdb')
 COLOURS = dict(red=(220,30,30), green=(30,160,40), blue=(30,60,220), yellow=(240,220,40))
@@ -82,18 +82,19 @@ def test_priors_of_another_map(trained):
     m,_ = trained
     with pytest.raises(ValueError, match='train priors on the codes of this VQ-VAE'): TextToImage(m.reader, m.vqvae, list(m.priors), size=64)
 
-def test_commands(trained, tmp_path):
+def test_commands(trained, tmp_path, capsys):
+    "Each once as a program; again, and what goes wrong, as the function behind it."
     _,d = trained
-    said = run('sample', d/'run', '--prompt', 'a red square', '--n', 4, '--out', tmp_path/'x.png')
-    assert '4 pictures' in said and Image.open(tmp_path/'x.png').size[0]>100
-    run('sample', d/'run', '--prompt', 'a red square', '--prior', 'diffusion', '--steps', 3, '--n', 2, '--candidates', 2, '--out', tmp_path/'y.png')
-    assert 'draws by text' in run('sample', d/'run', '--label', 3, ok=False)
-    assert 'does not draw by text' in run('sample', 'mnist', '--prompt', 'three', ok=False)
-    said = run('codes', d/'set', d/'run', tmp_path/'codes', '--size', 32)
-    assert 'CodeDataset(20' in said
-    assert 'CodeDataset(20' in run('codes', d/'set', d/'run', tmp_path/'codes', '--size', 32)               # again: nothing to do
-    said = run('codes', d/'set', 'mnist', tmp_path/'other', ok=False)
-    assert 'codes are made by a VQVAE' in said
-    said = run('codes', tmp_path/'nothing', d/'run', tmp_path/'other', ok=False)
-    assert 'does not exist' in said and not (tmp_path/'other').exists()
-    assert 'needs --data' in run('train', 'captioned', ok=False)
+    assert '4 pictures' in run('sample', d/'run', '--prompt', 'a red square', '--n', 4, '--out', tmp_path/'x.png') and Image.open(tmp_path/'x.png').size[0]>100
+    assert 'CodeDataset(20' in run('codes', d/'set', d/'run', tmp_path/'codes', '--size', 32)
+    codes_cli(str(d/'set'), str(d/'run'), str(tmp_path/'codes'), size=32)                                        # again: nothing to do
+    sample_cli(str(d/'run'), prompt='a red square', prior='diffusion', steps=3, n=2, candidates=2, out=str(tmp_path/'y.png'))
+    assert 'CodeDataset(20' in capsys.readouterr().out and (tmp_path/'y.png').exists()
+    def fails(says, f, *args, **kw):
+        with pytest.raises(SystemExit, match=says): f(*map(str,args), **kw)
+    fails('draws by text', sample_cli, d/'run', label=3)
+    fails('does not draw by text', sample_cli, 'mnist', prompt='three')
+    fails('codes are made by a VQVAE', codes_cli, d/'set', 'mnist', tmp_path/'other')
+    fails('does not exist', codes_cli, tmp_path/'nothing', d/'run', tmp_path/'other')
+    fails('needs --data', train_cli, 'captioned')
+    assert not (tmp_path/'other').exists()
