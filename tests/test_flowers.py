@@ -24,5 +24,5 @@ def test_flowers_look_like_their_label():
     try: EfficientNetLite()
     except FileNotFoundError as e: pytest.skip(str(e))
     labels = torch.arange(60)%5
-    x = load('flowers').sample(60, label=labels, guidance_scale=1.5, seed=0)
+    x = load('flowers').sample(60, label=labels, guidance_scale=2.5, seed=0)
     assert label_accuracy(x, labels, load('flowers5_evaluator'))>.45
