@@ -141,7 +141,8 @@ def label_ldm(
     conditioner = Conditioner(drop=dict(label=drop), **embedders) if embedders else None
     net = UNet(c_latent, channels, n_blocks, attention=[i>0 for i in range(len(channels))], d_emb=d_emb)
     den = train_denoiser(latents, folder, Denoiser(net, Cosine(), conditioner), partial(diffusion_loss, weight=weight), steps, cbs=[*cbs, *score_cb(data, ae, shape, max(1,steps//8))], **kw)
-    return _finish(folder, LatentDiffusion(ae, den, shape), data, ds, seed, **(card or {}))
+    views = dict(n_pictures=len(ds)//copies, views=copies) if copies>1 else {}
+    return _finish(folder, LatentDiffusion(ae, den, shape), data, ds, seed, **views, **(card or {}))
 
 # %% ../nbs/19_recipes.ipynb #76b149e0
 _licences = dict(scenes='drawn by this library', clipart='public domain', photos='for research only, so this model too', paintings='for research only, so this model too', mnist='CC BY-SA 3.0, as usually given', fashion='MIT', digits='CC BY 4.0 (UCI)', **{f:'for research only, so this model too' for f in ('flowers5','flowers17','flowers102')})
