@@ -44,7 +44,7 @@ def test_shipped_models_draw(name):
     "Pictures in [0,1]; the same seed is the same picture alone and in company; a label changes it."
     m = load(name)
     kw = dict(steps=4, seed=5)
-    two = m.sample(2, label=[3,8], **kw)
+    two = m.sample(2, label=[3,1], **kw)
     assert two.min()>=0 and two.max()<=1 and two.std()>.1
     assert (m.sample(1, label=3, **kw)-two[:1]).abs().max() < 1e-3
     assert (m.sample(1, label=4, **kw)-two[:1]).abs().mean() > 1e-3
