@@ -142,23 +142,25 @@ def label_ldm(
     net = UNet(c_latent, channels, n_blocks, attention=[i>0 for i in range(len(channels))], d_emb=d_emb)
     den = train_denoiser(latents, folder, Denoiser(net, Cosine(), conditioner), partial(diffusion_loss, weight=weight), steps, cbs=[*cbs, *score_cb(data, ae, shape, max(1,steps//8))], **kw)
     views = dict(n_pictures=len(ds)//copies, views=copies) if copies>1 else {}
-    return _finish(folder, LatentDiffusion(ae, den, shape), data, ds, seed, **views, **(card or {}))
+    return _finish_ldm(folder, LatentDiffusion(ae, den, shape), data, ds, seed, **views, **(card or {}))
 
 # %% ../nbs/19_recipes.ipynb #76b149e0
 _licences = dict(scenes='drawn by this library', clipart='public domain', photos='for research only, so this model too', paintings='for research only, so this model too', mnist='CC BY-SA 3.0, as usually given', fashion='MIT', digits='CC BY 4.0 (UCI)', **{f:'for research only, so this model too' for f in ('flowers5','flowers17','flowers102')})
 
-def _finish(folder, ldm, data, ds, seed, **card):
-    "Save the whole model with its card, and a grid of samples to look at."
-    stages = {k:load_model(folder/k,'cpu').meta for k in ('autoencoder','denoiser')}
+def _finish(folder, model, stages, data, draw, ncol=8, **card):
+    "Save the whole model with its card, and a grid of what `draw(model)` gives to look at."
     licence = f"weights Apache-2.0; data {_licences.get(str(data), 'of the user')}"
-    save(ldm, folder, **{**dict(data=str(data), n_pictures=len(ds), classes=list(ds.classes), seed=seed, stages=stages, n_params=n_params(ldm), licence=licence), **card})
+    save(model, folder, **{**dict(data=str(data), stages={k:load_model(folder/k,'cpu').meta for k in stages}, n_params=n_params(model), licence=licence), **card})
     write_card(folder)
-    ldm = load(folder)
-    k = len(ds.classes)
-    n = min(k,16)*8 or 64
-    x = ldm.sample(n, seed=0, **(dict(label=[i//8 for i in range(n)]) if k else {}))
-    _save_grid(x, folder/'samples.png', 8)
-    return ldm
+    model = load(folder)
+    _save_grid(draw(model), folder/'samples.png', ncol)
+    return model
+
+def _finish_ldm(folder, ldm, data, ds, seed, **card):
+    "A latent diffusion: eight of each label."
+    k = len(ds.classes); n = min(k,16)*8 or 64
+    draw = lambda m: m.sample(n, seed=0, **(dict(label=[i//8 for i in range(n)]) if k else {}))
+    return _finish(folder, ldm, ('autoencoder','denoiser'), data, draw, **{**dict(n_pictures=len(ds), classes=list(ds.classes), seed=seed), **card})
 
 # %% ../nbs/19_recipes.ipynb #84389587
 def write_card(
@@ -203,7 +205,7 @@ def tutorial_ldm(
     decay = lambda f: max(.5, .995**int(f*epochs))
     den = train_denoiser(latents, folder, den, partial(diffusion_loss, total=True, times=_tutorial_times), steps=epochs*len(ds)//of(1024), batch_size=of(1024), lr=1e-4,
                          schedule=decay, cbs=[*cbs, *score_cb(data, ae, (4,10,10), max(1,epochs*len(ds)//of(1024)//8))], **kw)
-    return _finish(folder, LatentDiffusion(ae, den, (4,10,10), steps=500, step='euler_maruyama_step', times='uniform_times'), data, ds, seed, **dict(perceptual=getattr(perceptual,'name',None)) | (card or {}))
+    return _finish_ldm(folder, LatentDiffusion(ae, den, (4,10,10), steps=500, step='euler_maruyama_step', times='uniform_times'), data, ds, seed, **dict(perceptual=getattr(perceptual,'name',None)) | (card or {}))
 
 def _tutorial_times(schedule, n, device=None): return 1e-5 + (1-1e-5)*torch.rand(n, device=device)
 
@@ -339,22 +341,14 @@ def text_to_image(
     set_seed(seed)
     net = UNet(vqvae.c_latent, channels, attention=[True]*len(channels), d_emb=d_emb, d_context=d_emb//2)
     den = train_denoiser(CodeLatents(books[0], vqvae), folder, Denoiser(net, Cosine(), Conditioner(drop=.15, text=TextEmbedder(d_text,d_emb,d_emb//2))), partial(diffusion_loss, weight=edm_weight), steps, **kw)
-    return _finish_text(folder, TextToImage(reader, vqvae, priors, den, size, codes, diffusion), data, ds, held, seed, card or {})
+    asked = held.caption[::max(1, len(held)//16)][:16]
+    stages = ('reader','vqvae',*(f'prior_{l}' for l in range(len(priors))),'denoiser')
+    draw = lambda m: torch.cat([m.sample(asked, prior=k, seed=0) for k in m.kinds])
+    return _finish(folder, TextToImage(reader, vqvae, priors, den, size, codes, diffusion), stages, data, draw, **{**dict(n_pictures=len(ds), seed=seed), **(card or {})})
 
 def _captioned(data, root, split, size):
     "A set by name, else whatever `Captioned` reads."
     return get_dataset(data, root, split=split, size=size) if data in DATASETS else Captioned(data, split, size=size)
-
-def _finish_text(folder, model, data, ds, held, seed, card):
-    "Save the whole model with its card, and pictures of held-out captions to look at."
-    stages = {k:load_model(folder/k,'cpu').meta for k in ('reader','vqvae',*(f'prior_{l}' for l in range(len(model.priors))),'denoiser')}
-    licence = f"weights Apache-2.0; data {_licences.get(str(data), 'of the user')}"
-    save(model, folder, **{**dict(data=str(data), n_pictures=len(ds), seed=seed, stages=stages, n_params=n_params(model), licence=licence), **card})
-    write_card(folder)
-    model = load(folder)
-    asked = [held.caption[i] for i in range(0, len(held), max(1, len(held)//16))][:16]
-    _save_grid(torch.cat([model.sample(asked, prior=k, seed=0) for k in model.kinds]), folder/'samples.png', 8)
-    return model
 
 # %% ../nbs/19_recipes.ipynb #4e3e36f1
 RECIPES = dict(
