@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'train_autoencoder', 'train_denoiser', 'score_cb', 'label_ldm', 'write_card', 'tutorial_ldm',
-           'train_evaluator', 'photo_evaluator', 'train_reader', 'train_vqvae', 'train_prior', 'text_to_image',
-           'evaluate_ldm', 'reconstruction', 'measured', 'train_cli', 'sample_cli', 'codes_cli', 'eval_cli', 'moved',
-           'run_notebook', 'figures_cli']
+           'train_evaluator', 'photo_evaluator', 'train_scene_judge', 'train_reader', 'train_vqvae', 'train_prior',
+           'text_to_image', 'evaluate_ldm', 'reconstruction', 'evaluate_texts', 'reconstruction_texts', 'measured',
+           'train_cli', 'sample_cli', 'codes_cli', 'eval_cli', 'moved', 'run_notebook', 'figures_cli']
 
 # %% ../nbs/19_recipes.ipynb #bb916d46
 import contextlib, io, json, os, re, sys, time, torch
+from collections import Counter
 from difflib import get_close_matches
 from functools import partial, wraps
 from pathlib import Path
@@ -22,15 +23,19 @@ from .synthetic import SyntheticScenes
 from .autoencoder import Autoencoder, TutorialAutoencoder, LatentDataset, autoencoder_loss
 from .schedules import VE, Cosine
 from .unet import UNet, TutorialUNet
-from .vqvae import VQVAE, vqvae_loss
+from .vqvae import VQVAE, perplexity, vqvae_loss
 from .cond import Conditioner, LabelEmbedder, TextEmbedder, VectorEmbedder
 from .denoiser import Denoiser, diffusion_loss, edm_weight
 from .ldm import LatentDiffusion, available, load, save, weights_folders
 from .codes import CodeDataset, write_codes
+from torch.utils.data import Subset
+from .scene_judge import SceneJudge, scene_judge_loss
 from .pixelsnail import EarlyStopCB, PixelSNAIL, bits_per_code, pixelsnail_loss
-from .blip import Blip, blip_loss
+from .blip import Blip, blip_loss, _need
 from .text2image import CodeLatents, TextToImage
-from .metrics import Evaluator, PhotoEvaluator, Reference, evaluator_loss, evaluate, fid, label_accuracy, net_name, psnr, ssim
+from .metrics import Evaluator, PhotoEvaluator, Reference, evaluator_loss, evaluate, fid, label_accuracy, lpips_distance, net_name, psnr, ssim
+from .perceptual import perceptual
+from .text_scores import caption_scores, retrieval, tokenise
 
 # %% ../nbs/19_recipes.ipynb #440bf9c2
 def _stage(folder, make):
@@ -145,7 +150,7 @@ def label_ldm(
     return _finish_ldm(folder, LatentDiffusion(ae, den, shape), data, ds, seed, **views, **(card or {}))
 
 # %% ../nbs/19_recipes.ipynb #76b149e0
-_licences = dict(scenes='drawn by this library', clipart='public domain', photos='for research only, so this model too', paintings='for research only, so this model too', mnist='CC BY-SA 3.0, as usually given', fashion='MIT', digits='CC BY 4.0 (UCI)', **{f:'for research only, so this model too' for f in ('flowers5','flowers17','flowers102')})
+_licences = dict(scenes='drawn by this library', clipart='public domain', **{'clipart+emoji':'public domain (Open Clip Art), and emoji of an installed font (Noto: SIL OFL 1.1)'}, photos='for research only, so this model too', paintings='for research only, so this model too', mnist='CC BY-SA 3.0, as usually given', fashion='MIT', digits='CC BY 4.0 (UCI)', **{f:'for research only, so this model too' for f in ('flowers5','flowers17','flowers102')})
 
 def _finish(folder, model, stages, data, draw, ncol=8, **card):
     "Save the whole model with its card, and a grid of what `draw(model)` gives to look at."
@@ -256,20 +261,38 @@ def photo_evaluator(
     if not (folder/'reference.safetensors').exists(): Reference.of(test, net, ds).save(folder)
     return net
 
+# %% ../nbs/19_recipes.ipynb #11ca4383
+def train_scene_judge(
+    folder='runs/scenes_judge', # where it goes
+    root=None, # not needed, for a common call
+    steps:int=1500, # of the optimiser
+    n:int=10_000, # scenes that it sees
+    seed:int=0, # of everything
+    precision:str=None, # 'bf16' where the processor has it
+    progress:bool=True, # show bars
+)->SceneJudge: # saved in `folder`
+    "A network that says what a scene shows. `ValueError` of the learner before work starts."
+    def make(folder):
+        set_seed(seed)
+        learn = _learn(SceneJudge(), SyntheticScenes(n), scene_judge_loss, folder, steps=steps, batch_size=32, lr=3e-3, weight_decay=.01, warmup=min(100,steps//10), ema=.995, seed=seed, precision=precision, progress=progress)
+        return learn.ema_model.eval(), dict(name='scenes_judge', data='scenes', steps=steps, seconds=round(learn.seconds), seed=seed)
+    return _stage(Path(folder), make)
+
 # %% ../nbs/19_recipes.ipynb #8b12308c
 def train_reader(
     ds, # a captioned set
     folder, # where the stage lives
     model=None, # a `Blip`; None: a small one with the words of the captions
     steps:int=6000, # of the optimiser
+    network:dict=None, # for `Blip.small`
     seed:int=0, # of everything
     **kw, # for the `Learner`
 ): # the trained reader
     "Contrast, matching and captions. `ValueError` of the data set or the learner before work starts."
     def make(folder):
         set_seed(seed)
-        m = model or Blip.small(ds.caption, size=ds[0]['image'].shape[-1])
-        learn = _learn(m, ds, blip_loss(), folder, steps=steps, seed=seed, **{**dict(batch_size=min(64,len(ds)), lr=5e-4, weight_decay=.05, warmup=min(500,steps//10), ema=.999), **kw})
+        m = model or Blip.small(ds.caption, size=ds[0]['image'].shape[-1], **(network or {}))
+        learn = _learn(m, ds, blip_loss(), folder, steps=steps, seed=seed, **{**dict(batch_size=min(64,len(ds)), lr=1e-3, weight_decay=.05, warmup=min(500,steps//10), ema=.999), **kw})
         return learn.ema_model.eval(), dict(stage='reader', steps=steps, seconds=round(learn.seconds), seed=seed)
     return _stage(Path(folder)/'reader', make)
 
@@ -301,16 +324,17 @@ def train_prior(
     network:dict=None, # more for `PixelSNAIL`
     **kw, # for the `Learner`
 ): # the prior that was best on the held-out codes
-    "One level of codes, given the level above and the text. `ValueError` of the learner before work starts."
+    "One level of codes, given the level above and the text; half of the held-out codes choose the weights, the other half measures them. `ValueError` of the learner before work starts."
+    stop_by,rest = (Subset(held, range(k, len(held), 2)[:n]) for k,n in ((0,512),(1,2048)))
     def make(folder):
         set_seed(seed+level)
         above = (codes.n_codes,codes.shapes[level-1]) if level else None
         d_text = codes.header['text']['shape'][1] if codes.header['text'] else None
-        m = PixelSNAIL(codes.n_codes, codes.shapes[level], channels, above=above, d_text=d_text, **{**dict(attention=level==0), **(network or {})})
-        stop = EarlyStopCB(held, every=max(50, steps//20//50*50))
-        learn = _learn(m, codes, pixelsnail_loss(level), folder, steps=steps, seed=seed, **{**dict(batch_size=min(64,len(codes)), lr=1e-3, warmup=min(300,steps//10), ema=.999, cbs=[stop]), **kw})
+        m = PixelSNAIL(codes.n_codes, codes.shapes[level], channels, above=above, d_text=d_text, **{**dict(attention=level==0, kernel=(1,3), n_res=3), **(network or {})})
+        stop = EarlyStopCB(stop_by, every=max(50, steps//20//50*50))
+        learn = _learn(m, codes, pixelsnail_loss(level), folder, steps=steps, seed=seed, **{**dict(batch_size=min(32 if level else 64,len(codes)), lr=3e-3 if level else 4e-3, warmup=min(300,steps//10), ema=.999, cbs=[stop]), **kw})
         m = learn.ema_model.eval()
-        return m, dict(stage=f'prior of level {level}', steps=learn.step, seconds=round(learn.seconds), seed=seed, bits_per_code=float(bits_per_code(m, held)))
+        return m, dict(stage=f'prior of level {level}', steps=learn.step, seconds=round(learn.seconds), seed=seed, bits_per_code=float(bits_per_code(m, rest)))
     return _stage(Path(folder)/f'prior_{level}', make)
 
 # %% ../nbs/19_recipes.ipynb #0ff3a213
@@ -320,6 +344,7 @@ def text_to_image(
     root=None, # where the set is looked for first
     size:int=64, # side of the pictures
     reader_steps:int=6000, ae_steps:int=8000, # of the reader's and the VQ-VAE's training
+    reader:dict=None, # for `Blip.small`
     prior_steps=(8000,8000), # of each level's prior, at most
     steps:int=8000, # of the diffusion prior's training
     channels=(48,96), # of the diffusion prior
@@ -334,7 +359,7 @@ def text_to_image(
     folder = Path(folder)
     ds,held = (_captioned(data, root, s, size) for s in ('train','test'))
     kw = dict(seed=seed, precision=precision, progress=progress)
-    reader,vqvae = train_reader(ds, folder, steps=reader_steps, **kw),train_vqvae(ds, folder, steps=ae_steps, **kw)
+    reader,vqvae = train_reader(ds, folder, steps=reader_steps, network=reader, **kw),train_vqvae(ds, folder, steps=ae_steps, **kw)
     books = [CodeDataset(write_codes(d, vqvae, folder/f'codes_{d.split}', reader.text_features, progress=progress), vqvae) for d in (ds,held)]
     priors = [train_prior(*books, folder, l, c, n, **kw) for l,(c,n) in enumerate(zip(prior_channels, prior_steps))]
     d_emb,d_text = 4*channels[0],reader.d_text
@@ -348,7 +373,9 @@ def text_to_image(
 
 def _captioned(data, root, split, size):
     "A set by name, else whatever `Captioned` reads."
-    return get_dataset(data, root, split=split, size=size) if data in DATASETS else Captioned(data, split, size=size)
+    if data not in DATASETS: return Captioned(data, split, size=size)
+    try: return get_dataset(data, root, split=split, size=size)
+    except TypeError as e: raise ValueError(f"{data} is not a set of pictures of any size ({e}): give a captioned set, or a folder, table or zip file of one") from e
 
 # %% ../nbs/19_recipes.ipynb #4e3e36f1
 RECIPES = dict(
@@ -362,9 +389,10 @@ RECIPES = dict(
     flowers=partial(label_ldm, 'flowers5', size=64, c_latent=8, ae_steps=8000, steps=12000, drop=.2, copies=4),
     flowers5_evaluator=partial(photo_evaluator, 'flowers5'),
     folder=label_ldm,
-    scenes=partial(text_to_image, 'scenes'),
-    clipart=partial(text_to_image, 'clipart'),
-    paintings=partial(text_to_image, 'paintings'),
+    scenes=partial(text_to_image, 'scenes', reader_steps=3500, ae_steps=2000, reader=dict(width=128, heads=4), prior_steps=(2000,2000), steps=4000),
+    clipart=partial(text_to_image, 'clipart+emoji', reader_steps=2500, ae_steps=2000, reader=dict(width=128, heads=4), prior_steps=(1500,2000), steps=3500),
+    paintings=partial(text_to_image, 'paintings', reader_steps=2500, ae_steps=2000, reader=dict(width=128, heads=4), prior_steps=(1500,2000), steps=3500),
+    scenes_judge=train_scene_judge,
     captioned=text_to_image,
 )
 
@@ -409,6 +437,71 @@ def reconstruction(
     x = ds[:n]['image']
     y = torch.cat([ldm.decode(ldm.encode(p)).cpu() for p in x.split(500)])
     return dict(psnr=float(psnr((y+1)/2,(x+1)/2)), ssim=float(ssim((y+1)/2,(x+1)/2)))
+
+# %% ../nbs/19_recipes.ipynb #66fc5cfd
+def _held_out(model, data, n, root):
+    "`n` held-out pictures of a set, in an order that is always the same: in [-1,1], the first caption of each, and all of them."
+    if not isinstance(model, TextToImage): raise ValueError(f"this is a {type(model).__name__}: expected a TextToImage")
+    if not isinstance(n, int) or n<1: raise ValueError(f'n={n!r}: expected a whole number of at least 1')
+    ds = _captioned(data, root, 'test', model.size)
+    if not hasattr(ds,'caption'): raise ValueError(f"{data} has no captions: give a captioned set, or a folder, table or zip file of one")
+    said,rows = ds.caption,getattr(ds, 'firsts', range(len(ds)))
+    rows = [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+    rows = [i for i in rows if tokenise(said[i])][:n]
+    refs = [[c for c in ds.references(i) if tokenise(c)] if hasattr(ds,'references') else [said[i]] for i in rows]
+    return ds.__getitems__(rows)['image'].to(model.device),[said[i] for i in rows],refs
+
+def _told(x, asked, refs, reader, judge, batch_size):
+    "What the reader and the judge find in pictures in [-1,1]."
+    res = {k:v for k,v in caption_scores(refs, reader.caption(x, batch_size=batch_size)).items() if k!='n'}
+    among = min(100, 1+len(asked)-max(Counter(asked).values()))
+    if among>1: res['retrieval'] = retrieval(reader.similarity(x, asked, batch_size), asked, among)['accuracy']
+    if judge is None: return res,among
+    parts = [judge.agreement(p, asked[i*batch_size:(i+1)*batch_size]) for i,p in enumerate(x.split(batch_size))]
+    return res|{k:torch.cat([p[k] for p in parts]).float().mean().item() for k in parts[0]},among
+
+# %% ../nbs/19_recipes.ipynb #2941a25a
+def evaluate_texts(
+    model:TextToImage, # with a `Blip` as its reader
+    data='scenes', # a captioned set by name, or a folder, table or zip file of one
+    n:int=1000, # prompts: captions of held-out pictures, one a picture; all where there are fewer
+    root=None, # where the set is looked for first
+    prior:str=None, # as in `model.sample`
+    candidates:int=1, # as in `model.sample`
+    seed:int=0, # of the pictures
+    batch_size:int=64, # pictures at a time
+    progress:bool=True, # show bars
+    **how, # for `model.sample`: temperature, guidance_scale, steps, ...
+)->dict: # numbers by name; `real_...`: the same of the real pictures
+    "Draw held-out captions; BLEU to CIDEr of what the reader says of the pictures, retrieval, and the judge's rates. `ImportError` for a package that is missing; raises what the set and `sample` raise, before work starts."
+    if not (isinstance(getattr(model,'reader',None), Blip) and model.reader.encoder and model.reader.decoder): raise ValueError("the reader of this model cannot describe pictures: expected a TextToImage with a `Blip` that has encoder and decoder")
+    for package in ('sacrebleu','rouge_score','nltk'): _need(package)
+    real,asked,refs = _held_out(model, data, n, root)
+    judge = load(f'{data}_judge', model.device) if f'{data}_judge' in available('') else None
+    start = time.perf_counter()
+    x = model.sample(asked, prior=prior, candidates=candidates, seed=seed, batch_size=batch_size, progress=progress, **how)
+    seconds = (time.perf_counter()-start)/len(asked)
+    (res,among),(base,_) = (_told(o, asked, refs, model.reader, judge, batch_size) for o in (x*2-1,real))
+    both = {k:v for o in res for k,v in ((o,res[o]),(f'real_{o}',base[o]))}
+    return dict(n=len(asked), prior=prior or model.kinds[0], candidates=candidates, seconds_per_picture=seconds, parameters=n_params(model), **both, retrieval_chance=1/among)
+
+def reconstruction_texts(
+    model:TextToImage, # its VQ-VAE is what counts
+    data='scenes', # as in `evaluate_texts`
+    n:int=1000, # held-out pictures; all where there are fewer
+    root=None, # where the set is looked for first
+    batch_size:int=64, # pictures at a time
+)->dict: # psnr in dB, ssim, lpips and what measured it; of each level, the share of codes that occur and the perplexity
+    "How well the codes keep held-out pictures. Raises what the set raises, before work starts."
+    x,_,_ = _held_out(model, data, n, root)
+    codes = [*map(torch.cat, zip(*(model.vqvae.encode_codes(b) for b in x.split(batch_size))))]
+    y = torch.cat([model.vqvae.decode_codes(c) for c in zip(*(c.split(batch_size) for c in codes))])
+    a,b = (((o+1)/2).clamp(0,1).cpu() for o in (y,x))
+    res = dict(n=len(x), psnr=float(psnr(a, b)), ssim=float(ssim(a, b)))
+    try: d = perceptual('auto'); res |= dict(lpips=float(lpips_distance(a, b, d)), lpips_by=d.name)
+    except FileNotFoundError as e: print(f'lpips is left out: {e}')
+    k = model.vqvae.n_codes
+    return res|{f'{what}_{l}':float(v) for l,c in enumerate(codes) for what,v in (('codes_used',len(c.unique())/k),('perplexity',perplexity(c, k)))}
 
 # %% ../nbs/19_recipes.ipynb #edb85ea7
 def measured(
@@ -482,12 +575,16 @@ def sample_cli(
         if label is not None: raise ValueError(f'{model} draws by text, not by label: use --prompt')
         x,ncol = ldm.sample(prompt, n or 8, prior=prior, candidates=candidates, seed=seed, progress=True, **how),8
     else:
-        if prompt is not None or prior or candidates!=1: raise ValueError(f"{model} does not draw by text, so --prompt, --prior and --candidates mean nothing to it; these do: {', '.join(available('TextToImage')) or 'none that is shipped'}")
+        _no_texts(model, prior, candidates, prompt)
         x,ncol = _by_label(ldm, n or 16, label, seed=seed, progress=True, **how)
     _save_grid(x, out, ncol)
     print(f'{len(x)} pictures in {out}')
 
 # %% ../nbs/19_recipes.ipynb #f9657562
+def _no_texts(model, prior, candidates, prompt=None):
+    "`ValueError` where a model of labels is told what only one of texts understands."
+    if prompt is not None or prior or candidates!=1: raise ValueError(f"{model} does not draw by text, so --prompt, --prior and --candidates mean nothing to it; these do: {', '.join(available('TextToImage')) or 'none that is shipped'}")
+
 def _by_label(ldm, n, label, **how):
     "Pictures of one label, or of all one after the other; how many to a row."
     embedders = getattr(ldm.denoiser.conditioner, 'embedders', {})
@@ -526,20 +623,27 @@ def codes_cli(
 def eval_cli(
     model:str, # a shipped model or a folder
     data:str=None, # data set to compare with (default: the one in the model's card)
-    n:int=10000, # pictures
+    n:int=None, # pictures (default: 10000, or 1000 of a model of texts)
     steps:int=None, # of sampling
     step:str=None, # name of the sampler
-    guidance_scale:float=1., # how closely to follow the label
+    guidance_scale:float=None, # how closely to follow the label or the text (default: 1, or the model's own)
+    prior:str=None, # of a model of texts: codes or diffusion
+    candidates:int=1, # of a model of texts: pictures drawn for each one kept
     root:str=None, # where the real pictures are looked for first
     seed:int=0, # of the pictures
     out:str=None, # a JSON file for the numbers
     card:store_true=False, # keep the numbers in the model's card
 ):
-    "Score a model with the evaluator of its data set."
+    "Score a model: of labels by the evaluator of its data set, of texts by held-out captions."
     ldm = load(model)
     data = data or ldm.meta.get('data')
-    ev = load(_known(f'{data}_evaluator', available('Evaluator'), 'evaluator'))
-    res = evaluate_ldm(ldm, ev, data, n, root, seed, steps=steps, step=step, guidance_scale=guidance_scale)
+    if not data: raise ValueError(f'the card of {model} does not say what it was trained on: give --data')
+    how = {k:v for k,v in dict(steps=steps, step=step, guidance_scale=guidance_scale).items() if v is not None}
+    if isinstance(ldm, TextToImage): res = evaluate_texts(ldm, data, 1000 if n is None else n, root, prior, candidates, seed, **how)|reconstruction_texts(ldm, data, 1000 if n is None else n, root)
+    else:
+        _no_texts(model, prior, candidates)
+        ev = load(_known(f'{data}_evaluator', available('Evaluator'), 'evaluator'))
+        res = evaluate_ldm(ldm, ev, data, 10000 if n is None else n, root, seed, **how)
     for k,v in res.items(): print(f'{k:32s}{v:12.4f}' if isinstance(v,float) else f'{k:32s}{v:>12}')
     if out:
         with write_atomic(out) as f: f.write_text(json.dumps(res, indent=1)+'\n')

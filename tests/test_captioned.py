@@ -1,5 +1,5 @@
 "Captioned sets: faults of tables, of pictures and of servers; every source of the clip art; sides that share no picture."
-import csv, io, json, re, shutil, threading, time, zipfile
+import csv, io, json, multiprocessing, os, re, shutil, signal, threading, time, zipfile
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -185,6 +185,7 @@ class Server(BaseHTTPRequestHandler):
         try: getattr(self, kind)(n, nth)
         except (BrokenPipeError,ConnectionError): pass
     def ok(self, n, nth): self.say(photo(None, n))
+    def late(self, n, nth): time.sleep(.05); self.ok(n, nth)
     def grey(self, n, nth): self.say(photo(None, n, 'L'))
     def jpeg(self, n, nth): self.say(photo(None, n, kind='jpeg'), 'image/jpeg')
     def lost(self, n, nth): self.say(b'no', 'text/plain', 404)
@@ -248,6 +249,23 @@ def test_no_server_and_no_address(tmp_path):
     files,failed = fetch_images(urls, tmp_path, retries=0, timeout=2, progress=False)
     eq((files,set(failed)), ({},set(urls))); assert 'no connection' in failed[urls[0]] and 'not an address' in failed[urls[2]]
 
+@pytest.mark.filterwarnings('ignore:.*fork')
+def test_killed_while_fetching(web, tmp_path):
+    "What had arrived is whole and is not asked for again; the rest is fetched; the set is as if nothing had been."
+    names = [f'late_{i}.png' for i in range(24)]
+    p = multiprocessing.get_context('fork').Process(target=get, args=(web,tmp_path/'d',*names), kwargs=dict(workers=2, timeout=9.))
+    p.start()
+    end = time.monotonic()+9
+    while sum(Server.asked.values())<9 and time.monotonic()<end: time.sleep(.01)
+    os.kill(p.pid, signal.SIGKILL); p.join()
+    there = {f.name:f.read_bytes() for f in (tmp_path/'d').glob('late*.png')}
+    assert 0<len(there)<24 and not [n for n,b in there.items() if b!=photo(None, int(re.search(r'\d+', n)[0]))]
+    files,failed = get(web, tmp_path/'d', *names, workers=8, timeout=9.)
+    eq((len(files),failed), (24,{}))
+    eq([i for i,f in enumerate(files.values()) if f.read_bytes()!=photo(None, i)], [])
+    again = [n for n,k in Server.asked.items() if k>1]
+    assert len(again)<=3 and not [n for n in again if any(f.startswith(n[1:-4]+'-') for f in there)], again
+
 def test_names_from_the_web_stay_in_their_folder(web, tmp_path):
     names = ['ok_1/../../x.png','ok_2.png?a=/../b','ok_3%2f..%2fy.png','ok_4.exe','ok_5'+'z'*300+'.png','ok_6/…/ä.png']
     files,failed = get(web, tmp_path/'d', *names)
@@ -278,6 +296,24 @@ def test_musti(web, tmp_path, wrap):
     grey = next(ds[ds.name.index(f'{web}/grey_60.png')] for ds in (train,test) if f'{web}/grey_60.png' in ds.name)
     assert grey['label']==-1 and (grey['image'][0]==grey['image'][2]).all()
     eq([r['id'] for r in MUSTI(f, caption='title', language='fr', label='YES', **{**kw,'test':0,'retries':0}).rows], [i for i in range(60) if i%4==1 and i%3])
+
+def test_musti_whose_servers_fail(web, tmp_path):
+    "One that hangs, one without the picture, one that sends a page: told by address, and the others are there."
+    bad = dict(hangs='no answer within 0.8 s', lost='404 Not Found', page=r'not a picture that can be read \(text/html', drops='no connection')
+    f = musti(tmp_path, [record(web, i) for i in range(8)]+[record(web, 90+i, image=f'{web}/{k}_1.png') for i,k in enumerate(bad)])
+    kw = dict(folder=tmp_path/'kept', progress=False, test=0, size=16, retries=0, timeout=.8)
+    with pytest.warns(UserWarning, match='MUSTI leaves out 4 pictures'): ds = MUSTI(f, **kw)
+    eq(([r['id'] for r in ds.rows],set(ds.failed)), ([*range(8)],{f'{web}/{k}_1.png' for k in bad}))
+    for k,why in bad.items(): assert re.match(why, ds.failed[f'{web}/{k}_1.png']), ds.failed
+    eq(json.loads((tmp_path/'kept'/'failed.json').read_text()), ds.failed)
+    with pytest.warns(UserWarning, match='download=False'): eq(len(MUSTI(f, **kw, download=False)), 8)          # later, without a network
+
+def test_musti_has_a_painting_on_one_side_only(web, tmp_path):
+    "Also where the same file has two addresses, and however many texts there are."
+    rs = [record(web, i, image=f'{web}/ok_{i%20}.{("png","PNG","png?size=large")[i//20]}') for i in range(60)]
+    sides = [MUSTI(musti(tmp_path, rs), s, folder=tmp_path/'kept', progress=False, test=.4, size=8) for s in ('train','test')]
+    which = [{re.search(r'ok_(\d+)', n)[1] for n in ds.name} for ds in sides]
+    eq((which[0]&which[1],sum(map(len, sides)),len(which[0]|which[1])), (set(),60,20)); assert 2<len(which[1])<18
 
 def test_musti_of_local_files_and_blank_labels(tmp_path):
     for i in range(4): photo(tmp_path/'pics'/f'{i}.jpg', i, kind='jpeg')

@@ -116,6 +116,17 @@ def test_any_number_of_workers(how, tmp_path):
         eq(cs[7]['name'], all_of['name'][7])                                             # the parent's own is as it was
     eq(torch.cat([b['codes'][1] for b in dataloader(cs, 64)]), all_of['codes'][1])
 
+def test_written_by_workers(tmp_path):
+    "Processes that read pictures do not change what is written, nor its order; also from the middle on."
+    ds,m = Lazy(200),model()
+    want = records(write(ds, tmp_path/'a', m, text_features=Words()), 200)
+    eq(records(write(ds, tmp_path/'b', m, text_features=Words(), workers=2), 200), want)
+    import fastldm.codes as codes
+    folder = (tmp_path/'c').resolve(); head = dict(codes._header(ds, m, Words()), precision=None)
+    env,_ = codes._start(folder, head); codes._put(folder, env, 0, codes._records(ds.__getitems__(range(64)), m, Words(), head)); _close(str(folder))
+    eq(len(CodeDataset(folder, unfinished=True)), 64)
+    eq(records(write(ds, folder, m, text_features=Words(), workers=1), 200), want)
+
 def test_twice_in_a_process_and_made_anew(tmp_path, monkeypatch):
     a = CodeDataset(write(Lazy(50), tmp_path/'c')); b = CodeDataset(tmp_path/'c')
     eq(a[3]['name'], b[3]['name'])
