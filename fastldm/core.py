@@ -8,7 +8,7 @@ __all__ = ['Recorded', 'Module', 'from_config', 'write_atomic', 'fingerprint', '
 
 # %% ../nbs/00_core.ipynb #c0a18586
 import hashlib,importlib,inspect,json,math,os,random,sys,tempfile
-from contextlib import contextmanager
+from contextlib import ExitStack,contextmanager
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
@@ -102,21 +102,34 @@ def n_params(m:nn.Module)->int: # number of trainable values
 def save_model(model:Module, # what to save
                folder, # made if needed
                half:bool=True, # floating tensors in 16 bit
+               max_file:int=None, # bytes of weights in one file; more of them go to model-2.safetensors and so on; None: all in one
                **meta # anything JSON can hold, kept in config.json
               )->Path: # `folder`
     "Write model.safetensors and config.json; `ValueError` where the record or a weight cannot be saved."
     from safetensors.torch import save_file
     config,state = model.config(),{}
-    info = json.dumps(dict(config=config, config_fingerprint=_mark(config), fingerprint=fingerprint(model), **meta), indent=1, ensure_ascii=False, default=_number)
     for n,t in model.state_dict().items():
         state[n] = (t.half() if half and t.is_floating_point() else t).detach().cpu().clone().contiguous()
         if half and t.is_floating_point() and (~state[n].isfinite()).sum()!=(~t.isfinite()).sum():
             raise ValueError(f"`{n}` has values that half precision cannot hold: save with half=False")
-    folder = Path(folder)
-    with write_atomic(folder/'model.safetensors') as w, write_atomic(folder/'config.json') as c:
-        save_file(state, w)
-        c.write_text(info+'\n', encoding='utf-8')
+    folder,parts = Path(folder),_parts(state, max_file or math.inf)
+    if len(parts)>1: meta['files'] = [*parts]
+    info = json.dumps(dict(config=config, config_fingerprint=_mark(config), fingerprint=fingerprint(model), **meta), indent=1, ensure_ascii=False, default=_number)
+    with ExitStack() as whole:
+        for name,part in parts.items(): save_file(part, whole.enter_context(write_atomic(folder/name)))
+        whole.enter_context(write_atomic(folder/'config.json')).write_text(info+'\n', encoding='utf-8')
+    for f in folder.glob('model-*.safetensors'):
+        if f.name not in parts: f.unlink()                           # of a larger model that was here before
     return folder
+
+def _parts(state, most):
+    "{name of a file: its tensors}, at most `most` bytes in each, but one tensor at least."
+    parts,size = [{}],0
+    for n,t in state.items():
+        size += t.nbytes
+        if size>most and parts[-1]: parts.append({}); size = t.nbytes
+        parts[-1][n] = t
+    return {f"model{f'-{i}' if i>1 else ''}.safetensors":p for i,p in enumerate(parts, 1)}
 
 def _mark(config): return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -131,7 +144,7 @@ def _no_pickle(f): return ValueError(f"{f} is a pickle, which can run any code, 
     "`torch.load(path, weights_only=True)`, put the weights into the model with `load_state_dict`, then `save_model(model, folder)`")
 
 def _read_model(folder):
-    "The two files of a saved model, as (info, tensors); says what is wrong with the folder."
+    "The files of a saved model, as (info, tensors); says what is wrong with the folder."
     from safetensors.torch import load_file
     p = Path(folder); c,w = p/'config.json',p/'model.safetensors'
     if not w.exists():
@@ -143,10 +156,14 @@ def _read_model(folder):
         info = json.loads(c.read_text(encoding='utf-8')); info['fingerprint']
         if _mark(info['config'])!=info['config_fingerprint']: raise ValueError('the record was altered after it was saved')
     except (ValueError,KeyError,TypeError,RecursionError) as e: raise ValueError(f"{c} is damaged, or not written by `save_model` ({e!r}): fetch or save the model again") from e
-    try: return info,load_file(w)
-    except Exception as e:
-        if w.read_bytes()[:2] in (b'PK',b'\x80\x02',b'\x80\x04'): raise _no_pickle(w) from e
-        raise ValueError(f"{w} is damaged ({e}): fetch or save the model again") from e
+    state = {}
+    for w in (p/Path(str(n)).name for n in info.get('files', [w.name])):
+        if not w.exists(): raise FileNotFoundError(f"{w} does not exist; config.json says that the weights are in {', '.join(map(str,info['files']))}: fetch or save the model again")
+        try: state |= load_file(w)
+        except Exception as e:
+            if w.read_bytes()[:2] in (b'PK',b'\x80\x02',b'\x80\x04'): raise _no_pickle(w) from e
+            raise ValueError(f"{w} is damaged ({e}): fetch or save the model again") from e
+    return info,state
 
 # %% ../nbs/00_core.ipynb #5cac6b37
 def _build(folder, config):

@@ -162,7 +162,7 @@ def load(
     raise FileNotFoundError(f"no model {name!r}: {f'did you mean {near[0]!r}? ' if near else ''}Shipped are {', '.join(shipped)}; otherwise give a folder that `save` wrote, or `user/name` on the hub")
 
 # %% ../nbs/12_ldm.ipynb #53001478
-_hub_files = ['model.safetensors','config.json','README.md']
+_hub_files = ['model*.safetensors','config.json','README.md']
 
 def _from_hub(repo):
     from huggingface_hub import snapshot_download

@@ -253,14 +253,15 @@ def test_no_server_and_no_address(tmp_path):
 def test_killed_while_fetching(web, tmp_path):
     "What had arrived is whole and is not asked for again; the rest is fetched; the set is as if nothing had been."
     names = [f'late_{i}.png' for i in range(24)]
-    p = multiprocessing.get_context('fork').Process(target=get, args=(web,tmp_path/'d',*names), kwargs=dict(workers=2, timeout=9.))
+    here = lambda: [*(tmp_path/'d').glob('late*.png')]
+    p = multiprocessing.get_context('fork').Process(target=get, args=(web,tmp_path/'d',*names), kwargs=dict(workers=2, timeout=30.))
     p.start()
-    end = time.monotonic()+9
-    while sum(Server.asked.values())<9 and time.monotonic()<end: time.sleep(.01)
+    end = time.monotonic()+60
+    while len(here())<5 and time.monotonic()<end: time.sleep(.005)
     os.kill(p.pid, signal.SIGKILL); p.join()
-    there = {f.name:f.read_bytes() for f in (tmp_path/'d').glob('late*.png')}
+    there = {f.name:f.read_bytes() for f in here()}
     assert 0<len(there)<24 and not [n for n,b in there.items() if b!=photo(None, int(re.search(r'\d+', n)[0]))]
-    files,failed = get(web, tmp_path/'d', *names, workers=8, timeout=9.)
+    files,failed = get(web, tmp_path/'d', *names, workers=8, timeout=30.)
     eq((len(files),failed), (24,{}))
     eq([i for i,f in enumerate(files.values()) if f.read_bytes()!=photo(None, i)], [])
     again = [n for n,k in Server.asked.items() if k>1]
@@ -299,9 +300,9 @@ def test_musti(web, tmp_path, wrap):
 
 def test_musti_whose_servers_fail(web, tmp_path):
     "One that hangs, one without the picture, one that sends a page: told by address, and the others are there."
-    bad = dict(hangs='no answer within 0.8 s', lost='404 Not Found', page=r'not a picture that can be read \(text/html', drops='no connection')
+    bad = dict(hangs='no answer within 3 s', lost='404 Not Found', page=r'not a picture that can be read \(text/html', drops='no connection')
     f = musti(tmp_path, [record(web, i) for i in range(8)]+[record(web, 90+i, image=f'{web}/{k}_1.png') for i,k in enumerate(bad)])
-    kw = dict(folder=tmp_path/'kept', progress=False, test=0, size=16, retries=0, timeout=.8)
+    kw = dict(folder=tmp_path/'kept', progress=False, test=0, size=16, retries=0, timeout=3.)
     with pytest.warns(UserWarning, match='MUSTI leaves out 4 pictures'): ds = MUSTI(f, **kw)
     eq(([r['id'] for r in ds.rows],set(ds.failed)), ([*range(8)],{f'{web}/{k}_1.png' for k in bad}))
     for k,why in bad.items(): assert re.match(why, ds.failed[f'{web}/{k}_1.png']), ds.failed
