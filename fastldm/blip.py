@@ -53,7 +53,7 @@ def _texts(captions):
     captions = [captions] if isinstance(captions, str) else list(captions)
     for c in captions:
         if not isinstance(c, str): raise ValueError(f"a caption is {c!r}, a {type(c).__name__}: give a string, or a list of strings")
-    return captions
+    return [c.encode('utf-8', 'replace').decode() for c in captions]  # bytes that are no UTF-8 come from a shell as half characters
 
 # %% ../nbs/15_blip.ipynb #3436a435
 def _quiet(f):

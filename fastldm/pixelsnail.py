@@ -267,7 +267,7 @@ def choose_codes(logits, u, # (n,K); (n,) uniform in [0,1)
 @torch.no_grad()
 def _sample(stepper, model, n, above, text, seed, first, temperature, top_k, top_p, guidance_scale, progress):
     "What both samplers share; `stepper(model, known, tokens) -> step(codes, p, last) -> logits (N,K)`."
-    limits = dict(n=(n,1,1e9), temperature=(temperature,0,1e9), top_k=(top_k,1,1e9), top_p=(top_p,1e-9,1))
+    limits = dict(n=(n,1,1e9), temperature=(temperature,0,1e9), guidance_scale=(guidance_scale,0,1e9), top_k=(top_k,1,1e9), top_p=(top_p,1e-9,1))
     for k,(v,lo,hi) in limits.items():
         if v is not None and not lo<=v<=hi: raise ValueError(f"{k}={v!r}: expected {f'a number from 0 to 1, 0 left out' if k=='top_p' else 'a number of at least '+str(lo)}")
     if guidance_scale!=1 and text is None: raise ValueError(f"guidance_scale={guidance_scale}, but no text was given to be guided by")

@@ -20,6 +20,8 @@ from .data import DATASETS, Augmented, get_dataset, to_image
 from .train import Learner, SampleCB, _read_checkpoint
 from .captioned import Captioned
 from .synthetic import SyntheticScenes
+
+# %% ../nbs/19_recipes.ipynb #2495cec4
 from .autoencoder import Autoencoder, TutorialAutoencoder, LatentDataset, autoencoder_loss
 from .schedules import VE, Cosine
 from .unet import UNet, TutorialUNet
@@ -155,7 +157,7 @@ _licences = dict(scenes='drawn by this library', clipart='public domain', **{'cl
 def _finish(folder, model, stages, data, draw, ncol=8, **card):
     "Save the whole model with its card, and a grid of what `draw(model)` gives to look at."
     licence = f"weights Apache-2.0; data {_licences.get(str(data), 'of the user')}"
-    save(model, folder, **{**dict(data=str(data), stages={k:load_model(folder/k,'cpu').meta for k in stages}, n_params=n_params(model), licence=licence), **card})
+    save(model, folder, max_file=15*2**20, **{**dict(data=str(data), stages={k:load_model(folder/k,'cpu').meta for k in stages}, n_params=n_params(model), licence=licence), **card})
     write_card(folder)
     model = load(folder)
     _save_grid(draw(model), folder/'samples.png', ncol)
@@ -347,7 +349,7 @@ def text_to_image(
     reader:dict=None, # for `Blip.small`
     prior_steps=(8000,8000), # of each level's prior, at most
     steps:int=8000, # of the diffusion prior's training
-    channels=(48,96), # of the diffusion prior
+    channels=(96,160), patch:int=2, # of the diffusion prior
     prior_channels=(96,96), # of the other priors, a level each
     codes:dict=None, diffusion:dict=None, # settings to draw with, as in `TextToImage`
     seed:int=0, # of everything
@@ -364,7 +366,7 @@ def text_to_image(
     priors = [train_prior(*books, folder, l, c, n, **kw) for l,(c,n) in enumerate(zip(prior_channels, prior_steps))]
     d_emb,d_text = 4*channels[0],reader.d_text
     set_seed(seed)
-    net = UNet(vqvae.c_latent, channels, attention=[True]*len(channels), d_emb=d_emb, d_context=d_emb//2)
+    net = UNet(vqvae.c_latent, channels, attention=[True]*len(channels), d_emb=d_emb, d_context=d_emb//2, patch=patch)
     den = train_denoiser(CodeLatents(books[0], vqvae), folder, Denoiser(net, Cosine(), Conditioner(drop=.15, text=TextEmbedder(d_text,d_emb,d_emb//2))), partial(diffusion_loss, weight=edm_weight), steps, **kw)
     asked = held.caption[::max(1, len(held)//16)][:16]
     stages = ('reader','vqvae',*(f'prior_{l}' for l in range(len(priors))),'denoiser')
@@ -389,7 +391,7 @@ RECIPES = dict(
     flowers=partial(label_ldm, 'flowers5', size=64, c_latent=8, ae_steps=8000, steps=12000, drop=.2, copies=4),
     flowers5_evaluator=partial(photo_evaluator, 'flowers5'),
     folder=label_ldm,
-    scenes=partial(text_to_image, 'scenes', reader_steps=3500, ae_steps=2000, reader=dict(width=128, heads=4), prior_steps=(2000,2000), steps=4000),
+    scenes=partial(text_to_image, 'scenes', reader_steps=3500, ae_steps=2000, reader=dict(width=128, heads=4), prior_steps=(8000,8000), steps=16000),
     clipart=partial(text_to_image, 'clipart+emoji', reader_steps=2500, ae_steps=2000, reader=dict(width=128, heads=4), prior_steps=(1500,2000), steps=3500),
     paintings=partial(text_to_image, 'paintings', reader_steps=2500, ae_steps=2000, reader=dict(width=128, heads=4), prior_steps=(1500,2000), steps=3500),
     scenes_judge=train_scene_judge,
@@ -446,8 +448,7 @@ def _held_out(model, data, n, root):
     ds = _captioned(data, root, 'test', model.size)
     if not hasattr(ds,'caption'): raise ValueError(f"{data} has no captions: give a captioned set, or a folder, table or zip file of one")
     said,rows = ds.caption,getattr(ds, 'firsts', range(len(ds)))
-    rows = [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
-    rows = [i for i in rows if tokenise(said[i])][:n]
+    rows = [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)) if tokenise(said[rows[i]])][:n]
     refs = [[c for c in ds.references(i) if tokenise(c)] if hasattr(ds,'references') else [said[i]] for i in rows]
     return ds.__getitems__(rows)['image'].to(model.device),[said[i] for i in rows],refs
 
@@ -500,8 +501,7 @@ def reconstruction_texts(
     res = dict(n=len(x), psnr=float(psnr(a, b)), ssim=float(ssim(a, b)))
     try: d = perceptual('auto'); res |= dict(lpips=float(lpips_distance(a, b, d)), lpips_by=d.name)
     except FileNotFoundError as e: print(f'lpips is left out: {e}')
-    k = model.vqvae.n_codes
-    return res|{f'{what}_{l}':float(v) for l,c in enumerate(codes) for what,v in (('codes_used',len(c.unique())/k),('perplexity',perplexity(c, k)))}
+    return res|{f'{what}_{l}':float(v) for l,c in enumerate(codes) for what,v in (('codes_used',len(c.unique())/model.vqvae.n_codes),('perplexity',perplexity(c, model.vqvae.n_codes)))}
 
 # %% ../nbs/19_recipes.ipynb #edb85ea7
 def measured(
