@@ -497,10 +497,8 @@ class Together(Captioned):
         self.sets,((self.split,self.size,self.channels),),self.classes,self.image = sets,kinds,[],None
         self.at = [(d,i) for d in sets for i in range(len(d))]
         self.caption = [c for d in sets for c in d.caption]
-        self.name = [f'{type(d).__name__.lower()}/{n}' for d in sets for n in d.name]
+        self.name = self.files = [f'{type(d).__name__.lower()}/{n}' for d in sets for n in d.name]
 
-    def __len__(self): return len(self.at)
-    def __getitem__(self, i): return {k:v[0] for k,v in self.__getitems__([i]).items()}
     def __getitems__(self, idxs)->dict: # image (B,C,H,W) in [-1,1], caption and name
         "A batch at once."
         idxs = [int(i) for i in idxs]

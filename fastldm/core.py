@@ -99,6 +99,16 @@ def n_params(m:nn.Module)->int: # number of trainable values
     return sum(p.numel() for p in m.parameters() if p.requires_grad)
 
 # %% ../nbs/00_core.ipynb #91d214b6
+def _parts(state, most):
+    "{name of a file: its tensors}, at most `most` bytes in each, but one tensor at least."
+    parts,size = [{}],0
+    for n,t in state.items():
+        size += t.nbytes
+        if size>most and parts[-1]: parts.append({}); size = t.nbytes
+        parts[-1][n] = t
+    return {f"model{f'-{i}' if i>1 else ''}.safetensors":p for i,p in enumerate(parts, 1)}
+
+# %% ../nbs/00_core.ipynb #5069183d
 def save_model(model:Module, # what to save
                folder, # made if needed
                half:bool=True, # floating tensors in 16 bit
@@ -121,15 +131,6 @@ def save_model(model:Module, # what to save
     for f in folder.glob('model-*.safetensors'):
         if f.name not in parts: f.unlink()                           # of a larger model that was here before
     return folder
-
-def _parts(state, most):
-    "{name of a file: its tensors}, at most `most` bytes in each, but one tensor at least."
-    parts,size = [{}],0
-    for n,t in state.items():
-        size += t.nbytes
-        if size>most and parts[-1]: parts.append({}); size = t.nbytes
-        parts[-1][n] = t
-    return {f"model{f'-{i}' if i>1 else ''}.safetensors":p for i,p in enumerate(parts, 1)}
 
 def _mark(config): return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -30,7 +30,6 @@ from .cond import Conditioner, LabelEmbedder, TextEmbedder, VectorEmbedder
 from .denoiser import Denoiser, diffusion_loss, edm_weight
 from .ldm import LatentDiffusion, available, load, save, weights_folders
 from .codes import CodeDataset, write_codes
-from torch.utils.data import Subset
 from .scene_judge import SceneJudge, scene_judge_loss
 from .pixelsnail import EarlyStopCB, PixelSNAIL, bits_per_code, pixelsnail_loss
 from .blip import Blip, blip_loss, _need
@@ -327,7 +326,7 @@ def train_prior(
     **kw, # for the `Learner`
 ): # the prior that was best on the held-out codes
     "One level of codes, given the level above and the text; half of the held-out codes choose the weights, the other half measures them. `ValueError` of the learner before work starts."
-    stop_by,rest = (Subset(held, range(k, len(held), 2)[:n]) for k,n in ((0,512),(1,2048)))
+    stop_by,rest = (torch.utils.data.Subset(held, range(k, len(held), 2)[:n]) for k,n in ((0,512),(1,2048)))
     def make(folder):
         set_seed(seed+level)
         above = (codes.n_codes,codes.shapes[level-1]) if level else None

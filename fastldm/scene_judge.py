@@ -84,12 +84,12 @@ def agreement(self:SceneJudge, images, # (B,3,H,W) in [-1,1]
     "Is each named thing there, in its colour, lying as said, in its place; are all of these so; and is nothing else there? `ValueError` for another number of scenes, or a sentence that is none."
     scenes = [parse_scene(s) if isinstance(s, str) else s for s in scenes]
     if len(scenes)!=len(images): raise ValueError(f"given {len(images)} pictures and {len(scenes)} scenes: expected one a picture")
-    o,rows = self.look(images),[]
+    rows,o = [],self.look(images)
     for s,area,colour,centre,place in zip(scenes, *(o[k].cpu() for k in ('area','colour','centre','place'))):
         ks = [KINDS.index(k) for _,k,_ in s.things]
         there = bool((area[ks]>=least).all())
         rows.append(dict(object=there, colour=there and all([*COLOURS][colour[k]]==c for k,(c,_,_) in zip(ks,s.things)),
             relation=there and (s.relation is None or _lies(centre[ks[0]],centre[ks[1]])==s.relation), background=[*BACKGROUNDS][place]==s.background,
             only=int((area>=least).sum())==len(ks)))
-    res = {k: torch.tensor([r[k] for r in rows], dtype=torch.bool) for k in ('object','colour','relation','background','only')}
-    return dict(res, all=res['object']&res['colour']&res['relation']&res['background'])
+        rows[-1]['all'] = all(rows[-1][k] for k in ('object','colour','relation','background'))
+    return {k: torch.tensor([r[k] for r in rows], dtype=torch.bool) for k in ('object','colour','relation','background','only','all')}

@@ -55,11 +55,11 @@ def _prompts(prompt, n):
 # %% ../nbs/16_text2image.ipynb #a033e4b2
 @patch
 def _by_codes(self:TextToImage, text, seed, first, progress, temperature=1., top_k=None, top_p=None, guidance_scale=1.):
-    for k,v in dict(temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale).items():
-        if isinstance(v,(list,tuple)) and len(v)!=len(self.priors): raise ValueError(f'{k}={v!r}: expected a number, or {len(self.priors)} of them, one a level')
-    codes,each = [],lambda v,l: v[l] if isinstance(v,(list,tuple)) else v
+    given = dict(temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale)
+    if odd := [k for k,v in given.items() if isinstance(v,(list,tuple)) and len(v)!=len(self.priors)]: raise ValueError(f'{odd[0]}={given[odd[0]]!r}: expected a number, or {len(self.priors)} of them, one a level')
+    codes = []
     for l,prior in enumerate(self.priors):
-        kw = dict(temperature=each(temperature,l), top_k=each(top_k,l), top_p=each(top_p,l), guidance_scale=each(guidance_scale,l))
+        kw = {k:v[l] if isinstance(v,(list,tuple)) else v for k,v in given.items()}
         codes.append(sample_codes(prior, len(text), codes[-1] if codes else None, text if prior.d_text else None, seed=seed, first=first, progress=progress, **kw))
     return (self.vqvae.decode_codes(codes)+1)/2
 
