@@ -17,6 +17,7 @@ import torch, torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch
 from .core import *
+from .autoencoder import Residual
 
 # %% ../nbs/15_blip.ipynb #9cbc69ba
 SPECIAL = '[PAD] [UNK] [CLS] [SEP] [MASK] [DEC] [ENC]'.split()
@@ -132,6 +133,14 @@ def _add_aliases(m, state, prefix, *args):
         if prefix+first in state: state[prefix+n] = state[prefix+first]
 
 # %% ../nbs/15_blip.ipynb #da02c3c5
+class _Stem(nn.Sequential):
+    "Patches (B,width,H/patch,W/patch) by convolutions that halve, and two residual blocks that see beyond a patch."
+    def __init__(self, width, patch):
+        sizes = [3]+[max(32, width*2**i//patch) for i in range(1, patch.bit_length()-1)]+[width]
+        super().__init__(*(l for i,o in zip(sizes, sizes[1:]) for l in (nn.Conv2d(i, o, 3, 2, 1),nn.GroupNorm(1, o),nn.GELU())), Residual(width), Residual(width))
+    weight = property(lambda self: self[0].weight)                   # transformers asks for its type
+
+# %% ../nbs/15_blip.ipynb #89f764fe
 class Blip(TextEncoder):
     "BLIP (Li et al. 2022), by transformers' layers; `Blip.small` makes one to train, `Blip.from_pretrained` reads published weights."
     def __init__(self, vocab:list, # word pieces, those of `SPECIAL` among them
@@ -139,6 +148,7 @@ class Blip(TextEncoder):
                  d_proj:int=256, # of the space that pictures and texts share
                  encoder:bool=True, decoder:bool=True, # can it compare and match? describe?
                  max_len:int=35, # word pieces of a text that are read
+                 stem:bool=False, # patches by several convolutions, not one
                  match_token:str='[ENC]', # first token of a text that is matched with a picture
                  mean=(.5,.5,.5), std=(.5,.5,.5)): # of red, green and blue in [0,1]
         T = _need('transformers'); M = import_module('transformers.models.blip.modeling_blip')
@@ -149,6 +159,7 @@ class Blip(TextEncoder):
         ids = {f'{k}_token_id':self.ids[v] for k,v in dict(bos='[DEC]', eos='[SEP]', sep='[SEP]', pad='[PAD]').items()}
         tc = T.BlipTextConfig(**text, **ids, vocab_size=len(self.vocab), encoder_hidden_size=vision['hidden_size'])
         self.vision_model = M.BlipVisionModel(T.BlipVisionConfig(**vision))
+        if stem: self.vision_model.embeddings.patch_embedding = _Stem(vision['hidden_size'], vision['patch_size'])
         if encoder:
             self.text_encoder,self.itm_head = M.BlipTextModel(tc, add_pooling_layer=False),nn.Linear(tc.hidden_size, 2)
             self.vision_proj,self.text_proj = nn.Linear(vision['hidden_size'], d_proj),nn.Linear(tc.hidden_size, d_proj)
@@ -267,15 +278,16 @@ def small(cls:Blip, captions, # to learn the words from; not needed with `vocab`
           vocab_size:int=4000, # learned at most
           max_len:int=None, # word pieces that are read; the longest caption's if not given, at most 64
           dropout:float=.1, # in the text stack
+          stem:bool=True, # as in `Blip`
           **kw # for `Blip`
          )->Blip:
     "A small model with words of its own, to be trained from nothing."
-    if size%patch: raise ValueError(f"size={size}, patch={patch}: expected a size that is a multiple of the patch")
+    if size%patch or stem and patch&(patch-1): raise ValueError(f"size={size}, patch={patch}: expected a size that is a multiple of the patch{', which with a stem is a power of 2' if stem else ''}")
     vocab = train_vocab(captions, vocab_size) if vocab is None else list(dict.fromkeys([*vocab, *SPECIAL]))
     if max_len is None: max_len = max(4, min(64, max(len(e.ids) for e in _word_pieces(vocab).encode_batch(_texts(captions)))))
-    both = dict(hidden_size=width, intermediate_size=4*width, num_attention_heads=heads, initializer_range=.02)
+    both = dict(hidden_size=width, intermediate_size=4*width, num_attention_heads=heads, initializer_range=.5/math.sqrt(width)) # .02 is for a width of 768
     return cls(vocab, dict(both, num_hidden_layers=layers[0], image_size=size, patch_size=patch),
-        dict(both, num_hidden_layers=layers[1], max_position_embeddings=max_len+2, hidden_dropout_prob=dropout), d_proj or width, max_len=max_len, **kw)
+        dict(both, num_hidden_layers=layers[1], max_position_embeddings=max_len+2, hidden_dropout_prob=dropout), d_proj or width, max_len=max_len, stem=stem, **kw)
 
 # %% ../nbs/15_blip.ipynb #6f0ea95a
 def contrastive_loss(logits, # similarities divided by the temperature, pictures by texts, (B,B)
