@@ -491,9 +491,8 @@ DATASETS.update(paintings=Paintings, photos=Photos)
 class Together(Captioned):
     "Captioned sets one after the other; `ValueError` for sets of different splits, sizes or channels."
     def __init__(self, *sets): # with `image`, `caption` and `name`
-        if not sets: raise ValueError('no sets were given: expected one captioned set or more')
         kinds = {(d.split,d.size,d.channels) for d in sets}
-        if len(kinds)>1: raise ValueError(f"the sets differ (split, size, channels): {sorted(kinds)}; make them alike")
+        if len(kinds)!=1: raise ValueError(f"given {len(sets)} sets of (split, size, channels) {sorted(kinds)}: expected one or more, all alike")
         self.sets,((self.split,self.size,self.channels),),self.classes,self.image = sets,kinds,[],None
         self.at = [(d,i) for d in sets for i in range(len(d))]
         self.caption = [c for d in sets for c in d.caption]

@@ -101,10 +101,9 @@ def n_params(m:nn.Module)->int: # number of trainable values
 # %% ../nbs/00_core.ipynb #91d214b6
 def _parts(state, most):
     "{name of a file: its tensors}, at most `most` bytes in each, but one tensor at least."
-    parts,size = [{}],0
+    parts = [{}]
     for n,t in state.items():
-        size += t.nbytes
-        if size>most and parts[-1]: parts.append({}); size = t.nbytes
+        if parts[-1] and sum(o.nbytes for o in parts[-1].values())+t.nbytes>most: parts.append({})
         parts[-1][n] = t
     return {f"model{f'-{i}' if i>1 else ''}.safetensors":p for i,p in enumerate(parts, 1)}
 

@@ -7,7 +7,6 @@ __all__ = ['SceneJudge', 'scene_judge_loss']
 
 # %% ../nbs/18_scene_judge.ipynb #0effdc26
 import torch, torch.nn.functional as F
-from torch import nn
 from fastcore.basics import patch
 from .core import *
 from .autoencoder import Decoder,Encoder
@@ -19,7 +18,7 @@ class SceneJudge(Module):
     def __init__(self, channels=(32,64), d:int=64, n_blocks:int=2): # widths; channels between encoder and decoder; residual blocks at each width
         super().__init__()
         self.encoder,self.decoder = Encoder(3, d, channels, n_blocks, 2),Decoder(1+len(KINDS)+len(COLOURS), d, channels, n_blocks, 2)
-        self.place = nn.Linear(d, len(BACKGROUNDS))
+        self.place = torch.nn.Linear(d, len(BACKGROUNDS))
 
     def forward(self, x): # (B,3,H,W) in [-1,1] -> logits: kinds (B,11,H,W), 0 for none; colours (B,8,H,W); places (B,6)
         z = self.encoder(x)
@@ -32,9 +31,7 @@ def scene_judge_loss(model, batch)->dict: # loss, and of each part; needs `image
     x,mask,scenes = batch['image'],batch['mask'],[parse_scene(c) for c in batch['caption']]
     soft = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode='bilinear')
     x = torch.where(torch.rand(len(x),1,1,1, device=x.device)<.5, soft, x)+.05*torch.randn_like(x)
-    paint = torch.zeros(len(x), 1+len(KINDS), dtype=torch.long, device=x.device)
-    for row,s in zip(paint, scenes):
-        for c,k,_ in s.things: row[1+KINDS.index(k)] = [*COLOURS].index(c)
+    paint = torch.tensor([[next(([*COLOURS].index(c) for c,k,_ in s.things if k==kind), 0) for kind in [None,*KINDS]] for s in scenes], device=x.device)
     where = torch.tensor([[*BACKGROUNDS].index(s.background) for s in scenes], device=x.device)
     kind,colour,place = (o.float() for o in model(x))
     target = paint.gather(1, mask.flatten(1)).view_as(mask).masked_fill(mask==0, -100)
@@ -54,8 +51,7 @@ def look(self:SceneJudge, images)->dict: # (B,3,H,W) in [-1,1] -> area (B,10) as
     area = there.sum((1,2))
     at = lambda o,d: torch.einsum(f'bhwk,{d}->bk', there, o)/area.clamp_min(1)
     x,y = ((torch.arange(n, device=kind.device)+.5)/n for n in (w,h))
-    votes = torch.einsum('bhwk,bchw->bkc', there, colour.log_softmax(1))
-    return dict(area=area/(h*w), colour=votes.argmax(-1), centre=torch.stack([at(x,'w'),at(y,'h')], -1), place=place.argmax(1))
+    return dict(area=area/(h*w), colour=torch.einsum('bhwk,bchw->bkc', there, colour.log_softmax(1)).argmax(-1), centre=torch.stack([at(x,'w'),at(y,'h')], -1), place=place.argmax(1))
 
 # %% ../nbs/18_scene_judge.ipynb #e2817c12
 def _lies(a, b): # centres (2,)
@@ -72,8 +68,8 @@ def read(self:SceneJudge, images, # (B,3,H,W) in [-1,1]
     for area,colour,centre,place in zip(o['area'].cpu(), o['colour'].cpu(), o['centre'].cpu(), o['place'].cpu()):
         ks = [k for k in area.argsort(descending=True).tolist()[:2] if area[k]>=least]
         said = [([*COLOURS][colour[k]],KINDS[k]) for k in ks]
-        where = dict(background=[*BACKGROUNDS][place])
-        out.append(Scene(*said[0], _lies(centre[ks[0]],centre[ks[1]]), *said[1], **where) if len(ks)==2 else Scene(*said[0], **where) if ks else None)
+        rest = (_lies(centre[ks[0]],centre[ks[1]]),*said[1]) if len(ks)==2 else (None,None,None)
+        out.append(Scene(*said[0], *rest, [*BACKGROUNDS][place]) if ks else None)
     return out
 
 @patch

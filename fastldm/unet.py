@@ -41,8 +41,8 @@ def attend(
     causal:bool=False, # look at what is not later
 )->torch.Tensor: # (B,n_heads,n,d)
     "softmax(q·k/√d)·v (Vaswani et al. 2017). Training in 16 bit on a CPU it is written out: the fused kernel's backward pass is slow there."
-    few = q.shape[-2]*k.shape[-2]<=2**17                             # else the fused kernel saves memory, which matters more
-    if q.device.type!='cpu' or q.dtype==torch.float or not q.requires_grad or not few: return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    # for many positions the fused kernel saves memory, which matters more
+    if q.shape[-2]*k.shape[-2]>2**17 or q.device.type!='cpu' or q.dtype==torch.float or not q.requires_grad: return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     if causal: mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
     a = q@k.mT/math.sqrt(q.shape[-1])
     return (a if mask is None else a.masked_fill(~mask, -math.inf)).softmax(-1).to(v)@v
