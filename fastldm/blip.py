@@ -290,11 +290,11 @@ def small(cls:Blip, captions, # to learn the words from; not needed with `vocab`
         dict(both, num_hidden_layers=layers[1], max_position_embeddings=max_len+2, hidden_dropout_prob=dropout), d_proj or width, max_len=max_len, stem=stem, **kw)
 
 # %% ../nbs/15_blip.ipynb #6f0ea95a
-def contrastive_loss(logits, # similarities divided by the temperature, pictures by texts, (B,B)
+def contrastive_loss(logits, # similarities divided by the temperature, pictures by texts, (B,B); more columns: texts that are wrong for all
                      same=None): # (B,B) booleans: which texts are right for which picture; the diagonal if not given
     "Mean of the cross-entropies of texts given a picture and of pictures given a text, shared by all that are right."
-    t = (torch.eye(len(logits), device=logits.device) if same is None else same).to(logits)
-    return -((t/t.sum(1,keepdim=True)*logits.log_softmax(1)).sum(1).mean()+(t/t.sum(0)*logits.log_softmax(0)).sum(0).mean())/2
+    n = len(logits); t = (torch.eye(n, device=logits.device) if same is None else same).to(logits)
+    return -((t/t.sum(1,keepdim=True)*logits.log_softmax(1)[:,:n]).sum(1).mean()+(t/t.sum(0)*logits[:,:n].log_softmax(0)).sum(0).mean())/2
 
 @torch.no_grad()
 def hard_negatives(logits, # as above
@@ -317,12 +317,14 @@ def temperature(self:Blip):
     return self.log_temperature.exp().clamp(.01,.5)
 
 @patch
-def contrast_and_match(self:Blip, states, ids, mask, wrong=None): # pictures and their texts; `wrong` as (states, ids, mask): pairs known not to belong together
+def contrast_and_match(self:Blip, states, ids, mask, wrong=None, near=None): # pictures and their texts; pairs known not to belong together, as (states, ids, mask); texts that are nearly right, as (ids, mask)
     "Losses `itc` and `itm`, and how often the matching was right."
     v,t = F.normalize(self.vision_proj(states[:,0]).float(), dim=-1),self.encode_text(ids, mask)[0]
-    with torch.autocast(v.device.type, enabled=False): logits,same = v@t.T/self.temperature(),(ids[:,None]==ids).all(-1)
-    j = hard_negatives(logits, same); i = (j>=0).nonzero().flatten(); j = j[i]
-    parts = [(states,ids,mask),(states[i],ids[j],mask[j]),*([wrong] if wrong else [])]
+    t_near = t[:0] if near is None else self.encode_text(*near)[0]
+    with torch.autocast(v.device.type, enabled=False): logits,same = v@torch.cat([t,t_near]).T/self.temperature(),(ids[:,None]==ids).all(-1)
+    if near: logits[:,len(ids):].masked_fill_((ids[:,None]==near[0]).all(-1), -math.inf)    # nearly right for one, right for another
+    j = hard_negatives(logits[:,:len(ids)], same); i = (j>=0).nonzero().flatten(); j = j[i]
+    parts = [(states,ids,mask),(states[i],ids[j],mask[j]),*([(states,*near)] if near else []),*([wrong] if wrong else [])]
     yes = self.match_logits(*map(torch.cat, zip(*parts)))
     right = torch.arange(len(yes), device=yes.device)<len(ids)
     return dict(itc=contrastive_loss(logits, same), itm=F.cross_entropy(yes, right.long()), itm_accuracy=((yes[:,1]>yes[:,0])==right).float().mean())
@@ -337,19 +339,22 @@ def describe(self:Blip, states, ids, mask, smoothing=0.):
 # %% ../nbs/15_blip.ipynb #18e210fe
 def blip_loss(itc:float=1., itm:float=1., lm:float=1., # weights of contrast, matching and describing; those that the model cannot do are left out
               smoothing:float=0., # of the labels in `lm`
-              match:str=None # field of the batch: 1 where picture and text belong together, 0 where not, else unknown; None: they all do
+              match:str=None, # field of the batch: 1 where picture and text belong together, 0 where not, else unknown; None: they all do
+              near=None # function of caption and seed: the caption with a mistake, to be told from the right one (Yuksekgonul et al. 2023)
              ): # loss_fn(model, batch) -> dict(loss, itc, itm, itm_accuracy, lm, temperature)
     "The three objectives of BLIP (Li et al. 2022, section 3.2), without its momentum queue; needs `image` and `caption`."
     def loss_fn(model, batch):
-        caps = _texts(batch['caption'])
-        ids,mask = model.tokens(caps, warn=False)
-        y = torch.ones(len(caps)) if match is None else torch.as_tensor(batch[match]).cpu()
+        caps = _texts(batch['caption']); n = len(caps)
+        seeds = torch.randint(2**31, (n,)).tolist() if near else []
+        all_ids,all_mask = model.tokens(caps+[near(c, i) for c,i in zip(caps, seeds)], warn=False)
+        ids,mask = all_ids[:n],all_mask[:n]
+        y = torch.ones(n) if match is None else torch.as_tensor(batch[match]).cpu()
         said = mask.sum(1).cpu()>2
         yes,no = (((y==v)&said).nonzero().flatten().to(ids.device) for v in (1,0))
         states = model.image_states(batch['image'])
         right,wrong = ((states[i],ids[i],mask[i]) for i in (yes,no))
         zero = states.sum()*0; out = dict(itc=zero, itm=zero, lm=zero)
-        if len(yes) and model.encoder: out.update(model.contrast_and_match(*right, wrong if len(no) else None))
+        if len(yes) and model.encoder: out.update(model.contrast_and_match(*right, wrong if len(no) else None, (all_ids[n:][yes],all_mask[n:][yes]) if near else None))
         if len(yes) and model.decoder: out['lm'] = model.describe(*right, smoothing)
         loss = itc*out['itc']+itm*out['itm']+lm*out['lm']
         return dict(loss=loss, **{k:v.detach() for k,v in out.items()}, **(dict(temperature=model.temperature().detach()) if model.encoder else {}))

@@ -19,7 +19,7 @@ from .core import figures_path, image_grid, n_params, set_seed, write_atomic, lo
 from .data import DATASETS, Augmented, get_dataset, to_image
 from .train import Learner, SampleCB, _read_checkpoint
 from .captioned import Captioned
-from .synthetic import SyntheticScenes
+from .synthetic import SyntheticScenes, near_miss
 
 # %% ../nbs/19_recipes.ipynb #2495cec4
 from .autoencoder import Autoencoder, TutorialAutoencoder, LatentDataset, autoencoder_loss
@@ -46,12 +46,16 @@ def _stage(folder, make):
     save_model(model, folder, **meta)
     return load_model(folder)
 
-def _learn(model, data, loss_fn, folder, **kw):
-    "Train in `folder/run`, from its checkpoint where there is one."
-    learn = Learner(model, data, loss_fn, folder=folder/'run', **kw)
-    at = learn.checkpoint.exists()
-    if at: print(f'{folder.name}: going on from step {_read_checkpoint(learn.checkpoint)[0]["step"]} of {learn.steps}, in {learn.folder}')
-    return learn.fit(resume=at)
+def _train(folder, build, data, loss_fn, seed, note=lambda learn: {}, finish=lambda m: m, batch_size=64, **kw):
+    "The averaged weights of what `build()` makes, trained on `data` from the checkpoint in `folder/run` where there is one; `note(learn)` goes on the card."
+    def make(folder):
+        set_seed(seed)
+        learn = Learner(build(), data, loss_fn, folder=folder/'run', seed=seed, batch_size=min(batch_size,len(data)), **kw)
+        at = learn.checkpoint.exists()
+        if at: print(f'{folder.name}: going on from step {_read_checkpoint(learn.checkpoint)[0]["step"]} of {learn.steps}, in {learn.folder}')
+        learn.fit(resume=at)
+        return finish(learn.ema_model.eval()),dict(stage=folder.name, steps=learn.step, batch_size=learn.batch_size, seconds=round(learn.seconds), seed=seed, **note(learn))
+    return _stage(folder, make)
 
 # %% ../nbs/19_recipes.ipynb #c4a28902
 def train_autoencoder(
@@ -67,14 +71,9 @@ def train_autoencoder(
     **kw, # for the `Learner`
 ): # the trained autoencoder
     "First stage. `ValueError` of the data set or the learner before work starts."
-    def make(folder):
-        set_seed(seed)
-        m = model or Autoencoder(c_in=ds[0]['image'].shape[0], c_latent=c_latent, channels=channels, kl=True)
-        learn = _learn(m, ds, loss_fn or autoencoder_loss(kl_weight=2e-3), folder, steps=steps, seed=seed, **{**dict(batch_size=min(64,len(ds)), lr=5e-3, weight_decay=0., warmup=200, ema=.999), **kw})
-        m = learn.ema_model.eval()
-        if fit_scale: m.fit_scale(ds)
-        return m, dict(stage='autoencoder', steps=steps, seconds=round(learn.seconds), seed=seed)
-    return _stage(Path(folder)/'autoencoder', make)
+    build = lambda: model or Autoencoder(c_in=ds[0]['image'].shape[0], c_latent=c_latent, channels=channels, kl=True)
+    return _train(Path(folder)/'autoencoder', build, ds, loss_fn or autoencoder_loss(kl_weight=2e-3), seed, steps=steps,
+                  finish=lambda m: m.fit_scale(ds) if fit_scale else m, **{**dict(lr=5e-3, weight_decay=0., warmup=200, ema=.999), **kw})
 
 def train_denoiser(
     latents, # a `LatentDataset`
@@ -83,16 +82,11 @@ def train_denoiser(
     loss_fn=diffusion_loss, # of the denoiser
     steps:int=20000, # of the optimiser
     seed:int=0, # of everything
-    ema:float=.999, # decay of the average; None: none
-    batch_size:int=64, # latents a step, at most all of them
     **kw, # for the `Learner`
 ): # the trained denoiser, with averaged weights
     "Second stage. `ValueError` of the learner before work starts."
-    def make(folder):
-        learn = _learn(model, latents, loss_fn, folder, steps=steps, seed=seed, ema=ema, batch_size=min(batch_size,len(latents)), **{**dict(lr=1e-3, warmup=min(500,steps//10)), **kw})
-        history = [{k:r[k] for k in ('step','loss','accuracy','fid')} for r in learn.log if 'fid' in r]
-        return learn.ema_model.eval(), dict(stage='denoiser', steps=steps, batch_size=batch_size, seconds=round(learn.seconds), seed=seed, history=history)
-    return _stage(Path(folder)/'denoiser', make)
+    history = lambda learn: dict(history=[{k:r[k] for k in ('step','loss','accuracy','fid')} for r in learn.log if 'fid' in r])
+    return _train(Path(folder)/'denoiser', lambda: model, latents, loss_fn, seed, history, steps=steps, **{**dict(lr=1e-3, warmup=min(500,steps//10), ema=.999), **kw})
 
 def score_cb(
     data:str, # name of the data set
@@ -232,15 +226,11 @@ def train_evaluator(
 )->Evaluator: # saved in `folder`, with what it sees in the real test pictures beside it
     "A classifier whose features the metrics compare pictures in. Raises what the data set raises, before work starts."
     folder,(ds,test) = Path(folder),(get_dataset(data, root, split=s) for s in ('train','test'))
-    def make(folder):
-        set_seed(seed)
-        steps = epochs*len(ds)//batch_size
-        net = Evaluator(len(ds.classes), ds[0]['image'].shape[0], **network)
-        learn = _learn(net, ds, evaluator_loss(shift, turn, flip), folder, steps=steps, batch_size=batch_size, lr=3e-3, weight_decay=.05, warmup=steps//10,
-                       ema=.995, clip=None, seed=seed, precision=precision, progress=progress)
-        accuracy = float(label_accuracy(test, test.label, learn.ema_model))
-        return learn.ema_model, dict(name=f'{data}_evaluator', data=str(data), steps=steps, seconds=round(learn.seconds), seed=seed, test_accuracy=accuracy)
-    net = _stage(folder, make)
+    steps = epochs*len(ds)//batch_size
+    build = lambda: Evaluator(len(ds.classes), ds[0]['image'].shape[0], **network)
+    note = lambda learn: dict(name=f'{data}_evaluator', data=str(data), test_accuracy=float(label_accuracy(test, test.label, learn.ema_model)))
+    net = _train(folder, build, ds, evaluator_loss(shift, turn, flip), seed, note, steps=steps, batch_size=batch_size, lr=3e-3, weight_decay=.05, warmup=steps//10,
+                 ema=.995, clip=None, precision=precision, progress=progress)
     if not (folder/'reference.safetensors').exists(): Reference.of(test, net, ds).save(folder)
     return net
 
@@ -273,11 +263,8 @@ def train_scene_judge(
     progress:bool=True, # show bars
 )->SceneJudge: # saved in `folder`
     "A network that says what a scene shows. `ValueError` of the learner before work starts."
-    def make(folder):
-        set_seed(seed)
-        learn = _learn(SceneJudge(), SyntheticScenes(n), scene_judge_loss, folder, steps=steps, batch_size=32, lr=3e-3, weight_decay=.01, warmup=min(100,steps//10), ema=.995, seed=seed, precision=precision, progress=progress)
-        return learn.ema_model.eval(), dict(name='scenes_judge', data='scenes', steps=steps, seconds=round(learn.seconds), seed=seed)
-    return _stage(Path(folder), make)
+    return _train(Path(folder), SceneJudge, SyntheticScenes(n), scene_judge_loss, seed, lambda learn: dict(name='scenes_judge', data='scenes'), steps=steps, batch_size=32, lr=3e-3,
+                  weight_decay=.01, warmup=min(100,steps//10), ema=.995, precision=precision, progress=progress)
 
 # %% ../nbs/19_recipes.ipynb #8b12308c
 def train_reader(
@@ -286,16 +273,13 @@ def train_reader(
     model=None, # a `Blip`; None: a small one with the words of the captions
     steps:int=6000, # of the optimiser
     network:dict=None, # for `Blip.small`
+    near=None, # as in `blip_loss`: what makes captions that are nearly right
     seed:int=0, # of everything
     **kw, # for the `Learner`
 ): # the trained reader
     "Contrast, matching and captions. `ValueError` of the data set or the learner before work starts."
-    def make(folder):
-        set_seed(seed)
-        m = model or Blip.small(ds.caption, size=ds[0]['image'].shape[-1], **(network or {}))
-        learn = _learn(m, ds, blip_loss(), folder, steps=steps, seed=seed, **{**dict(batch_size=min(64,len(ds)), lr=1e-3, weight_decay=.05, warmup=min(500,steps//10), ema=.999), **kw})
-        return learn.ema_model.eval(), dict(stage='reader', steps=steps, seconds=round(learn.seconds), seed=seed)
-    return _stage(Path(folder)/'reader', make)
+    build = lambda: model or Blip.small(ds.caption, size=ds[0]['image'].shape[-1], **(network or {}))
+    return _train(Path(folder)/'reader', build, ds, blip_loss(near=near), seed, steps=steps, **{**dict(lr=1e-3, weight_decay=.05, warmup=min(500,steps//10), ema=.999), **kw})
 
 def train_vqvae(
     ds, # a set of pictures
@@ -307,12 +291,8 @@ def train_vqvae(
     **kw, # for the `Learner`
 ): # the trained VQ-VAE
     "Pictures to codes and back. `ValueError` of the data set or the learner before work starts."
-    def make(folder):
-        set_seed(seed)
-        m = model or VQVAE(c_in=ds[0]['image'].shape[0])
-        learn = _learn(m, ds, loss_fn or vqvae_loss(), folder, steps=steps, seed=seed, **{**dict(batch_size=min(64,len(ds)), lr=2e-3, weight_decay=0., warmup=min(200,steps//10), ema=.999), **kw})
-        return learn.ema_model.eval().fit_scale(ds), dict(stage='vqvae', steps=steps, seconds=round(learn.seconds), seed=seed)
-    return _stage(Path(folder)/'vqvae', make)
+    build = lambda: model or VQVAE(c_in=ds[0]['image'].shape[0])
+    return _train(Path(folder)/'vqvae', build, ds, loss_fn or vqvae_loss(), seed, finish=lambda m: m.fit_scale(ds), steps=steps, **{**dict(lr=2e-3, weight_decay=0., warmup=min(200,steps//10), ema=.999), **kw})
 
 # %% ../nbs/19_recipes.ipynb #65e98c73
 def train_prior(
@@ -327,16 +307,13 @@ def train_prior(
 ): # the prior that was best on the held-out codes
     "One level of codes, given the level above and the text; half of the held-out codes choose the weights, the other half measures them. `ValueError` of the learner before work starts."
     stop_by,rest = (torch.utils.data.Subset(held, range(k, len(held), 2)[:n]) for k,n in ((0,512),(1,2048)))
-    def make(folder):
-        set_seed(seed+level)
-        above = (codes.n_codes,codes.shapes[level-1]) if level else None
-        d_text = codes.header['text']['shape'][1] if codes.header['text'] else None
-        m = PixelSNAIL(codes.n_codes, codes.shapes[level], channels, above=above, d_text=d_text, **{**dict(attention=level==0, kernel=(1,3), n_res=3), **(network or {})})
-        stop = EarlyStopCB(stop_by, every=max(50, steps//20//50*50))
-        learn = _learn(m, codes, pixelsnail_loss(level), folder, steps=steps, seed=seed, **{**dict(batch_size=min(32 if level else 64,len(codes)), lr=3e-3 if level else 4e-3, warmup=min(300,steps//10), ema=.999, cbs=[stop]), **kw})
-        m = learn.ema_model.eval()
-        return m, dict(stage=f'prior of level {level}', steps=learn.step, seconds=round(learn.seconds), seed=seed, bits_per_code=float(bits_per_code(m, rest)))
-    return _stage(Path(folder)/f'prior_{level}', make)
+    above = (codes.n_codes,codes.shapes[level-1]) if level else None
+    d_text = codes.header['text']['shape'][1] if codes.header['text'] else None
+    build = lambda: PixelSNAIL(codes.n_codes, codes.shapes[level], channels, above=above, d_text=d_text, **{**dict(attention=level==0, kernel=(1,3), n_res=3), **(network or {})})
+    bits = lambda learn: dict(bits_per_code=float(bits_per_code(learn.ema_model.eval(), rest)))
+    stop = EarlyStopCB(stop_by, every=max(50, steps//20//50*50))
+    return _train(Path(folder)/f'prior_{level}', build, codes, pixelsnail_loss(level), seed, bits, steps=steps,
+                  **{**dict(batch_size=32 if level else 64, lr=3e-3 if level else 4e-3, warmup=min(300,steps//10), ema=.999, cbs=[stop]), **kw})
 
 # %% ../nbs/19_recipes.ipynb #0ff3a213
 def text_to_image(
@@ -345,10 +322,10 @@ def text_to_image(
     root=None, # where the set is looked for first
     size:int=64, # side of the pictures
     reader_steps:int=6000, ae_steps:int=8000, # of the reader's and the VQ-VAE's training
-    reader:dict=None, # for `Blip.small`
+    reader:dict=None, near=None, # for `Blip.small`, and for `blip_loss`
     prior_steps=(8000,8000), # of each level's prior, at most
     steps:int=8000, # of the diffusion prior's training
-    channels=(96,160), patch:int=2, # of the diffusion prior
+    channels=(48,96), # of the diffusion prior
     prior_channels=(96,96), # of the other priors, a level each
     codes:dict=None, diffusion:dict=None, # settings to draw with, as in `TextToImage`
     seed:int=0, # of everything
@@ -360,12 +337,12 @@ def text_to_image(
     folder = Path(folder)
     ds,held = (_captioned(data, root, s, size) for s in ('train','test'))
     kw = dict(seed=seed, precision=precision, progress=progress)
-    reader,vqvae = train_reader(ds, folder, steps=reader_steps, network=reader, **kw),train_vqvae(ds, folder, steps=ae_steps, **kw)
+    reader,vqvae = train_reader(ds, folder, steps=reader_steps, network=reader, near=near, **kw),train_vqvae(ds, folder, steps=ae_steps, **kw)
     books = [CodeDataset(write_codes(d, vqvae, folder/f'codes_{d.split}', reader.text_features, progress=progress), vqvae) for d in (ds,held)]
     priors = [train_prior(*books, folder, l, c, n, **kw) for l,(c,n) in enumerate(zip(prior_channels, prior_steps))]
     d_emb,d_text = 4*channels[0],reader.d_text
     set_seed(seed)
-    net = UNet(vqvae.c_latent, channels, attention=[True]*len(channels), d_emb=d_emb, d_context=d_emb//2, patch=patch)
+    net = UNet(vqvae.c_latent, channels, attention=[True]*len(channels), d_emb=d_emb, d_context=d_emb//2)
     den = train_denoiser(CodeLatents(books[0], vqvae), folder, Denoiser(net, Cosine(), Conditioner(drop=.15, text=TextEmbedder(d_text,d_emb,d_emb//2))), partial(diffusion_loss, weight=edm_weight), steps, **kw)
     asked = held.caption[::max(1, len(held)//16)][:16]
     stages = ('reader','vqvae',*(f'prior_{l}' for l in range(len(priors))),'denoiser')
@@ -390,7 +367,7 @@ RECIPES = dict(
     flowers=partial(label_ldm, 'flowers5', size=64, c_latent=8, ae_steps=8000, steps=12000, drop=.2, copies=4),
     flowers5_evaluator=partial(photo_evaluator, 'flowers5'),
     folder=label_ldm,
-    scenes=partial(text_to_image, 'scenes', reader_steps=3500, ae_steps=2000, reader=dict(width=128, heads=4), prior_steps=(8000,8000), steps=16000),
+    scenes=partial(text_to_image, 'scenes', reader_steps=6000, ae_steps=2000, reader=dict(width=128, heads=4), near=near_miss, prior_steps=(7000,7000), steps=12000),
     clipart=partial(text_to_image, 'clipart+emoji', reader_steps=2500, ae_steps=2000, reader=dict(width=128, heads=4), prior_steps=(1500,2000), steps=3500),
     paintings=partial(text_to_image, 'paintings', reader_steps=2500, ae_steps=2000, reader=dict(width=128, heads=4), prior_steps=(1500,2000), steps=3500),
     scenes_judge=train_scene_judge,

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'COLOURS', 'RELATIONS', 'BACKGROUNDS', 'FORMS', 'MIRROR', 'ROLES', 'Scene', 'parse_scene', 'draw_scene',
-           'mask_edges', 'is_held_out', 'SyntheticScenes']
+           'mask_edges', 'is_held_out', 'near_miss', 'SyntheticScenes']
 
 # %% ../nbs/02_synthetic.ipynb #88573ec4
 import math,random,re
-from dataclasses import dataclass
+from dataclasses import dataclass,replace
 from functools import lru_cache
 import numpy as np, torch
 from PIL import Image,ImageDraw
@@ -230,6 +230,17 @@ def _scene(rng, test):
         if two[0] and (c==c2 or k==k2): continue
         scene = Scene(c, k, *two, pick([*BACKGROUNDS]))
         if is_held_out(scene)==test: return scene
+
+# %% ../nbs/02_synthetic.ipynb #e1123e62
+def near_miss(caption:str, # of a scene of the training split
+              seed:int=0 # which of them
+             )->str: # never one of a held-out scene
+    "The same sentence with one mistake: the relation turned round, colours or kinds exchanged; of a single thing, or where nothing else is left, the place. `ValueError` as in `parse_scene`."
+    s,rng = parse_scene(caption),random.Random(seed)
+    form = next((f for f in range(2*len(FORMS)) if s.caption(f)==caption), 0)
+    wrong = [replace(s, relation=MIRROR[s.relation]),replace(s, colour=s.colour2, colour2=s.colour),replace(s, kind=s.kind2, kind2=s.kind)] if s.relation else []
+    wrong = [w for w in wrong if not is_held_out(w)] or [replace(s, background=b) for b in BACKGROUNDS if b!=s.background]
+    return rng.choice(wrong).caption(form)
 
 # %% ../nbs/02_synthetic.ipynb #21218c47
 class SyntheticScenes(Pictures):

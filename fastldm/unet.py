@@ -150,15 +150,14 @@ class UNet(Module):
         c_concat:int=0, # channels of `concat` planes
         head_dim:int=32, # width of one attention head
         dropout:float=0., # in the residual blocks
-        patch:int=1, # side of the square of positions that is folded into channels first; sizes must be multiples of it
     ):
         super().__init__()
-        self.d_emb,self.patch = d_emb or 4*channels[0],patch
+        self.d_emb = d_emb or 4*channels[0]
         self.emb = nn.Sequential(nn.Linear(channels[0],self.d_emb), nn.SiLU(), nn.Linear(self.d_emb,self.d_emb))
         self.d_time,self.n_blocks = channels[0],n_blocks
         res = lambda i,o: ResBlock(i, o, self.d_emb, dropout)
         att = lambda c,on: SpatialTransformer(c, d_context, max(1,c//head_dim)) if on else None
-        self.stem = nn.Conv2d((c_in+c_concat)*patch**2, channels[0], 3, padding=1)
+        self.stem = nn.Conv2d(c_in+c_concat, channels[0], 3, padding=1)
         self.down,self.up,c = nn.ModuleList(),nn.ModuleList(),channels[0]
         for i,(width,on) in enumerate(zip(channels,attention)):
             shrink = nn.Conv2d(c, c, 3, stride=2, padding=1) if i else None
@@ -169,7 +168,7 @@ class UNet(Module):
             grow = nn.Conv2d(c, width, 3, padding=1) if i<len(channels)-1 else None
             self.up.append(_Level([res(2*width, width) for _ in range(n_blocks)], [att(width,on) for _ in range(n_blocks)], grow))
             c = width
-        self.head = nn.Sequential(_norm(c), nn.SiLU(), _zero(nn.Conv2d(c, c_in*patch**2, 3, padding=1)))
+        self.head = nn.Sequential(_norm(c), nn.SiLU(), _zero(nn.Conv2d(c, c_in, 3, padding=1)))
 
 # %% ../nbs/08_unet.ipynb #2f551422
 @patch
@@ -184,7 +183,7 @@ def forward(self:UNet,
     "Raises nothing of its own: `Denoiser` checks what reaches it."
     emb = self.emb(sinusoidal(t, self.d_time).to(x.dtype))
     emb = F.silu(emb if vector is None else emb + vector)
-    h,skips = self.stem(F.pixel_unshuffle(x if concat is None else torch.cat([x,concat], 1), self.patch)),[]
+    h,skips = self.stem(x if concat is None else torch.cat([x,concat], 1)),[]
     for i,level in enumerate(self.down):
         h = level.blocks_out(level.resize(h), emb, context, skips)
         if features is not None: h = h + features[i]; skips[-1] = h
@@ -192,7 +191,7 @@ def forward(self:UNet,
     for level in self.up:
         h = level.resize(h, skips[-1].shape[2:])
         for j in range(self.n_blocks): h = level.block(j, torch.cat([h,skips.pop()], 1), emb, context)
-    return F.pixel_shuffle(self.head(h), self.patch)
+    return self.head(h)
 
 # %% ../nbs/08_unet.ipynb #a74728ab
 class _Level(nn.Module):
