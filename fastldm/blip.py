@@ -286,8 +286,11 @@ def small(cls:Blip, captions, # to learn the words from; not needed with `vocab`
     vocab = train_vocab(captions, vocab_size) if vocab is None else list(dict.fromkeys([*vocab, *SPECIAL]))
     if max_len is None: max_len = max(4, min(64, max(len(e.ids) for e in _word_pieces(vocab).encode_batch(_texts(captions)))))
     both = dict(hidden_size=width, intermediate_size=4*width, num_attention_heads=heads, initializer_range=.5/math.sqrt(width)) # .02 is for a width of 768
-    return cls(vocab, dict(both, num_hidden_layers=layers[0], image_size=size, patch_size=patch),
+    m = cls(vocab, dict(both, num_hidden_layers=layers[0], image_size=size, patch_size=patch),
         dict(both, num_hidden_layers=layers[1], max_position_embeddings=max_len+2, hidden_dropout_prob=dropout), d_proj or width, max_len=max_len, stem=stem, **kw)
+    for n,p in m.named_parameters():                                  # words grow in training until positions are not heard, so they begin as loud
+        if 'text' in n and 'position_embeddings' in n: nn.init.normal_(p, std=.15)
+    return m
 
 # %% ../nbs/15_blip.ipynb #6f0ea95a
 def contrastive_loss(logits, # similarities divided by the temperature, pictures by texts, (B,B); more columns: texts that are wrong for all
