@@ -197,7 +197,7 @@ def test_candidates_are_what_the_reader_likes_best(trained):
 def test_each_prompt_its_picture(trained, prior):
     "A text has a say in its own picture, and in no other."
     model,_ = trained
-    for p in model.denoiser.parameters(): p.data += .02*torch.randn_like(p)        # at the start the last layers are 0
+    for p in (p for m in (model.denoiser,*model.priors) for p in m.parameters()): p.data += .02*torch.randn_like(p)       # at the start the last layers are 0
     a,b = (model.sample(['a red square',p,'a green square'], seed=2, prior=prior, guidance_scale=4.) for p in ('a red square','a blue square'))
     changed = (a-b).abs().amax((1,2,3))
     assert changed[1]>1e-3 and changed[[0,2]].max()<1e-4
