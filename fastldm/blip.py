@@ -288,8 +288,8 @@ def small(cls:Blip, captions, # to learn the words from; not needed with `vocab`
     both = dict(hidden_size=width, intermediate_size=4*width, num_attention_heads=heads, initializer_range=.5/math.sqrt(width)) # .02 is for a width of 768
     m = cls(vocab, dict(both, num_hidden_layers=layers[0], image_size=size, patch_size=patch),
         dict(both, num_hidden_layers=layers[1], max_position_embeddings=max_len+2, hidden_dropout_prob=dropout), d_proj or width, max_len=max_len, stem=stem, **kw)
-    for n,p in m.named_parameters():                                  # words grow in training until positions are not heard, so they begin as loud
-        if 'text' in n and 'position_embeddings' in n: nn.init.normal_(p, std=.15)
+    for n,p in m.named_parameters():                                  # patches and words grow in training until their positions are not heard, so these begin as loud
+        if 'position_embedding' in n: nn.init.normal_(p, std=.15 if 'text' in n else .5)
     return m
 
 # %% ../nbs/15_blip.ipynb #6f0ea95a
@@ -343,8 +343,9 @@ def describe(self:Blip, states, ids, mask, smoothing=0.):
 def blip_loss(itc:float=1., itm:float=1., lm:float=1., # weights of contrast, matching and describing; those that the model cannot do are left out
               smoothing:float=0., # of the labels in `lm`
               match:str=None, # field of the batch: 1 where picture and text belong together, 0 where not, else unknown; None: they all do
-              near=None # function of caption and seed: the caption with a mistake, to be told from the right one (Yuksekgonul et al. 2023)
-             ): # loss_fn(model, batch) -> dict(loss, itc, itm, itm_accuracy, lm, temperature)
+              near=None, # function of caption and seed: the caption with a mistake, to be told from the right one (Yuksekgonul et al. 2023)
+              retell:float=0. # weight of writing each caption again from its own features
+             ): # loss_fn(model, batch) -> dict(loss, itc, itm, itm_accuracy, lm, retell, temperature): those that there are
     "The three objectives of BLIP (Li et al. 2022, section 3.2), without its momentum queue; needs `image` and `caption`."
     def loss_fn(model, batch):
         caps = _texts(batch['caption']); n = len(caps)
@@ -359,7 +360,8 @@ def blip_loss(itc:float=1., itm:float=1., lm:float=1., # weights of contrast, ma
         zero = states.sum()*0; out = dict(itc=zero, itm=zero, lm=zero)
         if len(yes) and model.encoder: out.update(model.contrast_and_match(*right, wrong if len(no) else None, (all_ids[n:][yes],all_mask[n:][yes]) if near else None))
         if len(yes) and model.decoder: out['lm'] = model.describe(*right, smoothing)
-        loss = itc*out['itc']+itm*out['itm']+lm*out['lm']
+        if len(yes) and retell and model.encoder and model.decoder: out['retell'] = model.describe(model.encode_text(*right[1:])[1], *right[1:])
+        loss = itc*out['itc']+itm*out['itm']+lm*out['lm']+retell*out.get('retell', 0.)
         return dict(loss=loss, **{k:v.detach() for k,v in out.items()}, **(dict(temperature=model.temperature().detach()) if model.encoder else {}))
     return loss_fn
 

@@ -307,23 +307,29 @@ class Flowers102(ImageFolder):
 # %% ../nbs/01_data.ipynb #78bb5b7d
 class Augmented(Pictures):
     "Each picture of a set several times: as it is, then mirrored at random, turned, scaled and moved; `augment` says how (angle, zoom, x, y, from -1 to 1; 0: not)."
-    def __init__(self, ds, # a set in memory
+    def __init__(self, ds, # a set in memory, or with captions
                  copies:int=4, seed:int=0, # of each picture; what is drawn at random
-                 turn:float=.35, zoom:float=.25, move:float=.12): # the most of each: radians, share of the size, share of the side
-        if ds.image is None: raise ValueError(f'{ds!r} is not in memory: give it a larger `cache`')
-        g,out,how = torch.Generator().manual_seed(seed),[ds.image],[torch.zeros(len(ds),4)]
+                 turn:float=.35, zoom:float=.25, move:float=.12, # the most of each: radians, share of the size, share of the side
+                 beyond:str='reflection'): # what lies beyond the rim; 'border' for drawings on a plain ground
+        self.caption = getattr(ds, 'caption', None)
+        if ds.image is None and self.caption is None: raise ValueError(f'{ds!r} is not in memory: give it a larger `cache`')
+        batches = lambda: (ds.__getitems__(range(i, min(i+500, len(ds))))['image'] for i in range(0, len(ds), 500))
+        first = torch.cat([((b+1)*127.5).round().to(torch.uint8) for b in batches()]) if ds.image is None else ds.image
+        g,out,how = torch.Generator().manual_seed(seed),[first],[torch.zeros(len(ds),4)]
         for _ in range(copies-1):
             a = torch.rand(len(ds), 4, generator=g)*2-1
             flip = torch.randint(2, (len(ds),), generator=g)*2-1
             φ,s = a[:,0]*turn,(1+zoom)**-a[:,1]
             θ = torch.stack([s*flip*φ.cos(),-s*φ.sin(),a[:,2]*move*2, s*flip*φ.sin(),s*φ.cos(),a[:,3]*move*2], 1).view(-1,2,3)
-            out.append(torch.cat([_warp(x,t) for x,t in zip(ds.image.split(500), θ.split(500))])); how.append(a)
+            out.append(torch.cat([_warp(x,t,beyond) for x,t in zip(first.split(500), θ.split(500))])); how.append(a)
         super().__init__(torch.cat(out), None if ds.label is None else ds.label.repeat(copies), ds.classes)
-        self.split,self.augment = ds.split,torch.cat(how)
-    def __getitems__(self, idxs): return dict(super().__getitems__(idxs), augment=self.augment[[int(i) for i in idxs]])
+        self.split,self.augment,self.of = ds.split,torch.cat(how),len(ds)
+    def __getitems__(self, idxs):
+        texts = {} if self.caption is None else dict(caption=[self.caption[i%self.of] for i in idxs], name=[f'{i%self.of}/{i//self.of}' for i in idxs])
+        return dict(super().__getitems__(idxs), augment=self.augment[[int(i) for i in idxs]], **texts)
 
-def _warp(x, θ): # bytes to bytes
-    y = F.grid_sample(x.float(), F.affine_grid(θ, x.shape, align_corners=False), 'bilinear', 'reflection', False)
+def _warp(x, θ, beyond): # bytes to bytes
+    y = F.grid_sample(x.float(), F.affine_grid(θ, x.shape, align_corners=False), 'bilinear', beyond, False)
     return y.round().clamp(0,255).to(torch.uint8)
 
 # %% ../nbs/01_data.ipynb #de3070b7

@@ -279,7 +279,7 @@ def train_reader(
 ): # the trained reader
     "Contrast, matching and captions. `ValueError` of the data set or the learner before work starts."
     build = lambda: model or Blip.small(ds.caption, size=ds[0]['image'].shape[-1], **(network or {}))
-    return _train(Path(folder)/'reader', build, ds, blip_loss(near=near), seed, steps=steps, **{**dict(lr=1e-3, weight_decay=.05, warmup=min(500,steps//10), ema=.999), **kw})
+    return _train(Path(folder)/'reader', build, ds, blip_loss(near=near, retell=1.), seed, steps=steps, **{**dict(lr=1e-3, weight_decay=.05, warmup=min(500,steps//10), ema=.999), **kw})
 
 def train_vqvae(
     ds, # a set of pictures
@@ -327,6 +327,7 @@ def text_to_image(
     steps:int=8000, # of the diffusion prior's training
     channels=(48,96), # of the diffusion prior
     prior_channels=(96,96), # of the other priors, a level each
+    copies:int=1, # views of each picture for the priors, for few pictures on a plain ground: see `Augmented`
     codes:dict=None, diffusion:dict=None, # settings to draw with, as in `TextToImage`
     seed:int=0, # of everything
     precision:str=None, # 'bf16' where the processor has it
@@ -338,7 +339,8 @@ def text_to_image(
     ds,held = (_captioned(data, root, s, size) for s in ('train','test'))
     kw = dict(seed=seed, precision=precision, progress=progress)
     reader,vqvae = train_reader(ds, folder, steps=reader_steps, network=reader, near=near, **kw),train_vqvae(ds, folder, steps=ae_steps, **kw)
-    books = [CodeDataset(write_codes(d, vqvae, folder/f'codes_{d.split}', reader.text_features, progress=progress), vqvae) for d in (ds,held)]
+    views = Augmented(ds, copies, seed, turn=.15, zoom=.15, move=.06, beyond='border') if copies>1 else ds
+    books = [CodeDataset(write_codes(d, vqvae, folder/f'codes_{d.split}', reader.text_features, progress=progress), vqvae) for d in (views,held)]
     priors = [train_prior(*books, folder, l, c, n, **kw) for l,(c,n) in enumerate(zip(prior_channels, prior_steps))]
     d_emb,d_text = 4*channels[0],reader.d_text
     set_seed(seed)

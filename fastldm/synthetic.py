@@ -238,7 +238,8 @@ def near_miss(caption:str, # of a scene of the training split
     "The same sentence with one mistake: the relation turned round, colours or kinds exchanged; of a single thing, or where nothing else is left, the place. `ValueError` as in `parse_scene`."
     s,rng = parse_scene(caption),random.Random(seed)
     form = next((f for f in range(2*len(FORMS)) if s.caption(f)==caption), 0)
-    wrong = [replace(s, relation=MIRROR[s.relation]),replace(s, colour=s.colour2, colour2=s.colour),replace(s, kind=s.kind2, kind2=s.kind)] if s.relation else []
+    turned = replace(s, relation=MIRROR.get(s.relation))
+    wrong = [turned,turned,replace(s, colour=s.colour2, colour2=s.colour),replace(s, kind=s.kind2, kind2=s.kind)] if s.relation else []   # twice: it is learned last
     wrong = [w for w in wrong if not is_held_out(w)] or [replace(s, background=b) for b in BACKGROUNDS if b!=s.background]
     return rng.choice(wrong).caption(form)
 
