@@ -320,17 +320,19 @@ def temperature(self:Blip):
     return self.log_temperature.exp().clamp(.01,.5)
 
 @patch
-def contrast_and_match(self:Blip, states, ids, mask, wrong=None, near=None): # pictures and their texts; pairs known not to belong together, as (states, ids, mask); texts that are nearly right, as (ids, mask)
-    "Losses `itc` and `itm`, and how often the matching was right."
+def contrast_and_match(self:Blip, states, ids, mask, wrong=None, near=None, same=None): # pictures and their texts; pairs known not to belong together, as (states, ids, mask); texts that are nearly right, and that say the same, as (ids, mask)
+    "Losses `itc` and `itm`, how often the matching was right, and `texts` where there are some that say the same."
     v,t = F.normalize(self.vision_proj(states[:,0]).float(), dim=-1),self.encode_text(ids, mask)[0]
     t_near = t[:0] if near is None else self.encode_text(*near)[0]
-    with torch.autocast(v.device.type, enabled=False): logits,same = v@torch.cat([t,t_near]).T/self.temperature(),(ids[:,None]==ids).all(-1)
+    with torch.autocast(v.device.type, enabled=False): logits,alike = v@torch.cat([t,t_near]).T/self.temperature(),(ids[:,None]==ids).all(-1)
     if near: logits[:,len(ids):].masked_fill_((ids[:,None]==near[0]).all(-1), -math.inf)    # nearly right for one, right for another
-    j = hard_negatives(logits[:,:len(ids)], same); i = (j>=0).nonzero().flatten(); j = j[i]
+    j = hard_negatives(logits[:,:len(ids)], alike); i = (j>=0).nonzero().flatten(); j = j[i]
     parts = [(states,ids,mask),(states[i],ids[j],mask[j]),*([(states,*near)] if near else []),*([wrong] if wrong else [])]
     yes = self.match_logits(*map(torch.cat, zip(*parts)))
     right = torch.arange(len(yes), device=yes.device)<len(ids)
-    return dict(itc=contrastive_loss(logits, same), itm=F.cross_entropy(yes, right.long()), itm_accuracy=((yes[:,1]>yes[:,0])==right).float().mean())
+    out = dict(itc=contrastive_loss(logits, alike), itm=F.cross_entropy(yes, right.long()), itm_accuracy=((yes[:,1]>yes[:,0])==right).float().mean())
+    if same: out['texts'] = contrastive_loss(t@torch.cat([self.encode_text(*same)[0],t_near]).T/self.temperature(), alike)
+    return out
 
 @patch
 def describe(self:Blip, states, ids, mask, smoothing=0.):
@@ -344,13 +346,15 @@ def blip_loss(itc:float=1., itm:float=1., lm:float=1., # weights of contrast, ma
               smoothing:float=0., # of the labels in `lm`
               match:str=None, # field of the batch: 1 where picture and text belong together, 0 where not, else unknown; None: they all do
               near=None, # function of caption and seed: the caption with a mistake, to be told from the right one (Yuksekgonul et al. 2023)
+              same=None, # likewise: what it says in other words, to be told from other captions and mistakes (Gao et al. 2021)
               retell:float=0. # weight of writing each caption again from its own features
              ): # loss_fn(model, batch) -> dict(loss, itc, itm, itm_accuracy, lm, retell, temperature): those that there are
     "The three objectives of BLIP (Li et al. 2022, section 3.2), without its momentum queue; needs `image` and `caption`."
     def loss_fn(model, batch):
         caps = _texts(batch['caption']); n = len(caps)
-        seeds = torch.randint(2**31, (n,)).tolist() if near else []
-        all_ids,all_mask = model.tokens(caps+[near(c, i) for c,i in zip(caps, seeds)], warn=False)
+        more = {f: [f(c, i) for c,i in zip(caps, torch.randint(2**31, (n,)).tolist())] for f in (near,same) if f}
+        all_ids,all_mask = model.tokens(caps+sum(more.values(), []), warn=False)
+        part = lambda f: (all_ids[k:k+n][yes],all_mask[k:k+n][yes]) if f and (k := n+n*[*more].index(f)) else None
         ids,mask = all_ids[:n],all_mask[:n]
         y = torch.ones(n) if match is None else torch.as_tensor(batch[match]).cpu()
         said = mask.sum(1).cpu()>2
@@ -358,10 +362,10 @@ def blip_loss(itc:float=1., itm:float=1., lm:float=1., # weights of contrast, ma
         states = model.image_states(batch['image'])
         right,wrong = ((states[i],ids[i],mask[i]) for i in (yes,no))
         zero = states.sum()*0; out = dict(itc=zero, itm=zero, lm=zero)
-        if len(yes) and model.encoder: out.update(model.contrast_and_match(*right, wrong if len(no) else None, (all_ids[n:][yes],all_mask[n:][yes]) if near else None))
+        if len(yes) and model.encoder: out.update(model.contrast_and_match(*right, wrong if len(no) else None, part(near), part(same)))
         if len(yes) and model.decoder: out['lm'] = model.describe(*right, smoothing)
         if len(yes) and retell and model.encoder and model.decoder: out['retell'] = model.describe(model.encode_text(*right[1:])[1], *right[1:])
-        loss = itc*out['itc']+itm*out['itm']+lm*out['lm']+retell*out.get('retell', 0.)
+        loss = itc*(out['itc']+out.get('texts', 0.))+itm*out['itm']+lm*out['lm']+retell*out.get('retell', 0.)
         return dict(loss=loss, **{k:v.detach() for k,v in out.items()}, **(dict(temperature=model.temperature().detach()) if model.encoder else {}))
     return loss_fn
 

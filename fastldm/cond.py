@@ -7,10 +7,11 @@ __all__ = ['Cond', 'stack_conds', 'Embedder', 'LabelEmbedder', 'AttributeEmbedde
            'Conditioner']
 
 # %% ../nbs/09_cond.ipynb #e02db950
-import torch
+import math, torch
 from torch import nn
 from dataclasses import dataclass, fields
 from .core import Module
+from .unet import SpatialTransformer
 
 # %% ../nbs/09_cond.ipynb #82bd794e
 def _join(name, a, b):
@@ -144,19 +145,21 @@ class VectorEmbedder(Embedder):
 
 # %% ../nbs/09_cond.ipynb #d982a8df
 class TextEmbedder(Embedder):
-    "An encoded text (B,1+L,d_text): row 0 is the whole, added to the time embedding; the rest are tokens to attend to; all zeros say nothing."
+    "An encoded text (B,1+L,d_text): row 0 is the whole, added to the time embedding; the rest are tokens to attend to, after all rows have attended to each other; all zeros say nothing."
     def __init__(self,
         d_text:int, # width of what the text encoder makes
         dim:int, # the U-Net's `d_emb`
         d_context:int=None, # the U-Net's `d_context`; None: no tokens
+        n_layers:int=2, # of self-attention between the rows
     ):
-        super().__init__(); self.d_text = d_text
-        self.whole = nn.Linear(d_text, dim, bias=False)
-        self.tokens = nn.Linear(d_text, d_context) if d_context else None
+        super().__init__(); self.d_text,self.d_context,width = d_text,d_context,d_context or dim
+        self.rows,self.whole = nn.Linear(d_text, width),nn.Linear(width, dim, bias=False)
+        self.layers = nn.Sequential(*(SpatialTransformer(width, n_heads=max(1,width//32), mlp=2) for _ in range(n_layers)))
         self.takes = f'an encoded text (1+L,{d_text}) for all, or (B,1+L,{d_text}), or None for no text'
     def forward(self, text):
-        text = text.float()
-        return Cond(vector=self.whole(text[:,0]), context=None if self.tokens is None else self.tokens(text[:,1:]))
+        rows = self.rows(torch.cat([text[:,:1]*math.sqrt(self.d_text), text[:,1:]], 1).float())     # the whole has length one
+        rows = self.layers(rows.transpose(1,2)[...,None])[...,0].transpose(1,2)
+        return Cond(vector=self.whole(rows[:,0]), context=rows[:,1:] if self.d_context else None)
     def null(self, text): return torch.zeros_like(text)
     def blank(self, n): return torch.zeros(n, 2, self.d_text)
 

@@ -313,8 +313,7 @@ class Augmented(Pictures):
                  beyond:str='reflection'): # what lies beyond the rim; 'border' for drawings on a plain ground
         self.caption = getattr(ds, 'caption', None)
         if ds.image is None and self.caption is None: raise ValueError(f'{ds!r} is not in memory: give it a larger `cache`')
-        batches = lambda: (ds.__getitems__(range(i, min(i+500, len(ds))))['image'] for i in range(0, len(ds), 500))
-        first = torch.cat([((b+1)*127.5).round().to(torch.uint8) for b in batches()]) if ds.image is None else ds.image
+        first = torch.cat([((ds.__getitems__(range(i, min(i+500, len(ds))))['image']+1)*127.5).round().to(torch.uint8) for i in range(0, len(ds), 500)]) if ds.image is None else ds.image
         g,out,how = torch.Generator().manual_seed(seed),[first],[torch.zeros(len(ds),4)]
         for _ in range(copies-1):
             a = torch.rand(len(ds), 4, generator=g)*2-1
@@ -325,8 +324,8 @@ class Augmented(Pictures):
         super().__init__(torch.cat(out), None if ds.label is None else ds.label.repeat(copies), ds.classes)
         self.split,self.augment,self.of = ds.split,torch.cat(how),len(ds)
     def __getitems__(self, idxs):
-        texts = {} if self.caption is None else dict(caption=[self.caption[i%self.of] for i in idxs], name=[f'{i%self.of}/{i//self.of}' for i in idxs])
-        return dict(super().__getitems__(idxs), augment=self.augment[[int(i) for i in idxs]], **texts)
+        return dict(super().__getitems__(idxs), augment=self.augment[[int(i) for i in idxs]],
+                    **({} if self.caption is None else dict(caption=[self.caption[i%self.of] for i in idxs], name=[f'{i%self.of}/{i//self.of}' for i in idxs])))
 
 def _warp(x, θ, beyond): # bytes to bytes
     y = F.grid_sample(x.float(), F.affine_grid(θ, x.shape, align_corners=False), 'bilinear', beyond, False)

@@ -19,11 +19,11 @@ from .core import figures_path, image_grid, n_params, set_seed, write_atomic, lo
 from .data import DATASETS, Augmented, get_dataset, to_image
 from .train import Learner, SampleCB, _read_checkpoint
 from .captioned import Captioned
-from .synthetic import SyntheticScenes, near_miss
+from .synthetic import SyntheticScenes, in_other_words, near_miss
 
 # %% ../nbs/19_recipes.ipynb #2495cec4
 from .autoencoder import Autoencoder, TutorialAutoencoder, LatentDataset, autoencoder_loss
-from .schedules import VE, Cosine
+from .schedules import VE, Cosine, logit_normal_t
 from .unet import UNet, TutorialUNet
 from .vqvae import VQVAE, perplexity, vqvae_loss
 from .cond import Conditioner, LabelEmbedder, TextEmbedder, VectorEmbedder
@@ -71,8 +71,7 @@ def train_autoencoder(
     **kw, # for the `Learner`
 ): # the trained autoencoder
     "First stage. `ValueError` of the data set or the learner before work starts."
-    build = lambda: model or Autoencoder(c_in=ds[0]['image'].shape[0], c_latent=c_latent, channels=channels, kl=True)
-    return _train(Path(folder)/'autoencoder', build, ds, loss_fn or autoencoder_loss(kl_weight=2e-3), seed, steps=steps,
+    return _train(Path(folder)/'autoencoder', lambda: model or Autoencoder(c_in=ds[0]['image'].shape[0], c_latent=c_latent, channels=channels, kl=True), ds, loss_fn or autoencoder_loss(kl_weight=2e-3), seed, steps=steps,
                   finish=lambda m: m.fit_scale(ds) if fit_scale else m, **{**dict(lr=5e-3, weight_decay=0., warmup=200, ema=.999), **kw})
 
 def train_denoiser(
@@ -227,9 +226,8 @@ def train_evaluator(
     "A classifier whose features the metrics compare pictures in. Raises what the data set raises, before work starts."
     folder,(ds,test) = Path(folder),(get_dataset(data, root, split=s) for s in ('train','test'))
     steps = epochs*len(ds)//batch_size
-    build = lambda: Evaluator(len(ds.classes), ds[0]['image'].shape[0], **network)
     note = lambda learn: dict(name=f'{data}_evaluator', data=str(data), test_accuracy=float(label_accuracy(test, test.label, learn.ema_model)))
-    net = _train(folder, build, ds, evaluator_loss(shift, turn, flip), seed, note, steps=steps, batch_size=batch_size, lr=3e-3, weight_decay=.05, warmup=steps//10,
+    net = _train(folder, lambda: Evaluator(len(ds.classes), ds[0]['image'].shape[0], **network), ds, evaluator_loss(shift, turn, flip), seed, note, steps=steps, batch_size=batch_size, lr=3e-3, weight_decay=.05, warmup=steps//10,
                  ema=.995, clip=None, precision=precision, progress=progress)
     if not (folder/'reference.safetensors').exists(): Reference.of(test, net, ds).save(folder)
     return net
@@ -273,13 +271,12 @@ def train_reader(
     model=None, # a `Blip`; None: a small one with the words of the captions
     steps:int=6000, # of the optimiser
     network:dict=None, # for `Blip.small`
-    near=None, # as in `blip_loss`: what makes captions that are nearly right
+    near=None, same=None, # as in `blip_loss`: what makes captions that are nearly right, and those that say the same
     seed:int=0, # of everything
     **kw, # for the `Learner`
 ): # the trained reader
     "Contrast, matching and captions. `ValueError` of the data set or the learner before work starts."
-    build = lambda: model or Blip.small(ds.caption, size=ds[0]['image'].shape[-1], **(network or {}))
-    return _train(Path(folder)/'reader', build, ds, blip_loss(near=near, retell=1.), seed, steps=steps, **{**dict(lr=1e-3, weight_decay=.05, warmup=min(500,steps//10), ema=.999), **kw})
+    return _train(Path(folder)/'reader', lambda: model or Blip.small(ds.caption, size=ds[0]['image'].shape[-1], **(network or {})), ds, blip_loss(near=near, same=same, retell=1.), seed, steps=steps, **{**dict(lr=1e-3, weight_decay=.05, warmup=min(500,steps//10), ema=.999), **kw})
 
 def train_vqvae(
     ds, # a set of pictures
@@ -291,8 +288,7 @@ def train_vqvae(
     **kw, # for the `Learner`
 ): # the trained VQ-VAE
     "Pictures to codes and back. `ValueError` of the data set or the learner before work starts."
-    build = lambda: model or VQVAE(c_in=ds[0]['image'].shape[0])
-    return _train(Path(folder)/'vqvae', build, ds, loss_fn or vqvae_loss(), seed, finish=lambda m: m.fit_scale(ds), steps=steps, **{**dict(lr=2e-3, weight_decay=0., warmup=min(200,steps//10), ema=.999), **kw})
+    return _train(Path(folder)/'vqvae', lambda: model or VQVAE(c_in=ds[0]['image'].shape[0]), ds, loss_fn or vqvae_loss(), seed, finish=lambda m: m.fit_scale(ds), steps=steps, **{**dict(lr=2e-3, weight_decay=0., warmup=min(200,steps//10), ema=.999), **kw})
 
 # %% ../nbs/19_recipes.ipynb #65e98c73
 def train_prior(
@@ -310,10 +306,8 @@ def train_prior(
     above = (codes.n_codes,codes.shapes[level-1]) if level else None
     d_text = codes.header['text']['shape'][1] if codes.header['text'] else None
     build = lambda: PixelSNAIL(codes.n_codes, codes.shapes[level], channels, above=above, d_text=d_text, **{**dict(attention=level==0, kernel=(1,3), n_res=3), **(network or {})})
-    bits = lambda learn: dict(bits_per_code=float(bits_per_code(learn.ema_model.eval(), rest)))
-    stop = EarlyStopCB(stop_by, every=max(50, steps//20//50*50))
-    return _train(Path(folder)/f'prior_{level}', build, codes, pixelsnail_loss(level), seed, bits, steps=steps,
-                  **{**dict(batch_size=32 if level else 64, lr=3e-3 if level else 4e-3, warmup=min(300,steps//10), ema=.999, cbs=[stop]), **kw})
+    return _train(Path(folder)/f'prior_{level}', build, codes, pixelsnail_loss(level), seed, lambda learn: dict(bits_per_code=float(bits_per_code(learn.ema_model.eval(), rest))), steps=steps,
+                  **{**dict(batch_size=32 if level else 64, lr=3e-3 if level else 4e-3, warmup=min(300,steps//10), ema=.999, cbs=[EarlyStopCB(stop_by, every=max(50, steps//20//50*50))]), **kw})
 
 # %% ../nbs/19_recipes.ipynb #0ff3a213
 def text_to_image(
@@ -322,7 +316,7 @@ def text_to_image(
     root=None, # where the set is looked for first
     size:int=64, # side of the pictures
     reader_steps:int=6000, ae_steps:int=8000, # of the reader's and the VQ-VAE's training
-    reader:dict=None, near=None, # for `Blip.small`, and for `blip_loss`
+    reader:dict=None, near=None, same=None, # for `Blip.small`, and for `blip_loss`
     prior_steps=(8000,8000), # of each level's prior, at most
     steps:int=8000, # of the diffusion prior's training
     channels=(48,96), # of the diffusion prior
@@ -338,14 +332,14 @@ def text_to_image(
     folder = Path(folder)
     ds,held = (_captioned(data, root, s, size) for s in ('train','test'))
     kw = dict(seed=seed, precision=precision, progress=progress)
-    reader,vqvae = train_reader(ds, folder, steps=reader_steps, network=reader, near=near, **kw),train_vqvae(ds, folder, steps=ae_steps, **kw)
-    views = Augmented(ds, copies, seed, turn=.15, zoom=.15, move=.06, beyond='border') if copies>1 else ds
-    books = [CodeDataset(write_codes(d, vqvae, folder/f'codes_{d.split}', reader.text_features, progress=progress), vqvae) for d in (views,held)]
+    reader,vqvae = train_reader(ds, folder, steps=reader_steps, network=reader, near=near, same=same, **kw),train_vqvae(ds, folder, steps=ae_steps, **kw)
+    books = [CodeDataset(write_codes(d, vqvae, folder/f'codes_{d.split}', reader.text_features, progress=progress), vqvae)
+             for d in (Augmented(ds, copies, seed, turn=.15, zoom=.15, move=.06, beyond='border') if copies>1 else ds, held)]
     priors = [train_prior(*books, folder, l, c, n, **kw) for l,(c,n) in enumerate(zip(prior_channels, prior_steps))]
     d_emb,d_text = 4*channels[0],reader.d_text
     set_seed(seed)
     net = UNet(vqvae.c_latent, channels, attention=[True]*len(channels), d_emb=d_emb, d_context=d_emb//2)
-    den = train_denoiser(CodeLatents(books[0], vqvae), folder, Denoiser(net, Cosine(), Conditioner(drop=.15, text=TextEmbedder(d_text,d_emb,d_emb//2))), partial(diffusion_loss, weight=edm_weight), steps, **kw)
+    den = train_denoiser(CodeLatents(books[0], vqvae), folder, Denoiser(net, Cosine(), Conditioner(drop=.15, text=TextEmbedder(d_text,d_emb,d_emb//2))), partial(diffusion_loss, weight=edm_weight, times=partial(logit_normal_t, mean=.8, std=1.2)), steps, **kw) # a text is heard where there is much noise
     asked = held.caption[::max(1, len(held)//16)][:16]
     stages = ('reader','vqvae',*(f'prior_{l}' for l in range(len(priors))),'denoiser')
     draw = lambda m: torch.cat([m.sample(asked, prior=k, seed=0) for k in m.kinds])
@@ -369,8 +363,8 @@ RECIPES = dict(
     flowers=partial(label_ldm, 'flowers5', size=64, c_latent=8, ae_steps=8000, steps=12000, drop=.2, copies=4),
     flowers5_evaluator=partial(photo_evaluator, 'flowers5'),
     folder=label_ldm,
-    scenes=partial(text_to_image, 'scenes', reader_steps=6000, ae_steps=2000, reader=dict(width=128, heads=4), near=near_miss, prior_steps=(7000,7000), steps=12000),
-    clipart=partial(text_to_image, 'clipart+emoji', reader_steps=2500, ae_steps=2000, reader=dict(width=128, heads=4), prior_steps=(1500,2000), steps=3500),
+    scenes=partial(text_to_image, 'scenes', reader_steps=6500, ae_steps=2000, reader=dict(width=128, heads=4), near=near_miss, same=in_other_words, prior_steps=(8000,5000), steps=12000),
+    clipart=partial(text_to_image, 'clipart+emoji', reader_steps=2500, ae_steps=2000, reader=dict(width=128, heads=4), copies=8, prior_steps=(2500,4000), steps=10000),
     paintings=partial(text_to_image, 'paintings', reader_steps=2500, ae_steps=2000, reader=dict(width=128, heads=4), prior_steps=(1500,2000), steps=3500),
     scenes_judge=train_scene_judge,
     captioned=text_to_image,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'COLOURS', 'RELATIONS', 'BACKGROUNDS', 'FORMS', 'MIRROR', 'ROLES', 'Scene', 'parse_scene', 'draw_scene',
-           'mask_edges', 'is_held_out', 'near_miss', 'SyntheticScenes']
+           'mask_edges', 'is_held_out', 'near_miss', 'in_other_words', 'SyntheticScenes']
 
 # %% ../nbs/02_synthetic.ipynb #88573ec4
 import math,random,re
@@ -238,10 +238,18 @@ def near_miss(caption:str, # of a scene of the training split
     "The same sentence with one mistake: the relation turned round, colours or kinds exchanged; of a single thing, or where nothing else is left, the place. `ValueError` as in `parse_scene`."
     s,rng = parse_scene(caption),random.Random(seed)
     form = next((f for f in range(2*len(FORMS)) if s.caption(f)==caption), 0)
-    turned = replace(s, relation=MIRROR.get(s.relation))
-    wrong = [turned,turned,replace(s, colour=s.colour2, colour2=s.colour),replace(s, kind=s.kind2, kind2=s.kind)] if s.relation else []   # twice: it is learned last
+    wrong = [*[replace(s, relation=MIRROR[s.relation])]*2, replace(s, colour=s.colour2, colour2=s.colour),       # twice: it is learned last
+             replace(s, kind=s.kind2, kind2=s.kind)] if s.relation else []
     wrong = [w for w in wrong if not is_held_out(w)] or [replace(s, background=b) for b in BACKGROUNDS if b!=s.background]
     return rng.choice(wrong).caption(form)
+
+def in_other_words(caption:str, # of a scene
+                   seed:int=0 # which words
+                  )->str: # of the same scene
+    "Another sentence of the same meaning, seen from the other thing or not. `ValueError` as in `parse_scene`."
+    s,rng = parse_scene(caption),random.Random(seed)
+    if s.relation and rng.random()<.5: s = Scene(s.colour2, s.kind2, MIRROR[s.relation], s.colour, s.kind, s.background)
+    return s.caption(rng.randrange(2*len(FORMS)))
 
 # %% ../nbs/02_synthetic.ipynb #21218c47
 class SyntheticScenes(Pictures):
