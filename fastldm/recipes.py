@@ -304,8 +304,7 @@ def train_prior(
     "One level of codes, given the level above and the text; half of the held-out codes choose the weights, the other half measures them. `ValueError` of the learner before work starts."
     stop_by,rest = (torch.utils.data.Subset(held, range(k, len(held), 2)[:n]) for k,n in ((0,512),(1,2048)))
     above = (codes.n_codes,codes.shapes[level-1]) if level else None
-    d_text = codes.header['text']['shape'][1] if codes.header['text'] else None
-    build = lambda: PixelSNAIL(codes.n_codes, codes.shapes[level], channels, above=above, d_text=d_text, **{**dict(attention=level==0, kernel=(1,3), n_res=3), **(network or {})})
+    build = lambda: PixelSNAIL(codes.n_codes, codes.shapes[level], channels, above=above, d_text=codes.header['text']['shape'][1] if codes.header['text'] else None, **{**dict(attention=level==0, kernel=(1,3), n_res=3), **(network or {})})
     return _train(Path(folder)/f'prior_{level}', build, codes, pixelsnail_loss(level), seed, lambda learn: dict(bits_per_code=float(bits_per_code(learn.ema_model.eval(), rest))), steps=steps,
                   **{**dict(batch_size=32 if level else 64, lr=3e-3 if level else 4e-3, warmup=min(300,steps//10), ema=.999, cbs=[EarlyStopCB(stop_by, every=max(50, steps//20//50*50))]), **kw})
 
