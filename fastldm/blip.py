@@ -323,16 +323,16 @@ def temperature(self:Blip):
 def contrast_and_match(self:Blip, states, ids, mask, wrong=None, near=None, same=None): # pictures and their texts; pairs known not to belong together, as (states, ids, mask); texts that are nearly right, and that say the same, as (ids, mask)
     "Losses `itc` and `itm`, how often the matching was right, and `texts` where there are some that say the same."
     v,t = F.normalize(self.vision_proj(states[:,0]).float(), dim=-1),self.encode_text(ids, mask)[0]
-    t_near = t[:0] if near is None else self.encode_text(*near)[0]
-    with torch.autocast(v.device.type, enabled=False): logits,alike = v@torch.cat([t,t_near]).T/self.temperature(),(ids[:,None]==ids).all(-1)
-    if near: logits[:,len(ids):].masked_fill_((ids[:,None]==near[0]).all(-1), -math.inf)    # nearly right for one, right for another
+    alike,none = (ids[:,None]==ids).all(-1),torch.zeros(len(ids), len(ids), dtype=torch.bool, device=ids.device)
+    (t_near,another),t_same = (self.encode_text(*near)[0],(ids[:,None]==near[0]).all(-1)) if near else (t[:0],none[:,:0]),self.encode_text(*same)[0] if same else t
+    score = lambda a,b: (a@torch.cat([b,t_near]).T/self.temperature()).masked_fill(torch.cat([none,another], 1), -math.inf)     # nearly right for one, right for another
+    with torch.autocast(v.device.type, enabled=False): logits,texts = score(v, t),score(t, t_same)
     j = hard_negatives(logits[:,:len(ids)], alike); i = (j>=0).nonzero().flatten(); j = j[i]
     parts = [(states,ids,mask),(states[i],ids[j],mask[j]),*([(states,*near)] if near else []),*([wrong] if wrong else [])]
     yes = self.match_logits(*map(torch.cat, zip(*parts)))
     right = torch.arange(len(yes), device=yes.device)<len(ids)
     out = dict(itc=contrastive_loss(logits, alike), itm=F.cross_entropy(yes, right.long()), itm_accuracy=((yes[:,1]>yes[:,0])==right).float().mean())
-    if same: out['texts'] = contrastive_loss(t@torch.cat([self.encode_text(*same)[0],t_near]).T/self.temperature(), alike)
-    return out
+    return {**out, **(dict(texts=contrastive_loss(texts, alike)) if same else {})}
 
 @patch
 def describe(self:Blip, states, ids, mask, smoothing=0.):
