@@ -251,7 +251,7 @@ def show_images(x, # batch (B,C,H,W), or a list of pictures of one size
     "Draw pictures as a grid, return the figure."
     x = _pixels(x, lo).transpose(0,3,1,2)
     (b,_,h,w),ncol,titles = x.shape,min(ncol,len(x)),[] if titles is None else list(titles)
-    head = math.ceil(.2*max(h,w)/size) if titles else 0       # .2 inches of text
+    head = math.ceil((.2+.11*max(str(t).count('\n') for t in titles))*max(h,w)/size) if titles else 0       # .2 inches of text, more where it has several lines
     im = image_grid(x, ncol, pad, head=head)
     fig = _figure(*(size*n/max(h,w) for n in im.shape[1::-1]))
     ax = fig.add_axes((0,0,1,1)); ax.imshow(im, interpolation='nearest'); ax.axis('off')
