@@ -323,10 +323,11 @@ def temperature(self:Blip):
 def contrast_and_match(self:Blip, states, ids, mask, wrong=None, near=None, same=None): # pictures and their texts; pairs known not to belong together, as (states, ids, mask); texts that are nearly right, and that say the same, as (ids, mask)
     "Losses `itc` and `itm`, how often the matching was right, and `texts` where there are some that say the same."
     v,t = F.normalize(self.vision_proj(states[:,0]).float(), dim=-1),self.encode_text(ids, mask)[0]
-    alike,none = (ids[:,None]==ids).all(-1),torch.zeros(len(ids), len(ids), dtype=torch.bool, device=ids.device)
-    (t_near,another),t_same = (self.encode_text(*near)[0],(ids[:,None]==near[0]).all(-1)) if near else (t[:0],none[:,:0]),self.encode_text(*same)[0] if same else t
-    score = lambda a,b: (a@torch.cat([b,t_near]).T/self.temperature()).masked_fill(torch.cat([none,another], 1), -math.inf)     # nearly right for one, right for another
-    with torch.autocast(v.device.type, enabled=False): logits,texts = score(v, t),score(t, t_same)
+    alike = (ids[:,None]==ids).all(-1)
+    nearly,others = (self.encode_text(*o)[0] if o else otherwise for o,otherwise in ((near,t[:0]),(same,t)))
+    hidden = F.pad((ids[:,None]==near[0]).all(-1), (len(ids),0)) if near else torch.zeros_like(alike)      # nearly right for one, right for another
+    score = lambda a,b: (a@torch.cat([b,nearly]).T/self.temperature()).masked_fill(hidden, -math.inf)
+    with torch.autocast(v.device.type, enabled=False): logits,texts = score(v, t),score(t, others)
     j = hard_negatives(logits[:,:len(ids)], alike); i = (j>=0).nonzero().flatten(); j = j[i]
     parts = [(states,ids,mask),(states[i],ids[j],mask[j]),*([(states,*near)] if near else []),*([wrong] if wrong else [])]
     yes = self.match_logits(*map(torch.cat, zip(*parts)))
@@ -348,7 +349,7 @@ def blip_loss(itc:float=1., itm:float=1., lm:float=1., # weights of contrast, ma
               near=None, # function of caption and seed: the caption with a mistake, to be told from the right one (Yuksekgonul et al. 2023)
               same=None, # likewise: what it says in other words, to be told from other captions and mistakes (Gao et al. 2021)
               retell:float=0. # weight of writing each caption again from its own features
-             ): # loss_fn(model, batch) -> dict(loss, itc, itm, itm_accuracy, lm, retell, temperature): those that there are
+             ): # loss_fn(model, batch) -> dict(loss, itc, itm, itm_accuracy, texts, lm, retell, temperature): those that there are
     "The three objectives of BLIP (Li et al. 2022, section 3.2), without its momentum queue; needs `image` and `caption`."
     def loss_fn(model, batch):
         caps = _texts(batch['caption']); n = len(caps)
@@ -357,11 +358,10 @@ def blip_loss(itc:float=1., itm:float=1., lm:float=1., # weights of contrast, ma
         part = lambda f: (all_ids[k:k+n][yes],all_mask[k:k+n][yes]) if f and (k := n+n*[*more].index(f)) else None
         ids,mask = all_ids[:n],all_mask[:n]
         y = torch.ones(n) if match is None else torch.as_tensor(batch[match]).cpu()
-        said = mask.sum(1).cpu()>2
-        yes,no = (((y==v)&said).nonzero().flatten().to(ids.device) for v in (1,0))
+        yes,no = (((y==v)&(mask.sum(1).cpu()>2)).nonzero().flatten().to(ids.device) for v in (1,0))      # more than [CLS] and [SEP]
         states = model.image_states(batch['image'])
         right,wrong = ((states[i],ids[i],mask[i]) for i in (yes,no))
-        zero = states.sum()*0; out = dict(itc=zero, itm=zero, lm=zero)
+        out = dict.fromkeys(('itc','itm','lm'), states.sum()*0)
         if len(yes) and model.encoder: out.update(model.contrast_and_match(*right, wrong if len(no) else None, part(near), part(same)))
         if len(yes) and model.decoder: out['lm'] = model.describe(*right, smoothing)
         if len(yes) and retell and model.encoder and model.decoder: out['retell'] = model.describe(model.encode_text(*right[1:])[1], *right[1:])
