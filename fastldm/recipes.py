@@ -697,11 +697,11 @@ def _drawn(rows=()):
 # %% ../nbs/19_recipes.ipynb #68deb7ac
 def _draw(name, book):
     "Draw one figure; (name, seconds, list of the numbers that moved or text of the error)."
-    import matplotlib; matplotlib.use('Agg')
+    import matplotlib.pyplot as plt; plt.switch_backend('Agg'); plt.close('all')
     file,start = figures_path()/f'{name}.json',time.time()
     old = json.loads(file.read_text())['numbers'] if file.exists() else {}
     try:
-        with contextlib.redirect_stdout(io.StringIO()), matplotlib.rc_context(matplotlib.rcParamsDefault): run_notebook(book)
+        with contextlib.redirect_stdout(io.StringIO()), plt.rc_context(plt.rcParamsDefault): run_notebook(book)
         return name, time.time()-start, moved(old, json.loads(file.read_text())['numbers'])
     except Exception as e: return name, time.time()-start, f'{type(e).__name__}: {e}'
 
