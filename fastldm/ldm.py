@@ -132,7 +132,7 @@ def weights_folders()->list: # folders with one model each inside
     return [Path(p) for p in (os.environ.get('FASTLDM_WEIGHTS'), Path(fastldm.__file__).parent/'weights') if p]
 
 def available(
-    cls:str='LatentDiffusion', # class of the models, or how its name ends; 'Evaluator' lists the networks that score them
+    cls=('LatentDiffusion','TextToImage'), # class of the models, or how its name ends, or several: those that draw; 'Evaluator' lists the networks that score them
 )->list: # names that `load` takes
     "The trained models that ship with the package."
     found = (f for w in weights_folders() for f in w.glob('*/config.json'))

@@ -39,7 +39,7 @@ def test_encode_refuses(ldm, x):
 def test_decode_refuses(ldm):
     with pytest.raises(ValueError, match=r'this model has \(B,4,7,7\)'): ldm.decode(torch.zeros(1,8,7,7))
 
-@pytest.mark.parametrize('name', available())
+@pytest.mark.parametrize('name', available('LatentDiffusion'))
 def test_shipped_models_draw(name):
     "Pictures in [0,1]; the same seed is the same picture alone and in company; a label changes it."
     m = load(name)

@@ -39,7 +39,7 @@ def test_more_guidance_more_label():
     assert p[0] < .3 < p[1] < p[2]
 
 def test_names():
-    assert {'mnist','fashion','mnist_tutorial'} <= set(available()) and {'mnist_evaluator','fashion_evaluator'} <= set(available('Evaluator'))
+    assert {'mnist','fashion','mnist_tutorial','scenes'} <= set(available()) and 'scenes' in available('TextToImage') and {'mnist_evaluator','fashion_evaluator'} <= set(available('Evaluator'))
 
 # of a hundred held-out scenes, the least share with each thing named (object), in its colour, where it should be (relation): a little less than measured
 SEEN = {'codes':(.30,.18,.22), 'diffusion':(.80,.72,.78)}
