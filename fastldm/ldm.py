@@ -68,10 +68,6 @@ def _guidance(model, scale, given):
         if not isinstance(w,(int,float)) or w<0: raise ValueError(f'guidance_scale={w!r} for {k!r}: expected a number of at least 0 (1: as in the data)')
     return scales
 
-def _denoiser_of(model, batch, scales, interval):
-    "The denoiser of one batch: with its conditions, guided where a scale differs from 1."
-    return guide(model, batch, interval=interval, **scales) if model.conditioner is not None else model
-
 # %% ../nbs/12_ldm.ipynb #c10f3517
 class Given:
     "What is known of the pictures to be drawn: here, nothing. `fastldm.given` makes others, for `sample(given=...)`."
@@ -108,22 +104,19 @@ def sample(self:LatentDiffusion,
     step = named(step or given.step or self.step)
     ts = named(times or self.times)(self.denoiser.schedule, steps if steps is not None else given.steps or self.steps)
     model = self.denoiser.eval()
-    parse = model.conditioner.parse if model.conditioner is not None else _no_conditions
-    batch,known = parse(n, self.device, **conditions),given.rows(self, n)
+    if model.conditioner is None and conditions: raise ValueError(f'this model takes no conditions, but {sorted(conditions)} was given')
+    batch,known = model.conditioner.parse(n, self.device, **conditions) if model.conditioner is not None else {},given.rows(self, n)
     scales = _guidance(model, guidance_scale, [k for k,v in conditions.items() if v is not None])
     seed,out = torch.randint(2**31,()).item() if seed is None else seed,[]
     for i in range(0, n, batch_size):
         part = slice(i, min(i+batch_size, n))
         data,gens = [d[part] for d in known],sample_generators(seed, part.stop-i, first+i)
         with noise_from(gens): x = model.schedule(ts[:1].to(self.device))[1].float()*noise_like(torch.empty(part.stop-i, *self.shape, device=self.device))
-        denoise,x,grid = given.begin(self, _denoiser_of(model, {k:v[part] for k,v in batch.items()}, scales, interval), x, ts, data)
+        guided = guide(model, {k:v[part] for k,v in batch.items()}, interval=interval, **scales) if batch else model
+        denoise,x,grid = given.begin(self, guided, x, ts, data)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision is not None): z = samplers.sample(denoise, x, grid, step, cb=callback, progress=progress, generators=gens)
         out.append(z if latents else (given.finish(self.decode(z), *data)+1)/2)
     return torch.cat(out)
-
-def _no_conditions(n, device=None, **conditions):
-    if conditions: raise ValueError(f'this model takes no conditions, but {sorted(conditions)} was given')
-    return {}
 
 # %% ../nbs/12_ldm.ipynb #50b64760
 def weights_folders()->list: # folders with one model each inside

@@ -6,7 +6,8 @@
 __all__ = ['RECIPES', 'train_autoencoder', 'train_denoiser', 'score_cb', 'label_ldm', 'write_card', 'tutorial_ldm',
            'train_evaluator', 'photo_evaluator', 'train_scene_judge', 'train_reader', 'train_vqvae', 'train_prior',
            'text_to_image', 'evaluate_ldm', 'reconstruction', 'evaluate_texts', 'reconstruction_texts', 'measured',
-           'train_cli', 'sample_cli', 'codes_cli', 'eval_cli', 'moved', 'run_notebook', 'figures_cli']
+           'held_out_prompts', 'train_cli', 'sample_cli', 'codes_cli', 'eval_cli', 'moved', 'run_notebook',
+           'figures_cli']
 
 # %% ../nbs/19_recipes.ipynb #bb916d46
 import contextlib, io, json, os, re, sys, time, torch
@@ -363,8 +364,8 @@ RECIPES = dict(
     flowers5_evaluator=partial(photo_evaluator, 'flowers5'),
     folder=label_ldm,
     scenes=partial(text_to_image, 'scenes', reader_steps=6500, ae_steps=2000, reader=dict(width=128, heads=4), near=near_miss, same=in_other_words, prior_steps=(8000,5000), steps=14500, codes=dict(guidance_scale=3., temperature=[.9,.6]), diffusion=dict(guidance_scale=3., interval=(.3,1.))),
-    clipart=partial(text_to_image, 'clipart+emoji', reader_steps=2500, ae_steps=2000, reader=dict(width=128, heads=4), copies=8, prior_steps=(2500,4000), steps=10000),
-    paintings=partial(text_to_image, 'paintings', reader_steps=2500, ae_steps=2000, reader=dict(width=128, heads=4), prior_steps=(1500,2000), steps=3500),
+    clipart=partial(text_to_image, 'clipart+emoji', reader_steps=2500, ae_steps=2000, reader=dict(width=128, heads=4), copies=8, prior_steps=(2500,3000), steps=9000, codes=dict(guidance_scale=3., temperature=[.9,.6]), diffusion=dict(guidance_scale=3., interval=(.3,1.))),
+    paintings=partial(text_to_image, 'paintings', reader_steps=1500, ae_steps=2000, reader=dict(width=128, heads=4), prior_steps=(1500,2000), steps=3500, codes=dict(guidance_scale=2.), diffusion=dict(guidance_scale=2., interval=(.3,1.))),
     scenes_judge=train_scene_judge,
     captioned=text_to_image,
 )
@@ -428,8 +429,7 @@ def _told(x, asked, refs, reader, judge, batch_size):
     res = {k:v for k,v in caption_scores(refs, reader.caption(x, batch_size=batch_size)).items() if k!='n'}
     among = min(100, 1+len(asked)-max(Counter(asked).values()))
     if among>1: res['retrieval'] = retrieval(reader.similarity(x, asked, batch_size), asked, among)['accuracy']
-    if judge is None: return res,among
-    parts = [judge.agreement(p, asked[i*batch_size:(i+1)*batch_size]) for i,p in enumerate(x.split(batch_size))]
+    parts = [judge.agreement(p, asked[i*batch_size:(i+1)*batch_size]) for i,p in enumerate(x.split(batch_size))] if judge is not None else [{}]
     return res|{k:torch.cat([p[k] for p in parts]).float().mean().item() for k in parts[0]},among
 
 # %% ../nbs/19_recipes.ipynb #2941a25a
@@ -491,6 +491,15 @@ def measured(
     rows = {**kept(), name:dict(settings=settings, numbers=numbers)}
     with write_atomic(file) as f: f.write_text(json.dumps(rows, indent=1, sort_keys=True)+'\n')
     return numbers
+
+def held_out_prompts(
+    model:TextToImage, # whose card names its set
+    n:int=32, # prompts
+    folder=None, # as in `measured`
+)->list: # captions, in an order that is always the same
+    "Captions of held-out pictures, kept like a measurement, since not every set comes with the library. Raises what the set raises."
+    data = model.meta['data']
+    return measured(f'held-out prompts {data}', lambda: dict(prompts=_held_out(model, data, n, None)[1]), folder, data=data, n=n)['prompts']
 
 # %% ../nbs/19_recipes.ipynb #7ff52052
 def _command(f):

@@ -255,10 +255,10 @@ def in_other_words(caption:str, # of a scene
 class SyntheticScenes(Pictures):
     "Scenes of one or two things, drawn when asked for; the test split has the combinations that training never shows."
     mask_classes = ['background',*KINDS]
-    def __init__(self, n:int=None, split='train', size:int=64, seed:int=0, # scenes, 40,000 (4,000 to test) if not given; 'train' or 'test'; side of a picture; which scenes
+    def __init__(self, n:int=None, split='train', size:int=64, seed:int=0, # scenes, 200,000 (4,000 to test) if not given; 'train' or 'test'; side of a picture; which scenes
                  root=None, download=True, # not needed, for a common call
                  keep:bool=False): # draw all now, and keep them in memory
-        n = (40_000 if split=='train' else 4_000) if n is None else n
+        n = (200_000 if split=='train' else 4_000) if n is None else n
         if n<1 or size<16: raise ValueError(f"n is {n}, size is {size}; n is at least 1, size at least 16")
         self.n,self.split,self.size,self.seed = n,_check_split(split),size,seed
         if keep:

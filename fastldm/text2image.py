@@ -46,8 +46,7 @@ class TextToImage(Module):
 def _prompts(prompt, n):
     "A list of `n` texts; `ValueError` for what is none, or for another number of them."
     if n is not None and (not isinstance(n,int) or n<1): raise ValueError(f'n={n!r}: expected a whole number of at least 1')
-    if prompt is None: prompt = ''
-    if isinstance(prompt, str): return [prompt]*(n or 1)
+    if prompt is None or isinstance(prompt, str): return [prompt or '']*(n or 1)
     if not isinstance(prompt, (list,tuple)) or not prompt or any(not isinstance(p,str) for p in prompt): raise ValueError(f'prompt={prompt!r:.60}: expected a text, or a list of texts, one a picture')
     if n not in (None,len(prompt)): raise ValueError(f'got {len(prompt)} prompts for n={n} pictures: give one text for all, or one a picture')
     return list(prompt)

@@ -149,15 +149,18 @@ def match_report(scores, # a number a pair, larger: rather a match
 def pairwise_diversity(x, # pictures (N,C,H,W) in [0,1], or bytes
                        distance='auto', # a name for `fastldm.perceptual.perceptual`, or a callable (a,b) -> (B,)
                        pairs:int=500, # pairs to draw; all of them if there are no more
-                       seed:int=0 # of the draw
+                       seed:int=0, # of the draw
+                       each:int=None # pictures of one prompt, in a row: only these are paired
                       )->dict: # diversity, of what distance, over how many pairs
-    "Mean perceptual distance between pictures of a set, two different ones at a time."
+    "Mean perceptual distance between pictures of a set, two different ones at a time, or of pictures of one prompt."
     from fastldm.perceptual import perceptual
     if not torch.is_tensor(x) or x.dim()!=4 or len(x)<2: raise ValueError(f"given {tuple(x.shape) if torch.is_tensor(x) else type(x).__name__}: expected at least two pictures (N,C,H,W)")
     x = x.float()/255 if x.dtype==torch.uint8 else x
     if not 0<=x.min()<=x.max()<=1: raise ValueError(f"given values from {x.min():.4g} to {x.max():.4g}: expected [0,1]")
     d = perceptual(distance) if isinstance(distance, str) else distance
-    i,j = torch.triu_indices(len(x), len(x), 1)
+    each = each or len(x)
+    if each<2 or len(x)%each: raise ValueError(f"given {len(x)} pictures, {each} of one prompt: expected at least two of each, and as many of every one")
+    i,j = (torch.triu_indices(each, each, 1)[:,None]+each*torch.arange(len(x)//each)[:,None]).flatten(1)
     keep = torch.randperm(len(i), generator=torch.Generator().manual_seed(seed))[:pairs]
     with torch.no_grad(): v = torch.cat([d(x[a]*2-1, x[b]*2-1) for a,b in zip(i[keep].split(100),j[keep].split(100))])
     return dict(diversity=v.mean().item(), distance=getattr(d,'name',getattr(d,'__name__','')), pairs=len(keep))
