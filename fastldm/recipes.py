@@ -363,9 +363,9 @@ RECIPES = dict(
     flowers=partial(label_ldm, 'flowers5', size=64, c_latent=8, ae_steps=8000, steps=12000, drop=.2, copies=4),
     flowers5_evaluator=partial(photo_evaluator, 'flowers5'),
     folder=label_ldm,
-    scenes=partial(text_to_image, 'scenes', reader_steps=6500, ae_steps=2000, reader=dict(width=128, heads=4), near=near_miss, same=in_other_words, prior_steps=(8000,5000), steps=14500, codes=dict(guidance_scale=3., temperature=[.9,.6]), diffusion=dict(guidance_scale=3., interval=(.3,1.))),
+    scenes=partial(text_to_image, 'scenes', reader_steps=6500, ae_steps=2000, reader=dict(width=128, heads=4), near=near_miss, same=in_other_words, prior_steps=(11000,14000), steps=14500, codes=dict(guidance_scale=3., temperature=[.9,.6]), diffusion=dict(guidance_scale=3., interval=(.3,1.))),
     clipart=partial(text_to_image, 'clipart+emoji', reader_steps=2500, ae_steps=2000, reader=dict(width=128, heads=4), copies=8, prior_steps=(2500,3000), steps=9000, codes=dict(guidance_scale=3., temperature=[.9,.6]), diffusion=dict(guidance_scale=3., interval=(.3,1.))),
-    paintings=partial(text_to_image, 'paintings', reader_steps=1500, ae_steps=2000, reader=dict(width=128, heads=4), prior_steps=(1500,2000), steps=3500, codes=dict(guidance_scale=2.), diffusion=dict(guidance_scale=2., interval=(.3,1.))),
+    paintings=partial(text_to_image, 'paintings', reader_steps=1500, ae_steps=2000, reader=dict(width=128, heads=4), prior_steps=(1000,1200), steps=2500, codes=dict(guidance_scale=3., temperature=[.9,.7]), diffusion=dict(guidance_scale=4., interval=(.3,1.))),
     scenes_judge=train_scene_judge,
     captioned=text_to_image,
 )
