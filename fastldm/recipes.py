@@ -492,6 +492,7 @@ def measured(
     with write_atomic(file) as f: f.write_text(json.dumps(rows, indent=1, sort_keys=True)+'\n')
     return numbers
 
+# %% ../nbs/19_recipes.ipynb #e40403a3
 def held_out_prompts(
     model:TextToImage, # whose card names its set
     n:int=32, # prompts
