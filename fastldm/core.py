@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Recorded', 'Module', 'from_config', 'write_atomic', 'fingerprint', 'n_params', 'save_model', 'load_model',
-           'default_device', 'set_seed', 'image_grid', 'show_image', 'show_images', 'figures_path', 'save_figure']
+           'default_device', 'set_seed', 'known', 'check_named', 'image_grid', 'show_image', 'show_images',
+           'figures_path', 'save_figure']
 
 # %% ../nbs/00_core.ipynb #c0a18586
-import hashlib,importlib,inspect,json,math,os,random,sys,tempfile
+import difflib,hashlib,importlib,inspect,json,math,os,random,sys,tempfile
 from contextlib import ExitStack,contextmanager
 from pathlib import Path
 import numpy as np, torch
@@ -204,6 +205,28 @@ def default_device()->torch.device: # cuda where there is one, else cpu
 def set_seed(seed:int): # any whole number
     "Seed Python's, numpy's and torch's generators."
     random.seed(seed); np.random.seed(seed%2**32); torch.manual_seed(seed)
+
+# %% ../nbs/00_core.ipynb #e172d400
+def known(name:str, # what was asked for
+          names, # that there are
+          what:str # kind of thing, for the message
+         )->str: # the name
+    "`ValueError` for a name that is not there, with the nearest spelling."
+    if name in names: return name
+    near = difflib.get_close_matches(str(name), names, 1)
+    raise ValueError(f"unknown {what} {name!r}: {f'did you mean {near[0]!r}? ' if near else ''}There are {', '.join(sorted(names))}")
+
+def check_named(given:dict, # {name: true or false}, what a person said
+                names:list, # that there are
+                exclusive=(), # lists of names of which one at most can be true
+                what:str='attribute' # kind of thing, for the message
+               )->set: # the names that are true
+    "`ValueError` for an unknown name, and for two that cannot both be true."
+    for k in given: known(k, names, what)
+    on = {k for k,v in given.items() if v}
+    both = next((sorted(on&set(e)) for e in exclusive if len(on&set(e))>1), None)
+    if both: raise ValueError(f"{' and '.join(both)} cannot both be true: leave one of them out")
+    return on
 
 # %% ../nbs/00_core.ipynb #f904ac10
 def _pixels(x, lo=None):

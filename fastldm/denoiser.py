@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['scales', 'eps_of', 'score_of', 'GaussianDenoiser', 'precondition', 'Denoiser', 'uniform_weight', 'min_snr_weight',
-           'p2_weight', 'edm_weight', 'diffusion_loss', 'Guided', 'guide']
+           'p2_weight', 'edm_weight', 'mean_one', 'diffusion_loss', 'Guided', 'guide']
 
 # %% ../nbs/10_denoiser.ipynb #a96dba5a
 import torch
+from functools import partial
 from torch import nn
 from .core import Module
 from .schedules import uniform_t
@@ -125,9 +126,10 @@ def p2_weight(
     snr:torch.Tensor, # alpha²/sigma²
     gamma:float=1., # strength; 0 is the simple loss
     k:float=1., # with 1 the weight is (1-alpha_bar)^gamma
+    data_var:float=1., # variance of the data: 1 for latents that were brought to it; the signal is that much stronger
 )->torch.Tensor: # weight of the squared error of the noise
     "P2: less of the noise levels where only imperceptible detail is left (Choi et al. 2022)."
-    return (k+snr)**-gamma
+    return (k+snr*data_var)**-gamma
 
 def edm_weight(
     snr:torch.Tensor, # alpha²/sigma²
@@ -135,6 +137,17 @@ def edm_weight(
 )->torch.Tensor: # weight of the squared error of the noise
     "EDM: the error of the network's own output counts the same at all noise levels (Karras et al. 2022); with `sigma_data=1` also the v loss."
     return (1/snr + sigma_data**2)/sigma_data**2
+
+def mean_one(
+    weight, # a function of the SNR
+    schedule, # whose times are drawn uniformly
+    n:int=1000, # times that the mean is taken over
+): # the weight over its mean
+    "A weight below 1 is also a smaller learning rate; divided by its mean it only shifts the attention."
+    a,σ = schedule(schedule.t_min+(1-schedule.t_min)*(torch.arange(n).double()+.5)/n)
+    return partial(_over, weight=weight, mean=weight((a/σ)**2).mean().item())
+
+def _over(snr, weight, mean): return weight(snr)/mean
 
 # %% ../nbs/10_denoiser.ipynb #90c529d2
 def diffusion_loss(
@@ -179,11 +192,14 @@ def guide(
     model, # a `Denoiser` with a conditioner
     batch:dict, # a field for each condition
     interval=(0.,1.), # times at which guidance acts; outside, the conditions count once
+    order=None, # names of the conditions, from the one that is added first; None: as the model has them
     **guidance_scales, # condition = scale; 1: as in the data (the default), 0: ignored
 )->Guided: # a denoiser
     "Classifier-free guidance, one scale a condition (Ho and Salimans 2022), on an interval (Kynkäänniemi et al. 2024). `ValueError` for an unknown condition."
     names = list(model.conditioner.embedders)
     if unknown := set(guidance_scales)-set(names): raise ValueError(f'guidance_scale for {sorted(unknown)}, but this model is conditioned on {names}')
+    if order is not None and sorted(order)!=sorted(names): raise ValueError(f'order={list(order)}: expected each of {names} once')
+    names = list(order or names)
     w = [float(guidance_scales.get(k,1.)) for k in names]
     conds = [model.conditioner(batch, without=names[i:]) for i in range(len(names)+1)]
     return Guided(model, conds, [a-b for a,b in zip([1.]+w, w+[0.])], interval)

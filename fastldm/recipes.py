@@ -4,19 +4,18 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'train_autoencoder', 'train_denoiser', 'score_cb', 'label_ldm', 'write_card', 'tutorial_ldm',
-           'train_evaluator', 'photo_evaluator', 'train_scene_judge', 'train_reader', 'train_vqvae', 'train_prior',
-           'text_to_image', 'evaluate_ldm', 'reconstruction', 'evaluate_texts', 'reconstruction_texts', 'measured',
-           'held_out_prompts', 'train_cli', 'sample_cli', 'codes_cli', 'eval_cli', 'moved', 'run_notebook',
-           'figures_cli']
+           'train_evaluator', 'photo_evaluator', 'train_scene_judge', 'train_face_judge', 'face_denoiser', 'face_ldm',
+           'train_reader', 'train_vqvae', 'train_prior', 'text_to_image', 'evaluate_ldm', 'reconstruction',
+           'evaluate_texts', 'reconstruction_texts', 'measured', 'held_out_prompts', 'train_cli', 'sample_cli',
+           'codes_cli', 'eval_cli', 'moved', 'run_notebook', 'figures_cli']
 
 # %% ../nbs/19_recipes.ipynb #bb916d46
 import contextlib, io, json, os, re, sys, time, torch
 from collections import Counter
-from difflib import get_close_matches
 from functools import partial, wraps
 from pathlib import Path
 from fastcore.script import call_parse, store_true, Param
-from .core import figures_path, image_grid, n_params, set_seed, write_atomic, load_model, save_model
+from .core import figures_path, image_grid, known, n_params, set_seed, write_atomic, load_model, save_model
 from .data import DATASETS, Augmented, get_dataset, to_image
 from .train import Learner, SampleCB, _read_checkpoint
 from .captioned import Captioned
@@ -27,11 +26,13 @@ from .autoencoder import Autoencoder, TutorialAutoencoder, LatentDataset, autoen
 from .schedules import VE, Cosine, logit_normal_t
 from .unet import UNet, TutorialUNet
 from .vqvae import VQVAE, perplexity, vqvae_loss
-from .cond import Conditioner, LabelEmbedder, TextEmbedder, VectorEmbedder
+from .cond import AttributeEmbedder, Conditioner, LabelEmbedder, MaskEmbedder, TextEmbedder, VectorEmbedder
 from .denoiser import Denoiser, diffusion_loss, edm_weight
 from .ldm import LatentDiffusion, available, load, save, weights_folders
 from .codes import CodeDataset, write_codes
 from .scene_judge import SceneJudge, scene_judge_loss
+from .faces import EXCLUSIVE, Mirrored
+from .face_judge import FaceJudge, face_judge_loss
 from .pixelsnail import EarlyStopCB, PixelSNAIL, bits_per_code, pixelsnail_loss
 from .blip import Blip, blip_loss, _need
 from .text2image import CodeLatents, TextToImage
@@ -145,7 +146,7 @@ def label_ldm(
     return _finish_ldm(folder, LatentDiffusion(ae, den, shape), data, ds, seed, **views, **(card or {}))
 
 # %% ../nbs/19_recipes.ipynb #76b149e0
-_licences = dict(scenes='drawn by this library', clipart='public domain', **{'clipart+emoji':'public domain (Open Clip Art), and emoji of an installed font (Noto: SIL OFL 1.1)'}, photos='for research only, so this model too', paintings='for research only, so this model too', mnist='CC BY-SA 3.0, as usually given', fashion='MIT', digits='CC BY 4.0 (UCI)', **{f:'for research only, so this model too' for f in ('flowers5','flowers17','flowers102')})
+_licences = dict(scenes='drawn by this library', clipart='public domain', **{'clipart+emoji':'public domain (Open Clip Art), and emoji of an installed font (Noto: SIL OFL 1.1)'}, photos='for research only, so this model too', drawn_faces='drawn by this library', avatars='avatars (Avataaars by Pablo Stanley, free for personal and commercial use)', celeba='for non-commercial research only, so this model too', celebahq='for non-commercial research only, so this model too', paintings='for research only, so this model too', mnist='CC BY-SA 3.0, as usually given', fashion='MIT', digits='CC BY 4.0 (UCI)', **{f:'for research only, so this model too' for f in ('flowers5','flowers17','flowers102')})
 
 def _finish(folder, model, stages, data, draw, ncol=8, **card):
     "Save the whole model with its card, and a grid of what `draw(model)` gives to look at."
@@ -265,6 +266,78 @@ def train_scene_judge(
     return _train(Path(folder), SceneJudge, SyntheticScenes(n), scene_judge_loss, seed, lambda learn: dict(name='scenes_judge', data='scenes'), steps=steps, batch_size=32, lr=3e-3,
                   weight_decay=.01, warmup=min(100,steps//10), ema=.995, precision=precision, progress=progress)
 
+# %% ../nbs/19_recipes.ipynb #038888a5
+def train_face_judge(
+    data='drawn_faces', # a set of faces by name
+    folder='runs/face_judge', # where it goes
+    root=None, # where the set is looked for first
+    size:int=64, # side of the pictures
+    steps:int=3000, # of the optimiser
+    mirrored:bool=False, # add the mirrored faces
+    seed:int=0, # of everything
+    precision:str=None, # 'bf16' where the processor has it
+    progress:bool=True, # show bars
+    **network, # for `FaceJudge`
+)->FaceJudge: # saved in `folder`; its card says how well it sees in held-out pictures
+    "A network that says what a face shows. Raises what the data set raises, before work starts."
+    ds,held = (get_dataset(data, root, split=s, size=size) for s in ('train','test'))
+    classes = ds.mask_classes if 'mask' in ds[0] else ()
+    def note(learn):
+        b = held[:]; found = learn.ema_model.agreement(b['image'], b['attrs'], b.get('mask'))
+        return dict(name=f'{data}_judge', data=str(data), n_held_out=len(held), accuracy_mean=found['accuracy_mean'], iou_mean=found.get('iou_mean'), accuracy=dict(zip(ds.attributes, found['accuracy'].tolist())), iou=dict(zip(classes, found['iou'].tolist())) if len(classes) else None)
+    return _train(Path(folder), lambda: FaceJudge(ds.attributes, classes, size, **network), Mirrored(ds) if mirrored else ds, face_judge_loss, seed, note, steps=steps, batch_size=64, lr=3e-3,
+                  weight_decay=.05, warmup=min(200,steps//10), ema=.998, precision=precision, progress=progress)
+
+# %% ../nbs/19_recipes.ipynb #c2d1bd38
+def face_denoiser(
+    ds, # a set of faces
+    c_latent:int, # channels of its latents
+    factor:int=4, # pixels to one position of the latent, in each direction
+    channels=(64,128), # of the U-Net
+    n_blocks:int=1, # residual blocks a level
+    d_context:int=128, # width of the tokens
+    attrs='context', mask='context', # slot of each condition: 'context', 'vector', for a mask 'concat'; None: not conditioned on it
+    drop:float=.2, partial:float=.3, # rates at which training leaves a condition out, and says a part of it
+)->Denoiser: # to be trained
+    "A U-Net that can be told attributes and masks."
+    d_emb,classes,size = 4*channels[0],list(getattr(ds,'mask_classes',())),ds.size
+    width = lambda slot: d_emb if slot=='vector' else d_context
+    embedders = {}
+    if attrs: embedders['attrs'] = AttributeEmbedder(len(ds.attributes), width(attrs), ds.attributes, [e for e in EXCLUSIVE if {*e}&{*ds.attributes}], attrs=='context', partial)
+    if mask: embedders['mask'] = MaskEmbedder(classes, width(mask), size, factor, mask, partial)
+    tokens = 'context' in (attrs,mask)
+    net = UNet(c_latent, channels, n_blocks, attention=[True]*len(channels), d_emb=d_emb, d_context=d_context if tokens else None, c_concat=(len(classes)+1)*(mask=='concat'), placed=tokens)
+    return Denoiser(net, Cosine(), Conditioner(drop=drop, **embedders) if embedders else None)
+
+def face_ldm(
+    data='drawn_faces', # a set of faces by name
+    folder='runs/faces', # where the stages and the model go
+    root=None, # where the set is looked for first
+    size:int=64, # side of the pictures
+    c_latent:int=4, # channels of the latent, which has a quarter of that side
+    ae_channels=(48,64), # of the autoencoder
+    ae_steps:int=4000, # of the autoencoder's training
+    steps:int=12000, # of the denoiser's training
+    mirrored:bool=False, # add the mirrored faces
+    weight=edm_weight, # of the loss
+    seed:int=0, # of everything
+    precision:str=None, # 'bf16' where the processor has it
+    progress:bool=True, # show bars
+    card:dict=None, # what else the card should say
+    **network, # for `face_denoiser`
+)->LatentDiffusion: # saved in `folder`
+    "Autoencoder, latents, denoiser, model. Raises what the data set raises, before work starts."
+    folder,ds = Path(folder),get_dataset(data, root, size=size)
+    if mirrored: ds = Mirrored(ds)
+    kw = dict(seed=seed, precision=precision, progress=progress)
+    ae = train_autoencoder(ds, folder, c_latent=c_latent, channels=ae_channels, steps=ae_steps, **kw)
+    latents = LatentDataset(ds, ae, cache=folder/'cache', progress=progress)
+    set_seed(seed)
+    den = train_denoiser(latents, folder, face_denoiser(ds, c_latent, **network), partial(diffusion_loss, weight=weight), steps, **kw)
+    some = {k:v for k,v in ds[:8].items() if k in den.conditioner.embedders} if den.conditioner is not None else {}
+    draw = lambda m: m.sample(64, seed=0, guidance_scale=1.5, **{k:v.repeat_interleave(8,0) for k,v in some.items()})
+    return _finish(folder, LatentDiffusion(ae, den, tuple(latents[0]['latent'].shape)), ('autoencoder','denoiser'), data, draw, **{**dict(n_pictures=len(ds), seed=seed), **(card or {})})
+
 # %% ../nbs/19_recipes.ipynb #8b12308c
 def train_reader(
     ds, # a captioned set
@@ -367,14 +440,16 @@ RECIPES = dict(
     clipart=partial(text_to_image, 'clipart+emoji', reader_steps=2500, ae_steps=2000, reader=dict(width=128, heads=4), copies=8, prior_steps=(2500,3000), steps=9000, codes=dict(guidance_scale=3., temperature=[.9,.6]), diffusion=dict(guidance_scale=3., interval=(.3,1.))),
     paintings=partial(text_to_image, 'paintings', reader_steps=1500, ae_steps=2000, reader=dict(width=128, heads=4), prior_steps=(1000,1200), steps=2500, codes=dict(guidance_scale=3., temperature=[.9,.7]), diffusion=dict(guidance_scale=4., interval=(.3,1.))),
     scenes_judge=train_scene_judge,
+    drawn_faces=face_ldm,
+    drawn_faces_judge=train_face_judge,
+    avatars=partial(face_ldm, 'avatars'),
+    avatars_judge=partial(train_face_judge, 'avatars'),
+    celeba=partial(face_ldm, 'celeba', mirrored=True),
+    celeba_judge=partial(train_face_judge, 'celeba', mirrored=True),
+    celebahq=partial(face_ldm, 'celebahq'),
+    celebahq_judge=partial(train_face_judge, 'celebahq', mirrored=True),
     captioned=text_to_image,
 )
-
-def _known(name, names, what):
-    "`name` if it is among `names`, else a `ValueError` with the nearest spelling."
-    if name in names: return name
-    near = get_close_matches(name, names, 1)
-    raise ValueError(f"unknown {what} {name!r}: {f'did you mean {near[0]!r}? ' if near else ''}There are {', '.join(sorted(names))}")
 
 # %% ../nbs/19_recipes.ipynb #c319a22e
 def evaluate_ldm(
@@ -525,7 +600,7 @@ def train_cli(
     resume:store_true=False, # only go on with what was begun; an error where nothing was
 ):
     "Train a model. The same command goes on where an interrupted one stopped, and says from which step."
-    fn = RECIPES[_known(recipe, RECIPES, 'recipe')]
+    fn = RECIPES[known(recipe, RECIPES, 'recipe')]
     if recipe in ('folder','captioned') and data is None: raise ValueError(f'the recipe `{recipe}` needs --data, a folder of pictures')
     given = {k:v for k,v in dict(data=data, size=size, steps=steps, ae_steps=ae_steps).items() if v is not None}
     out = Path(out or f'runs/{recipe}')
@@ -623,7 +698,7 @@ def eval_cli(
     if isinstance(ldm, TextToImage): res = evaluate_texts(ldm, data, 1000 if n is None else n, root, prior, candidates, seed, **how)|reconstruction_texts(ldm, data, 1000 if n is None else n, root)
     else:
         _no_texts(model, prior, candidates)
-        ev = load(_known(f'{data}_evaluator', available('Evaluator'), 'evaluator'))
+        ev = load(known(f'{data}_evaluator', available('Evaluator'), 'evaluator'))
         res = evaluate_ldm(ldm, ev, data, 10000 if n is None else n, root, seed, **how)
     for k,v in res.items(): print(f'{k:32s}{v:12.4f}' if isinstance(v,float) else f'{k:32s}{v:>12}')
     if out:
@@ -674,7 +749,7 @@ def figures_cli(
     folder = Path(__file__).parent.parent/'nbs'/'figures'
     books = {f.stem:f for f in sorted(folder.glob('*.ipynb'))}
     if not books: raise FileNotFoundError(f'{folder} has no notebooks: the figures are drawn in a clone of the repository, installed with `pip install -e`')
-    chosen = [_known(n, books, 'figure') for n in names or books]
+    chosen = [known(n, books, 'figure') for n in names or books]
     if fresh: os.environ['FASTLDM_FRESH'] = '1'
     if train: _train_all()
     rows = [] if names or train else _drawn()

@@ -39,7 +39,7 @@ def test_more_guidance_more_label():
     assert p[0] < .3 < p[1] < p[2]
 
 def test_names():
-    assert {'mnist','fashion','mnist_tutorial','scenes'} <= set(available()) and {'scenes','clipart'} <= set(available('TextToImage')) and {'mnist_evaluator','fashion_evaluator'} <= set(available('Evaluator'))
+    assert {'mnist','fashion','mnist_tutorial','scenes'} <= set(available()) and {'scenes','clipart','paintings'} <= set(available('TextToImage')) and {'mnist_evaluator','fashion_evaluator'} <= set(available('Evaluator'))
 
 # of a hundred held-out scenes, the least share with each thing named (object), in its colour, where it should be (relation): a little less than measured
 SEEN = {'codes':(.38,.31,.29), 'diffusion':(.80,.72,.78)}
@@ -56,7 +56,7 @@ def test_scenes_show_what_was_asked(prior):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('prior', SEEN)
-@pytest.mark.parametrize('name', ['clipart'])
+@pytest.mark.parametrize('name', ['clipart','paintings'])
 def test_pictures_find_their_prompts(name, prior):
     "Of held-out captions, the model's reader finds that which was asked for at least five times as often as by chance."
     from fastldm.recipes import held_out_prompts
@@ -64,7 +64,7 @@ def test_pictures_find_their_prompts(name, prior):
     found = m.reader.similarity(m.sample([p for p in asked for _ in range(3)], prior=prior, seed=1)*2-1, asked).argmax(1)
     assert (found==torch.arange(len(asked)).repeat_interleave(3)).float().mean() >= 5/len(asked)
 
-@pytest.mark.parametrize('name,prior', [('scenes','codes'),('scenes','diffusion'),('clipart','codes')])
+@pytest.mark.parametrize('name,prior', [('scenes','codes'),('scenes','diffusion'),('clipart','codes'),('paintings','codes')])
 def test_eight_pictures_in_seconds(name, prior):
     "From a prompt, on two threads: less than five."
     m,before = load(name),torch.get_num_threads()

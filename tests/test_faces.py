@@ -1,0 +1,168 @@
+"Faces: what is wrong with files, masks and attributes is said before work starts; a drawn set is kept; a model of faces obeys."
+import os
+import numpy as np, pytest, torch
+from PIL import Image
+from fastldm.cond import AttributeEmbedder, MaskEmbedder
+from fastldm.faces import *
+from fastldm.faces import _choices, _pile, _tops
+
+@pytest.fixture
+def published(tmp_path):
+    "Seven drawn faces in CelebAMask-HQ's layout."
+    return write_celebamask_hq(SyntheticFaces(n=7), tmp_path)
+
+# ---- the published layout
+
+def test_comes_back(published):
+    ds,drawn = CelebAMaskHQ(published.parent),SyntheticFaces(n=7)
+    assert len(ds)==7 and torch.equal(ds[:]['mask'], drawn[:]['mask'])
+    assert CelebAMaskHQ(published).files==ds.files                                   # the folder itself may be given
+
+def test_a_picture_without_masks_is_left_out(published):
+    for f in (published/'CelebAMask-HQ-mask-anno/0').glob('00002_*'): f.unlink()
+    with pytest.warns(UserWarning, match='1 of 7 pictures have no mask'): ds = CelebAMaskHQ(published.parent)
+    assert len(ds)==6 and '2.jpg' not in [f.name for f in ds.files] and len(ds.attrs)==len(ds.mask)==6
+
+def test_a_mask_of_another_picture(published):
+    Image.new('L', (40,40)).save(published/'CelebAMask-HQ-mask-anno/0/00003_skin.png')
+    with pytest.raises(ValueError, match='00003_.*belongs to another picture'): CelebAMaskHQ(published.parent)
+
+@pytest.mark.parametrize('spoil', [lambda t: t.replace('000003','x'), lambda t: '\n'.join(t.splitlines()[:4]), lambda t: t.replace('  ', ' , ')])
+def test_a_table_of_other_pictures(published, spoil):
+    f = published/'CelebA-HQ-to-CelebA-mapping.txt'; f.write_text(spoil(f.read_text()))
+    with pytest.raises(ValueError, match='does not match the attribute file'): CelebAMaskHQ(published.parent)
+
+@pytest.mark.parametrize('name', ['CelebA-HQ-to-CelebA-mapping.txt','CelebAMask-HQ-attribute-anno.txt'])
+def test_a_file_is_missing(published, name):
+    (published/name).unlink()
+    with pytest.raises(FileNotFoundError, match=name): CelebAMaskHQ(published.parent)
+
+def test_a_damaged_mask(published):
+    f = published/'CelebAMask-HQ-mask-anno/0/00001_skin.png'; f.write_bytes(f.read_bytes()[:60])
+    with pytest.raises(ValueError, match='00001_skin.png'): CelebAMaskHQ(published.parent)
+
+@pytest.mark.parametrize('spoil,said', [(lambda t: t.replace(' -1', ' 2', 1),'line 3'), (lambda t: '\n'.join(t.splitlines()[:-1]),'cut off'), (lambda t: '','no attributes')])
+def test_damaged_attributes(published, spoil, said):
+    f = published/'CelebAMask-HQ-attribute-anno.txt'; f.write_text(spoil(f.read_text()))
+    with pytest.raises(ValueError, match=said): CelebAMaskHQ(published.parent)
+
+def celeba(d, masks=True):
+    "The layout of a part of CelebA: a table, pictures and masks in zip files."
+    import io, zipfile
+    (d/'celeba10k').mkdir(); ds = SyntheticFaces(n=4, parts=PARTS8)
+    with zipfile.ZipFile(d/'celeba10k/images.zip','w') as z, zipfile.ZipFile(d/'celeba10k/masks.zip','w') as y:
+        for i in range(4):
+            for o,im,ext in ((z,Image.fromarray(((ds[i]['image']+1)*127.5).byte().movedim(0,-1).numpy()),'jpg'),(y,Image.fromarray(ds[i]['mask'].numpy()),'png')):
+                b = io.BytesIO(); im.save(b, 'jpeg' if ext=='jpg' else 'png')
+                if masks or i!=2 or ext=='jpg': o.writestr(f'{i:06d}.{ext}', b.getvalue())
+    rows = [','.join([f'{i:06d}.jpg',('train','train','val','val')[i],*map(str, ds[i]['attrs'].tolist())]) for i in range(4)]
+    (d/'celeba10k/attributes.csv').write_text('\n'.join([','.join(['file','split',*ds.attributes]),*rows])+'\n')
+    return ds
+
+def test_a_part_of_celeba(tmp_path):
+    ds = celeba(tmp_path)
+    train,test = CelebA(tmp_path),CelebA(tmp_path, 'test')                             # none for testing: those of validation
+    assert [len(train),len(test)]==[2,2] and torch.equal(test[:]['attrs'], ds[2:4]['attrs']) and torch.equal(test[:]['mask'], ds[2:4]['mask'])
+
+def test_celeba_without_one_mask(tmp_path):
+    celeba(tmp_path, masks=False)
+    with pytest.raises(ValueError, match='000002.png.*fetch it again'): CelebA(tmp_path, 'test')
+
+def test_celeba_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.delenv('FASTLDM_DATA', raising=False); monkeypatch.setenv('HOME', str(tmp_path))
+    with pytest.raises(FileNotFoundError, match='mmlab.ie.cuhk.edu.hk'): CelebA(tmp_path)
+    with pytest.raises(FileNotFoundError, match='switchablenorms/CelebAMask-HQ'): CelebAMaskHQ(tmp_path)
+
+# ---- masks
+
+def test_sizes_never_make_classes():
+    "A mask with two classes, made smaller and larger by any factor, has these two only."
+    g = torch.Generator().manual_seed(0)
+    for size in (3,7,16,33,64,100): assert set(resize_mask(torch.randint(2, (4,64,64), generator=g)*13, size).unique().tolist()) <= {0,13}
+
+def test_majority():
+    m = torch.zeros(1,4,4, dtype=torch.uint8); m[0,:2,:2] = torch.tensor([[5,5],[5,2]]); m[0,2:,2:] = 7
+    assert resize_mask(m, 2)[0].tolist()==[[5,0],[0,7]]
+
+parts = MaskEmbedder(PARTS8, 8, 16)
+
+@pytest.mark.parametrize('given,said', [(torch.zeros(8,8).long(),r'shape \(8, 8\).*resize_mask'), (torch.zeros(3,16,16).long(),'for 2 samples'), (torch.zeros(16,16),'argmax'), (torch.rand(8,16,16),'argmax'),
+    (torch.zeros(16,16).bool(),'bool'), (torch.full((16,16),9),'class 9'), (torch.full((16,16),-1),'class -1'), (np.zeros((16,16,3),np.uint8),'shape')])
+def test_a_mask_that_cannot_be(given, said):
+    with pytest.raises(ValueError, match=said): parts.parse(given, 2)
+
+def test_masks_that_can():
+    for m in (torch.full((16,16),8), np.full((16,16),8,np.uint8), [[8]*16]*16): assert torch.equal(parts.parse(m, 2), parts.parse(None, 2))
+
+# ---- attributes
+
+@pytest.mark.parametrize('given,said', [(dict(Smilling=True),"did you mean 'Smiling'"),(dict(Black_Hair=True,Blond_Hair=True),'Black_Hair and Blond_Hair cannot both'),(dict(No_Beard=1,Goatee=1),'cannot both'),(dict(Blurry=True),'unknown')])
+def test_attributes_that_cannot_be(given, said):
+    with pytest.raises(ValueError, match=said): draw_face(given)
+    with pytest.raises(ValueError, match=said): AttributeEmbedder(len(DRAWN), 4, DRAWN, EXCLUSIVE).parse(given, 1)
+
+def test_rows_of_attributes():
+    e = AttributeEmbedder(3, 4, ['a','b','c'])
+    want = e.parse([1,0,1], 2)
+    for same in ([1,-1,1],[True,False,True],np.array([1,0,1]),torch.tensor([1.,0.,1.]),dict(a=1,b=0,c=True),[dict(a=1,b=0,c=1)]*2): assert torch.equal(e.parse(same, 2), want)
+    for bad in ([1,0],[.5,0,1],[1,0,-1],[[1,0,1]]*3,[1,0,7]):
+        with pytest.raises(ValueError, match='attrs'): e.parse(bad, 2)
+
+# ---- drawn sets
+
+def test_a_large_set_is_drawn_once(tmp_path, monkeypatch):
+    "It is read from the file the next time; a damaged file is told, and made again."
+    monkeypatch.setenv('FASTLDM_CACHE', str(tmp_path))
+    a = SyntheticFaces(n=2000, size=16)[:40]
+    f, = (tmp_path/'faces').iterdir()
+    when = f.stat().st_mtime_ns; b = SyntheticFaces(n=2000, size=16)[:40]
+    few = SyntheticFaces(n=40, size=16)[:]                                              # a small one is drawn when asked for: the same faces
+    assert f.stat().st_mtime_ns==when and all(torch.equal(a[k], b[k]) and torch.equal(a[k], few[k]) for k in a)
+    f.write_bytes(f.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match='damaged'): c = SyntheticFaces(n=2000, size=16)[:40]
+    assert all(torch.equal(a[k], c[k]) for k in a)
+
+def test_avatars_are_what_resvg_draws():
+    "A pile of layers is the picture that resvg makes of the whole."
+    pa,resvg = pytest.importorskip('python_avatars'),pytest.importorskip('resvg_py')
+    import io, random
+    worst = 0
+    for i in range(30):
+        how,on = _choices(random.Random(i))
+        how = how|dict(clothing_color='#3C4F5C')
+        image,mask = _pile(how, on, 64, [1.,1.,1.])
+        kinds = dict(top='HatType' if 'Wearing_Hat' in on else 'HairType', eyes='EyeType', eyebrows='EyebrowType', mouth='MouthType', facial_hair='FacialHairType', accessory='AccessoryType', clothing='ClothingType', skin_color='SkinColor', hair_color='HairColor')
+        svg = pa.Avatar(style=pa.AvatarStyle.TRANSPARENT, clothing_color='#3C4F5C', facial_hair_color=pa.HairColor[how['hair_color']], **{k:getattr(pa, c)[how[k]] for k,c in kinds.items()}).render()
+        svg = svg.replace(svg[svg.index('viewBox="'):svg.index('"', svg.index('viewBox="')+9)+1], 'viewBox="24 10 216 216"', 1)
+        whole = Image.open(io.BytesIO(bytes(resvg.svg_to_bytes(svg_string=svg, width=64)))).convert('RGBA')
+        flat = Image.alpha_composite(Image.new('RGBA', whole.size, 'white'), whole).convert('RGB').resize((64,64))
+        worst = max(worst, np.abs(np.asarray(flat, dtype=float)-image).mean()/255)
+        assert mask.max()<len(AVATAR_PARTS) and (mask==AVATAR_PARTS.index('skin')).mean()>.05
+    assert worst<.02, worst
+
+def test_avatars_of_the_two_sides():
+    pytest.importorskip('python_avatars'); pytest.importorskip('resvg_py')
+    train,test = Avatars(n=40),Avatars(n=40, split='test')
+    assert all(is_held_out_face(d.face(i)[1])==(d is test) for d in (train,test) for i in range(40))
+    b = train[:]; hat,glasses = (b['attrs'][:,AVATAR_ATTRIBUTES.index(a)]==1 for a in ('Wearing_Hat','Eyeglasses'))
+    assert torch.equal((b['mask']==AVATAR_PARTS.index('hat')).flatten(1).any(1), hat) and (b['mask'][glasses]==AVATAR_PARTS.index('glasses')).flatten(1).any(1).all()
+
+# ---- models
+
+@pytest.mark.slow
+def test_a_model_of_faces(tmp_path, monkeypatch):
+    "From drawing to sampling: every stage runs, the model comes back from its folder, and takes any part of the conditions."
+    monkeypatch.setenv('FASTLDM_CACHE', str(tmp_path/'cache'))
+    from functools import partial
+    from fastldm.ldm import load
+    from fastldm.recipes import face_ldm
+    import fastldm.recipes as recipes
+    monkeypatch.setitem(recipes.DATASETS, 'few', lambda root=None, **kw: SyntheticFaces(n=64, parts=PARTS8, size=32, **{k:v for k,v in kw.items() if k in ('split',)}))
+    m = face_ldm('few', tmp_path/'m', size=32, ae_channels=(8,16), ae_steps=6, steps=6, channels=(16,32), d_context=16, progress=False)
+    again = load(tmp_path/'m'); b = SyntheticFaces(n=2, parts=PARTS8, size=32)[:]
+    for said in (dict(), dict(attrs=dict(Smiling=True)), dict(mask=b['mask']), dict(attrs=b['attrs'], mask=b['mask'])):
+        x = again.sample(2, steps=3, seed=0, guidance_scale=2. if said else 1., **said)
+        assert x.shape==(2,3,32,32) and torch.equal(x, m.sample(2, steps=3, seed=0, guidance_scale=2. if said else 1., **said))
+    with pytest.raises(ValueError, match="did you mean 'Smiling'"): again.sample(2, attrs=dict(smiling=True))
+    with pytest.raises(ValueError, match='resize_mask'): again.sample(2, mask=torch.zeros(64,64).long())
+    with pytest.raises(ValueError, match='cannot both'): again.sample(2, attrs=dict(Bald=True, Bangs=True))
