@@ -88,6 +88,7 @@ def sample(self:LatentDiffusion,
     seed:int=None, # whole number: the same seed gives the same pictures; None: new ones each time
     guidance_scale=1., # how closely to follow the conditions: a number, or a dict by condition
     interval=(0.,1.), # times at which guidance acts
+    order=None, # of several conditions, as in `guide`
     given=Given(), # what is known of the pictures: `inpaint(...)`, `upscale(...)` or `vary(...)` of `fastldm.given`
     batch_size:int=256, # pictures at a time
     first:int=0, # index of the first of these pictures, to draw many in parts
@@ -112,7 +113,7 @@ def sample(self:LatentDiffusion,
         part = slice(i, min(i+batch_size, n))
         data,gens = [d[part] for d in known],sample_generators(seed, part.stop-i, first+i)
         with noise_from(gens): x = model.schedule(ts[:1].to(self.device))[1].float()*noise_like(torch.empty(part.stop-i, *self.shape, device=self.device))
-        guided = guide(model, {k:v[part] for k,v in batch.items()}, interval=interval, **scales) if batch else model
+        guided = guide(model, {k:v[part] for k,v in batch.items()}, interval=interval, order=order, **scales) if batch else model
         denoise,x,grid = given.begin(self, guided, x, ts, data)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision is not None): z = samplers.sample(denoise, x, grid, step, cb=callback, progress=progress, generators=gens)
         out.append(z if latents else (given.finish(self.decode(z), *data)+1)/2)

@@ -6,8 +6,8 @@
 __all__ = ['RECIPES', 'train_autoencoder', 'train_denoiser', 'score_cb', 'label_ldm', 'write_card', 'tutorial_ldm',
            'train_evaluator', 'photo_evaluator', 'train_scene_judge', 'train_face_judge', 'face_denoiser', 'face_ldm',
            'train_reader', 'train_vqvae', 'train_prior', 'text_to_image', 'evaluate_ldm', 'reconstruction',
-           'evaluate_texts', 'reconstruction_texts', 'measured', 'held_out_prompts', 'train_cli', 'sample_cli',
-           'codes_cli', 'eval_cli', 'moved', 'run_notebook', 'figures_cli']
+           'evaluate_texts', 'reconstruction_texts', 'evaluate_faces', 'face_diversity', 'measured', 'held_out_prompts',
+           'train_cli', 'sample_cli', 'codes_cli', 'eval_cli', 'moved', 'run_notebook', 'figures_cli']
 
 # %% ../nbs/19_recipes.ipynb #bb916d46
 import contextlib, io, json, os, re, sys, time, torch
@@ -31,14 +31,14 @@ from .denoiser import Denoiser, diffusion_loss, edm_weight
 from .ldm import LatentDiffusion, available, load, save, weights_folders
 from .codes import CodeDataset, write_codes
 from .scene_judge import SceneJudge, scene_judge_loss
-from .faces import EXCLUSIVE, Mirrored
+from .faces import EXCLUSIVE, Mirrored, read_mask
 from .face_judge import FaceJudge, face_judge_loss
 from .pixelsnail import EarlyStopCB, PixelSNAIL, bits_per_code, pixelsnail_loss
 from .blip import Blip, blip_loss, _need
 from .text2image import CodeLatents, TextToImage
-from .metrics import Evaluator, PhotoEvaluator, Reference, evaluator_loss, evaluate, fid, label_accuracy, lpips_distance, net_name, psnr, ssim
+from .metrics import Evaluator, PhotoEvaluator, Reference, evaluator_loss, evaluate, fid, image_features, kid, label_accuracy, lpips_distance, memorisation, net_name, psnr, ssim
 from .perceptual import perceptual
-from .text_scores import caption_scores, retrieval, tokenise
+from .text_scores import caption_scores, pairwise_diversity, retrieval, tokenise
 
 # %% ../nbs/19_recipes.ipynb #440bf9c2
 def _stage(folder, make):
@@ -306,7 +306,7 @@ def face_denoiser(
     if attrs: embedders['attrs'] = AttributeEmbedder(len(ds.attributes), width(attrs), ds.attributes, [e for e in EXCLUSIVE if {*e}&{*ds.attributes}], attrs=='context', partial)
     if mask: embedders['mask'] = MaskEmbedder(classes, width(mask), size, factor, mask, partial)
     tokens = 'context' in (attrs,mask)
-    net = UNet(c_latent, channels, n_blocks, attention=[True]*len(channels), d_emb=d_emb, d_context=d_context if tokens else None, c_concat=(len(classes)+1)*(mask=='concat'), placed=tokens)
+    net = UNet(c_latent, channels, n_blocks, attention=['cross' if tokens else False,*[True]*(len(channels)-1)], d_emb=d_emb, d_context=d_context if tokens else None, c_concat=(len(classes)+1)*(mask=='concat'), placed=tokens)
     return Denoiser(net, Cosine(), Conditioner(drop=drop, **embedders) if embedders else None)
 
 def face_ldm(
@@ -549,6 +549,42 @@ def reconstruction_texts(
     except FileNotFoundError as e: print(f'lpips is left out: {e}')
     return res|{f'{what}_{l}':float(v) for l,c in enumerate(codes) for what,v in (('codes_used',len(c.unique())/model.vqvae.n_codes),('perplexity',perplexity(c, model.vqvae.n_codes)))}
 
+# %% ../nbs/19_recipes.ipynb #b0844c6a
+def evaluate_faces(
+    ldm:LatentDiffusion, # conditioned on attributes, masks or both
+    data='avatars', # a set of faces by name, which has a judge
+    n:int=5000, # pictures
+    given=('attrs','mask'), # conditions that are told, of those that the model has
+    root=None, # where the set is looked for first
+    seed:int=0, # of the pictures
+    each:int=4, # pictures of one condition, for the diversity
+    progress:bool=True, # show bars
+    **sampling, # for `ldm.sample`: steps, guidance_scale, ...
+)->dict: # numbers by name; `real_...`: the same of the real pictures
+    "Draw held-out attributes and masks, and score. `ValueError` where there is no judge; raises what the set and `sample` raise, before work starts."
+    judge = load(known(f'{data}_judge', available('FaceJudge'), 'judge'))
+    train,held = (get_dataset(data, root, split=s, size=judge.size) for s in ('train','test'))
+    b = held.__getitems__([i%len(held) for i in range(n)])
+    told = lambda rows: {k:b[k][rows] for k in given if k in ldm.denoiser.conditioner.embedders}
+    start = time.perf_counter()
+    x = ldm.sample(n, seed=seed, progress=progress, **told(slice(None)), **sampling)
+    res = dict(n=n, given=list(told(slice(0))), seconds_per_picture=(time.perf_counter()-start)/n, parameters=n_params(ldm))
+    for who,pictures in (('',x*2-1),('real_',b['image'][:len(held)])):
+        found = judge.agreement(pictures, b['attrs'][:len(pictures)], b['mask'][:len(pictures)] if 'mask' in b and judge.classes else None)
+        for k,v in found.items(): res[who+k] = v if isinstance(v, float) else dict(zip(judge.attributes if k=='accuracy' else judge.classes, v.tolist()))
+    real,fake,seen = (image_features(o, judge) for o in (held.pixels(range(len(held))),x,train.pixels(range(len(train)))))
+    for name,f in (('',fake),('floor_',seen[:len(held)])): res |= {f'{name}fid':float(fid(real, f)), f'{name}kid':float(kid(real, f))}
+    res['nearest'] = float(memorisation(fake[:1000], seen, real))
+    return res|face_diversity(ldm, {k:v[:max(1,min(n,256)//each)] for k,v in told(slice(None)).items()}, each, seed, **sampling)
+
+def face_diversity(ldm, told, each=4, seed=0, n=64, **sampling):
+    "Mean perceptual distance between pictures of one condition, and whose distance; nothing where no distance is installed."
+    rows = {k:v.repeat_interleave(each, 0) for k,v in told.items()}
+    x = ldm.sample(len(next(iter(rows.values()))) if rows else n*each, seed=seed+1, **rows, **sampling)
+    try: d = pairwise_diversity(x, each=each)
+    except FileNotFoundError as e: print(f'diversity is left out: {e}'); return {}
+    return dict(diversity=d['diversity'], diversity_by=d['distance'])
+
 # %% ../nbs/19_recipes.ipynb #edb85ea7
 def measured(
     name:str, # of the measurement
@@ -615,6 +651,8 @@ def sample_cli(
     prompt:str=None, # what to draw, for a model of texts
     n:int=None, # pictures (default: 16, or 8 of a text)
     label:int=None, # class of all of them, for a model of labels (default: one after the other)
+    attributes:str=None, # for a model of faces: what is so, and after a ! what is not, as in Smiling,!Eyeglasses
+    mask:str=None, # for a model of faces: a PNG file whose pixels are class ids
     steps:int=None, # of sampling
     step:str=None, # name of the sampler
     guidance_scale:float=None, # how closely to follow the label or the text (default: 1, or the model's own)
@@ -628,11 +666,11 @@ def sample_cli(
     ldm = load(model)
     how = {k:v for k,v in dict(steps=steps, step=step, guidance_scale=guidance_scale, precision=precision).items() if v is not None}
     if isinstance(ldm, TextToImage):
-        if label is not None: raise ValueError(f'{model} draws by text, not by label: use --prompt')
+        if label is not None or attributes or mask: raise ValueError(f'{model} draws by text, not by label or attributes: use --prompt')
         x,ncol = ldm.sample(prompt, n or 8, prior=prior, candidates=candidates, seed=seed, progress=True, **how),8
     else:
         _no_texts(model, prior, candidates, prompt)
-        x,ncol = _by_label(ldm, n or 16, label, seed=seed, progress=True, **how)
+        x,ncol = _by_label(ldm, n or 16, label, seed=seed, progress=True, **how, **_face(attributes, mask))
     _save_grid(x, out, ncol)
     print(f'{len(x)} pictures in {out}')
 
@@ -640,6 +678,11 @@ def sample_cli(
 def _no_texts(model, prior, candidates, prompt=None):
     "`ValueError` where a model of labels is told what only one of texts understands."
     if prompt is not None or prior or candidates!=1: raise ValueError(f"{model} does not draw by text, so --prompt, --prior and --candidates mean nothing to it; these do: {', '.join(available('TextToImage')) or 'none that is shipped'}")
+
+def _face(attributes, mask):
+    "Conditions of a face from the command line; `ValueError` for a file that is no mask."
+    said = {a.strip().lstrip('!'):not a.strip().startswith('!') for a in (attributes or '').split(',') if a.strip()}
+    return (dict(attrs=said) if said else {})|(dict(mask=read_mask(mask)) if mask else {})
 
 def _by_label(ldm, n, label, **how):
     "Pictures of one label, or of all one after the other; how many to a row."
@@ -679,7 +722,7 @@ def codes_cli(
 def eval_cli(
     model:str, # a shipped model or a folder
     data:str=None, # data set to compare with (default: the one in the model's card)
-    n:int=None, # pictures (default: 10000, or 1000 of a model of texts)
+    n:int=None, # pictures (default: 10000, 5000 of faces, 1000 of texts)
     steps:int=None, # of sampling
     step:str=None, # name of the sampler
     guidance_scale:float=None, # how closely to follow the label or the text (default: 1, or the model's own)
@@ -690,7 +733,7 @@ def eval_cli(
     out:str=None, # a JSON file for the numbers
     card:store_true=False, # keep the numbers in the model's card
 ):
-    "Score a model: of labels by the evaluator of its data set, of texts by held-out captions."
+    "Score a model: of labels by the evaluator of its data set, of texts by held-out captions, of faces by their judge."
     ldm = load(model)
     data = data or ldm.meta.get('data')
     if not data: raise ValueError(f'the card of {model} does not say what it was trained on: give --data')
@@ -698,9 +741,9 @@ def eval_cli(
     if isinstance(ldm, TextToImage): res = evaluate_texts(ldm, data, 1000 if n is None else n, root, prior, candidates, seed, **how)|reconstruction_texts(ldm, data, 1000 if n is None else n, root)
     else:
         _no_texts(model, prior, candidates)
-        ev = load(known(f'{data}_evaluator', available('Evaluator'), 'evaluator'))
-        res = evaluate_ldm(ldm, ev, data, 10000 if n is None else n, root, seed, **how)
-    for k,v in res.items(): print(f'{k:32s}{v:12.4f}' if isinstance(v,float) else f'{k:32s}{v:>12}')
+        if {'attrs','mask'}&{*getattr(ldm.denoiser.conditioner,'embedders',())}: res = evaluate_faces(ldm, data, 5000 if n is None else n, root=root, seed=seed, **how)
+        else: res = evaluate_ldm(ldm, load(known(f'{data}_evaluator', available('Evaluator'), 'evaluator')), data, 10000 if n is None else n, root, seed, **how)
+    for k,v in res.items(): print(f'{k:32s}{v:12.4f}' if isinstance(v,float) else f'{k:32s}{v!s:>12}')
     if out:
         with write_atomic(out) as f: f.write_text(json.dumps(res, indent=1)+'\n')
     if card: write_card(next((w/model for w in weights_folders() if (w/model).exists()), model), metrics=res)

@@ -44,7 +44,7 @@ def attend(
     # for many positions the fused kernel saves memory, which matters more
     if q.shape[-2]*k.shape[-2]>2**17 or q.device.type!='cpu' or q.dtype==torch.float or not q.requires_grad: return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     if causal: mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
-    a = q@k.mT/math.sqrt(q.shape[-1])
+    a = (q/math.sqrt(q.shape[-1]))@k.mT
     return (a if mask is None else a.masked_fill(~mask, -math.inf)).softmax(-1).to(v)@v
 
 # %% ../nbs/08_unet.ipynb #d52995b3
@@ -103,17 +103,18 @@ class SpatialTransformer(Module):
         mlp:int=0, # expansion of the MLP; 0: none
         twice:bool=False, # add the input of the block once more, as the tutorial does
         placed:bool=False, # tell the cross-attention where each position is, for tokens that have a place
+        itself:bool=True, # with self-attention
     ):
         super().__init__(); self.twice = twice
         self.place = nn.Linear(32, dim, bias=False) if placed and d_context else None
-        self.norm1,self.attn = nn.LayerNorm(dim),SelfAttention(dim, n_heads, project)
+        self.norm1,self.attn = (nn.LayerNorm(dim),SelfAttention(dim, n_heads, project)) if itself else (None,None)
         if d_context: self.norm2,self.cross = nn.LayerNorm(dim),CrossAttention(dim, d_context, n_heads, project)
         self.cross_on = bool(d_context)
         self.mlp = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim,dim*mlp), nn.GELU(), nn.Linear(dim*mlp,dim)) if mlp else None
 
     def forward(self, x, context=None):
         h = x.flatten(2).transpose(1,2)
-        h = h + self.attn(self.norm1(h))
+        if self.attn is not None: h = h + self.attn(self.norm1(h))
         if self.cross_on and context is not None:
             q = self.norm2(h)
             if self.place is not None: q = q + self.place(grid_features(*x.shape[2:], 32, x.device).to(x.dtype))
@@ -161,7 +162,7 @@ class UNet(Module):
         c_in:int, # channels of the latent, in and out
         channels=(64,128), # width of each level; each level has half the size of the one before
         n_blocks:int=1, # residual blocks a level, down and up
-        attention=(False,True), # levels with a spatial transformer
+        attention=(False,True), # levels with a spatial transformer; 'cross': without self-attention, for large maps
         d_emb:int=None, # width of the time embedding and of `vector` conditions; None: 4 times the first level
         d_context:int=None, # width of `context` tokens; None: no cross-attention
         c_concat:int=0, # channels of `concat` planes
@@ -174,7 +175,7 @@ class UNet(Module):
         self.emb = nn.Sequential(nn.Linear(channels[0],self.d_emb), nn.SiLU(), nn.Linear(self.d_emb,self.d_emb))
         self.d_time,self.n_blocks = channels[0],n_blocks
         res = lambda i,o: ResBlock(i, o, self.d_emb, dropout)
-        att = lambda c,on: SpatialTransformer(c, d_context, max(1,c//head_dim), placed=placed) if on else None
+        att = lambda c,on: SpatialTransformer(c, d_context, max(1,c//head_dim), placed=placed, itself=on!='cross') if on else None
         self.stem = nn.Conv2d(c_in+c_concat, channels[0], 3, padding=1)
         self.down,self.up,c = nn.ModuleList(),nn.ModuleList(),channels[0]
         for i,(width,on) in enumerate(zip(channels,attention)):
