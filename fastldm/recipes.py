@@ -558,14 +558,15 @@ def evaluate_faces(
     root=None, # where the set is looked for first
     seed:int=0, # of the pictures
     each:int=4, # pictures of one condition, for the diversity
+    judge:FaceJudge=None, # None: that of the set
     progress:bool=True, # show bars
     **sampling, # for `ldm.sample`: steps, guidance_scale, ...
 )->dict: # numbers by name; `real_...`: the same of the real pictures
     "Draw held-out attributes and masks, and score. `ValueError` where there is no judge; raises what the set and `sample` raise, before work starts."
-    judge = load(known(f'{data}_judge', available('FaceJudge'), 'judge'))
+    judge = judge if judge is not None else load(known(f'{data}_judge', available('FaceJudge'), 'judge'))
     train,held = (get_dataset(data, root, split=s, size=judge.size) for s in ('train','test'))
     b = held.__getitems__([i%len(held) for i in range(n)])
-    told = lambda rows: {k:b[k][rows] for k in given if k in ldm.denoiser.conditioner.embedders}
+    told = lambda rows: {k:b[k][rows] for k in given if k in getattr(ldm.denoiser.conditioner, 'embedders', ())}
     start = time.perf_counter()
     x = ldm.sample(n, seed=seed, progress=progress, **told(slice(None)), **sampling)
     res = dict(n=n, given=list(told(slice(0))), seconds_per_picture=(time.perf_counter()-start)/n, parameters=n_params(ldm))
