@@ -67,7 +67,8 @@ def ddim_inverse_step(
 class Inverted(Given):
     "What `invert` makes."
     step,steps = 'ddim_step',40                                # what is undone must be redone in the same way
-    def __init__(self, images, source, rounds): self.data,self.source,self.rounds = images,source,rounds
+    def __init__(self, images, source, rounds): # pictures (1 or n,C,H,W) in [-1,1]; {condition: value} of these; as in `ddim_inverse_step`
+        self.data,self.source,self.rounds = images,source,rounds
 
     def rows(self, ldm, n):
         "`ValueError` where there is not one picture a sample, or where the conditions make no sense."

@@ -6,8 +6,8 @@
 __all__ = ['RECIPES', 'train_autoencoder', 'train_denoiser', 'score_cb', 'label_ldm', 'write_card', 'tutorial_ldm',
            'train_evaluator', 'photo_evaluator', 'train_scene_judge', 'train_face_judge', 'face_denoiser', 'face_ldm',
            'train_reader', 'train_vqvae', 'train_prior', 'text_to_image', 'evaluate_ldm', 'reconstruction',
-           'evaluate_texts', 'reconstruction_texts', 'evaluate_faces', 'face_diversity', 'measured', 'held_out_prompts',
-           'train_cli', 'sample_cli', 'codes_cli', 'eval_cli', 'moved', 'run_notebook', 'figures_cli']
+           'evaluate_texts', 'reconstruction_texts', 'evaluate_faces', 'measured', 'held_out_prompts', 'train_cli',
+           'sample_cli', 'codes_cli', 'eval_cli', 'moved', 'run_notebook', 'figures_cli']
 
 # %% ../nbs/19_recipes.ipynb #bb916d46
 import contextlib, io, json, os, re, sys, time, torch
@@ -576,9 +576,9 @@ def evaluate_faces(
     real,fake,seen = (image_features(o, judge) for o in (held.pixels(range(len(held))),x,train.pixels(range(len(train)))))
     for name,f in (('',fake),('floor_',seen[:len(held)])): res |= {f'{name}fid':float(fid(real, f)), f'{name}kid':float(kid(real, f))}
     res['nearest'] = float(memorisation(fake[:1000], seen, real))
-    return res|face_diversity(ldm, {k:v[:max(1,min(n,256)//each)] for k,v in told(slice(None)).items()}, each, seed, **sampling)
+    return res|_face_diversity(ldm, {k:v[:max(1,min(n,256)//each)] for k,v in told(slice(None)).items()}, each, seed, **sampling)
 
-def face_diversity(ldm, told, each=4, seed=0, n=64, **sampling):
+def _face_diversity(ldm, told, each=4, seed=0, n=64, **sampling):
     "Mean perceptual distance between pictures of one condition, and whose distance; nothing where no distance is installed."
     rows = {k:v.repeat_interleave(each, 0) for k,v in told.items()}
     x = ldm.sample(len(next(iter(rows.values()))) if rows else n*each, seed=seed+1, **rows, **sampling)
