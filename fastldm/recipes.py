@@ -86,7 +86,7 @@ def train_denoiser(
     **kw, # for the `Learner`
 ): # the trained denoiser, with averaged weights
     "Second stage. `ValueError` of the learner before work starts."
-    history = lambda learn: dict(history=[{k:r[k] for k in ('step','loss','accuracy','fid')} for r in learn.log if 'fid' in r])
+    history = lambda learn: dict(history=[{k:v for k,v in r.items() if k not in ('lr','grad_norm')} for r in learn.log if 'fid' in r])
     return _train(Path(folder)/'denoiser', lambda: model, latents, loss_fn, seed, history, steps=steps, **{**dict(lr=1e-3, warmup=min(500,steps//10), ema=.999), **kw})
 
 def score_cb(
