@@ -8,7 +8,7 @@ __all__ = ['DATASETS', 'from_image', 'to_uint8', 'to_image', 'Pictures', 'datalo
            'Shards', 'write_shards', 'get_dataset', 'edges']
 
 # %% ../nbs/01_data.ipynb #9dfeb8dc
-import csv,difflib,gzip,io,json,math,os,tarfile,zipfile
+import csv,difflib,gzip,importlib,io,json,math,os,tarfile,zipfile
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -429,6 +429,8 @@ def get_dataset(name, # a key of `DATASETS`, or a folder of pictures
     key = 'fashion' if key=='fashionmnist' else key
     if key in DATASETS: return DATASETS[key](root=root, split=split, download=download, **kw)
     if isinstance(name, Path) or os.sep in str(name) or Path(name).is_dir(): return ImageFolder(name, split=split, **kw)
+    for module in ('captioned','synthetic','faces'): importlib.import_module(f'fastldm.{module}')          # each adds its sets
+    if key in DATASETS: return get_dataset(name, root, split, download, **kw)
     near = difflib.get_close_matches(key, DATASETS, 1, .5)
     raise ValueError(f"no data set {str(name)!r}{f', did you mean {near[0]!r}?' if near else ''} There are {', '.join(DATASETS)}; or give a folder of pictures")
 

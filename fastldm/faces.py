@@ -447,7 +447,7 @@ class SyntheticFaces(DrawnFaces):
         image,mask = _draw_face(on, rng, self.size)
         return image,on,remap(torch.from_numpy(mask), self.mask_classes).numpy()
 
-DATASETS['drawn_faces'] = SyntheticFaces
+DATASETS['drawnfaces'] = SyntheticFaces
 
 # %% ../nbs/03_faces.ipynb #2a617282
 def write_celebamask_hq(ds, # faces with masks of `PARTS`

@@ -13,6 +13,12 @@ def published(tmp_path):
 
 # ---- the published layout
 
+def test_sets_by_name():
+    "Every set is known by its name, with or without an underscore, whatever was imported."
+    import subprocess, sys
+    said = subprocess.run([sys.executable,'-c',"from fastldm.data import get_dataset; print(len(get_dataset('drawn_faces', n=3)), len(get_dataset('drawnfaces', split='test', n=2)), len(get_dataset('scenes', n=4)))\ntry: get_dataset('drawn_face')\nexcept ValueError as e: print(e)"], capture_output=True, text=True)
+    assert said.stdout.startswith('3 2 4') and "did you mean 'drawnfaces'" in said.stdout, said.stdout+said.stderr
+
 def test_comes_back(published):
     ds,drawn = CelebAMaskHQ(published.parent),SyntheticFaces(n=7)
     assert len(ds)==7 and torch.equal(ds[:]['mask'], drawn[:]['mask'])
