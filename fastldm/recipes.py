@@ -652,7 +652,7 @@ def sample_cli(
     prompt:str=None, # what to draw, for a model of texts
     n:int=None, # pictures (default: 16, or 8 of a text)
     label:int=None, # class of all of them, for a model of labels (default: one after the other)
-    attributes:str=None, # for a model of faces: what is so, and after a ! what is not, as in Smiling,!Eyeglasses
+    attributes:str=None, # for a model of faces: what is so, and with =0 what is not, as in Smiling,Eyeglasses=0
     mask:str=None, # for a model of faces: a PNG file whose pixels are class ids
     steps:int=None, # of sampling
     step:str=None, # name of the sampler
@@ -681,8 +681,10 @@ def _no_texts(model, prior, candidates, prompt=None):
     if prompt is not None or prior or candidates!=1: raise ValueError(f"{model} does not draw by text, so --prompt, --prior and --candidates mean nothing to it; these do: {', '.join(available('TextToImage')) or 'none that is shipped'}")
 
 def _face(attributes, mask):
-    "Conditions of a face from the command line; `ValueError` for a file that is no mask."
-    said = {a.strip().lstrip('!'):not a.strip().startswith('!') for a in (attributes or '').split(',') if a.strip()}
+    "Conditions of a face from the command line; `ValueError` for a value that is not 0 or 1, or a file that is no mask."
+    said = {a.partition('=')[0].strip():a.partition('=')[2].strip() or '1' for a in (attributes or '').split(',') if a.strip()}
+    if bad := [f'{k}={v}' for k,v in said.items() if v not in '01']: raise ValueError(f"--attributes {bad[0]}: expected names, each with =1, =0 or nothing after it, as in Smiling,Eyeglasses=0")
+    said = {k:v=='1' for k,v in said.items()}
     return (dict(attrs=said) if said else {})|(dict(mask=read_mask(mask)) if mask else {})
 
 def _by_label(ldm, n, label, **how):

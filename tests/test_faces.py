@@ -211,7 +211,7 @@ def test_faces_from_the_command_line(trained, tmp_path, monkeypatch):
     from fastldm.recipes import sample_cli
     monkeypatch.chdir(tmp_path)
     Image.fromarray(SyntheticFaces(n=1, parts=PARTS8, size=32)[0]['mask'].numpy()).save('mask.png')
-    sample_cli('few', n=2, steps=2, attributes='Smiling,!Eyeglasses', mask='mask.png'); assert Image.open('samples.png').size[0]>32
+    sample_cli('few', n=2, steps=2, attributes='Smiling, Eyeglasses=0', mask='mask.png'); assert Image.open('samples.png').size[0]>32
     Image.new('RGB', (32,32)).save('colours.png'); open('text.png','w').write('no picture')
-    for how,said in ((dict(attributes='Smilling'),"did you mean 'Smiling'"),(dict(attributes='Bald,Bangs'),'cannot both be true'),(dict(mask='colours.png'),'class ids'),(dict(mask='text.png'),'cannot be read as a mask'),(dict(mask='none.png'),'none.png'),(dict(label=3),"no condition 'label'")):
+    for how,said in ((dict(attributes='Smiling=2'),'Smiling=2'),(dict(attributes='Smilling'),"did you mean 'Smiling'"),(dict(attributes='Bald,Bangs'),'cannot both be true'),(dict(mask='colours.png'),'class ids'),(dict(mask='text.png'),'cannot be read as a mask'),(dict(mask='none.png'),'none.png'),(dict(label=3),"no condition 'label'")):
         with pytest.raises(SystemExit, match=said): sample_cli('few', n=2, steps=2, **how)
