@@ -683,7 +683,7 @@ def _no_texts(model, prior, candidates, prompt=None):
 def _face(attributes, mask):
     "Conditions of a face from the command line; `ValueError` for a value that is not 0 or 1, or a file that is no mask."
     said = {a.partition('=')[0].strip():a.partition('=')[2].strip() or '1' for a in (attributes or '').split(',') if a.strip()}
-    if bad := [f'{k}={v}' for k,v in said.items() if v not in '01']: raise ValueError(f"--attributes {bad[0]}: expected names, each with =1, =0 or nothing after it, as in Smiling,Eyeglasses=0")
+    if bad := [f'{k}={v}' for k,v in said.items() if v not in ('0','1')]: raise ValueError(f"--attributes {bad[0]}: expected names, each with =1, =0 or nothing after it, as in Smiling,Eyeglasses=0")
     said = {k:v=='1' for k,v in said.items()}
     return (dict(attrs=said) if said else {})|(dict(mask=read_mask(mask)) if mask else {})
 
