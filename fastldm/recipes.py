@@ -319,6 +319,7 @@ def face_ldm(
     ae_steps:int=4000, # of the autoencoder's training
     steps:int=12000, # of the denoiser's training
     mirrored:bool=False, # add the mirrored faces
+    autoencoder=None, # one that is trained already
     weight=edm_weight, # of the loss
     seed:int=0, # of everything
     precision:str=None, # 'bf16' where the processor has it
@@ -330,7 +331,8 @@ def face_ldm(
     folder,ds = Path(folder),get_dataset(data, root, size=size)
     if mirrored: ds = Mirrored(ds)
     kw = dict(seed=seed, precision=precision, progress=progress)
-    ae = train_autoencoder(ds, folder, c_latent=c_latent, channels=ae_channels, steps=ae_steps, **kw)
+    if autoencoder is not None: ae = _stage(folder/'autoencoder', lambda _: (autoencoder,dict(stage='autoencoder', given=True)))
+    else: ae = train_autoencoder(ds, folder, c_latent=c_latent, channels=ae_channels, steps=ae_steps, **kw)
     latents = LatentDataset(ds, ae, cache=folder/'cache', progress=progress)
     set_seed(seed)
     den = train_denoiser(latents, folder, face_denoiser(ds, c_latent, **network), partial(diffusion_loss, weight=weight), steps, **kw)
