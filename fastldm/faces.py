@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'PARTS', 'PARTS8', 'PARTS6', 'DRAWN', 'EXCLUSIVE', 'AVATAR_PARTS', 'AVATAR_ATTRIBUTES', 'resize_mask',
-           'read_mask', 'remap', 'mirror', 'describe_face', 'Faces', 'Mirrored', 'read_attributes', 'merge_parts',
-           'CelebAMaskHQ', 'CelebA', 'check_attributes', 'draw_face', 'is_held_out_face', 'DrawnFaces',
-           'SyntheticFaces', 'write_celebamask_hq', 'Avatars']
+           'read_mask', 'remap', 'mirror', 'describe_face', 'face_words', 'word_ids', 'Faces', 'Mirrored', 'Described',
+           'read_attributes', 'merge_parts', 'CelebAMaskHQ', 'CelebA', 'check_attributes', 'draw_face',
+           'is_held_out_face', 'DrawnFaces', 'SyntheticFaces', 'write_celebamask_hq', 'Avatars']
 
 # %% ../nbs/03_faces.ipynb #d56c05f8
-import csv,io,math,os,random,warnings,zipfile,zlib
+import csv,io,math,os,random,re,warnings,zipfile,zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from PIL import Image,ImageDraw
 from fastcore.basics import patch
-from .core import check_named,write_atomic
+from .core import check_named,known,write_atomic
 from .data import DATASETS,ImageFolder,Pictures,_check_split,_places,from_image,to_image,to_uint8
 from .synthetic import _disc
 from tqdm.auto import tqdm
@@ -80,6 +80,24 @@ def describe_face(on, # names of the attributes that are true
     who = 'a '+'young '*('Young' in on)+('man' if 'Male' in on else 'woman' if 'Heavy_Makeup' in on else 'face')
     return ', '.join([who+(f' with {both(shows)}' if shows else '')]+[f'wearing {both(worn)}']*bool(worn)+done)
 
+# %% ../nbs/03_faces.ipynb #c77f8cd0
+def _split(sentence): return re.findall(r'\w+|,', str(sentence).lower())
+
+def face_words(attributes:list, # names
+              )->list: # words, and the comma
+    "All words that `describe_face` has for these."
+    return sorted({'and',',',*(w for a in attributes for w in _split(describe_face([a])))})
+
+def word_ids(sentences, # one, or a list of them
+             words:list, # that there are
+             length:int=32, # words of a sentence, at most
+            )->torch.Tensor: # (B,length): places of the words, from 1; 0 after the last
+    "`ValueError` for an unknown word, with the nearest, and for too long a sentence."
+    rows = [_split(s) for s in ([sentences] if isinstance(sentences, str) else sentences)]
+    if long := next((r for r in rows if len(r)>length), None): raise ValueError(f"a sentence of {len(long)} words and commas, which begins '{' '.join(long[:6])}': at most {length} can be read")
+    place = {w:i+1 for i,w in enumerate(words)}
+    return torch.tensor([[place[known(w, place, 'word')] for w in r]+[0]*(length-len(r)) for r in rows])
+
 # %% ../nbs/03_faces.ipynb #54c29d53
 class Faces(ImageFolder):
     "Pictures of faces with attributes, and masks where there are some."
@@ -102,6 +120,16 @@ class Mirrored(Faces):
         b['image'][turned] = b['image'][turned].flip(-1)
         if 'mask' in b: b['mask'][turned] = mirror(b['mask'][turned], self.mask_classes)
         return b
+
+class Described(Mirrored):
+    "A set of faces, with a sentence beside the attributes: `text`, by `word_ids`."
+    def __init__(self, ds): # a set with attributes
+        super().__init__(ds); self.words = face_words(ds.attributes)
+    def __len__(self): return len(self.ds)
+    def pixels(self, idxs): return self.ds.pixels(idxs)
+    def __getitems__(self, idxs):
+        b = self.ds.__getitems__(idxs)
+        return dict(b, text=word_ids([describe_face([a for a,v in zip(self.attributes,row) if v]) for row in b['attrs'].tolist()], self.words))
 
 # %% ../nbs/03_faces.ipynb #9f6f17a6
 def read_attributes(path, # list_attr_celeba.txt, CelebAMask-HQ-attribute-anno.txt, or a CSV file with a column `file`
@@ -559,3 +587,4 @@ class Avatars(DrawnFaces):
         return image,on,mask
 
 DATASETS['avatars'] = Avatars
+DATASETS['describedavatars'] = lambda *args, **kw: Described(Avatars(*args, **kw))

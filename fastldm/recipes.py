@@ -26,7 +26,7 @@ from .autoencoder import Autoencoder, TutorialAutoencoder, LatentDataset, autoen
 from .schedules import VE, Cosine, logit_normal_t
 from .unet import UNet, TutorialUNet
 from .vqvae import VQVAE, perplexity, vqvae_loss
-from .cond import AttributeEmbedder, Conditioner, LabelEmbedder, MaskEmbedder, TextEmbedder, VectorEmbedder
+from .cond import AttributeEmbedder, Conditioner, LabelEmbedder, MaskEmbedder, TextEmbedder, VectorEmbedder, WordEmbedder
 from .denoiser import Denoiser, diffusion_loss, edm_weight
 from .ldm import LatentDiffusion, available, load, save, weights_folders
 from .codes import CodeDataset, write_codes
@@ -296,16 +296,17 @@ def face_denoiser(
     channels=(64,128), # of the U-Net
     n_blocks:int=1, # residual blocks a level
     d_context:int=128, # width of the tokens
-    attrs='context', mask='context', # slot of each condition: 'context', 'vector', for a mask 'concat'; None: not conditioned on it
+    attrs='context', mask='context', text=None, # slot of each condition: 'context', 'vector', for a mask 'concat'; None: not conditioned on it
     drop:float=.2, partial:float=.3, # rates at which training leaves a condition out, and says a part of it
 )->Denoiser: # to be trained
-    "A U-Net that can be told attributes and masks."
+    "A U-Net that can be told attributes, masks, and, of a `Described` set, sentences."
     d_emb,classes,size = 4*channels[0],list(getattr(ds,'mask_classes',())),ds.size
     width = lambda slot: d_emb if slot=='vector' else d_context
     embedders = {}
     if attrs: embedders['attrs'] = AttributeEmbedder(len(ds.attributes), width(attrs), ds.attributes, [e for e in EXCLUSIVE if {*e}&{*ds.attributes}], attrs=='context', partial)
     if mask: embedders['mask'] = MaskEmbedder(classes, width(mask), size, factor, mask, partial)
-    tokens = 'context' in (attrs,mask)
+    if text: embedders['text'] = WordEmbedder(ds.words, d_context)
+    tokens = 'context' in (attrs,mask,text)
     net = UNet(c_latent, channels, n_blocks, attention=['cross' if tokens else False,*[True]*(len(channels)-1)], d_emb=d_emb, d_context=d_context if tokens else None, c_concat=(len(classes)+1)*(mask=='concat'), placed=tokens)
     return Denoiser(net, Cosine(), Conditioner(drop=drop, **embedders) if embedders else None)
 
@@ -446,6 +447,7 @@ RECIPES = dict(
     drawn_faces_judge=train_face_judge,
     avatars=partial(face_ldm, 'avatars'),
     avatars_judge=partial(train_face_judge, 'avatars'),
+    described_avatars=partial(face_ldm, 'described_avatars', attrs=None, text='context'),
     celeba=partial(face_ldm, 'celeba', mirrored=True),
     celeba_judge=partial(train_face_judge, 'celeba', mirrored=True),
     celebahq=partial(face_ldm, 'celebahq'),

@@ -206,6 +206,20 @@ def test_slots_of_the_ablation(trained):
         out = net(b['latent'], torch.tensor(.5), cond); assert out.shape==(4,3,8,8)
         for k in (['attrs']*bool(attrs)+['mask']*bool(mask)): assert (net(b['latent'], torch.tensor(.5), net.conditioner(b, without=[k]))-out).abs().amax((1,2,3)).min()>1e-6, (attrs,mask,k)
 
+def test_sentences_as_a_condition():
+    "A `Described` set has a sentence to each face, and a network can be told it, alone or beside a mask."
+    from fastldm.faces import Described, describe_face, word_ids
+    from fastldm.recipes import face_denoiser
+    ds = Described(SyntheticFaces(n=4, parts=PARTS8, size=32)); b = ds[:]; b['latent'] = torch.randn(4,3,8,8)
+    said = [describe_face([a for a,v in zip(ds.attributes,row) if v]) for row in b['attrs']]
+    assert torch.equal(b['text'], word_ids(said, ds.words)) and len(ds)==4
+    net = face_denoiser(ds, 3, channels=(16,32), d_context=16, attrs=None, text='context').eval()
+    assert {*net.conditioner.embedders}=={'mask','text'}
+    for p in net.parameters(): p.data += .05*torch.randn_like(p)
+    tell = lambda text: net(b['latent'], torch.tensor(.5), net.conditioner(net.conditioner.parse(4, mask=b['mask'], text=text)))
+    assert torch.equal(tell(said), tell(b['text'])) and not torch.equal(tell(said), tell(None))
+    with pytest.raises(ValueError, match="did you mean 'smiling'"): tell('a face, smilling')
+
 @pytest.mark.slow
 def test_faces_from_the_command_line(trained, tmp_path, monkeypatch):
     from fastldm.recipes import sample_cli
