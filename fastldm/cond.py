@@ -192,7 +192,7 @@ class WordEmbedder(Embedder):
     def __init__(self,
         words, # the vocabulary, as of `face_words`
         dim:int, # the U-Net's `d_context`
-        length:int=32, # words of a sentence, at most
+        length:int=64, # words of a sentence, at most
     ):
         super().__init__(); self.words,self.length = list(words),length
         self.table,self.place = nn.Embedding(len(self.words)+1, dim),nn.Embedding(length, dim)

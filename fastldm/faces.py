@@ -90,7 +90,7 @@ def face_words(attributes:list, # names
 
 def word_ids(sentences, # one, or a list of them
              words:list, # that there are
-             length:int=32, # words of a sentence, at most
+             length:int=64, # words of a sentence, at most
             )->torch.Tensor: # (B,length): places of the words, from 1; 0 after the last
     "`ValueError` for an unknown word, with the nearest, and for too long a sentence."
     rows = [_split(s) for s in ([sentences] if isinstance(sentences, str) else sentences)]
