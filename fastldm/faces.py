@@ -6,7 +6,8 @@
 __all__ = ['ATTRIBUTES', 'PARTS', 'PARTS8', 'PARTS6', 'DRAWN', 'EXCLUSIVE', 'AVATAR_PARTS', 'AVATAR_ATTRIBUTES', 'resize_mask',
            'read_mask', 'remap', 'mirror', 'describe_face', 'face_words', 'word_ids', 'Faces', 'Mirrored', 'Described',
            'read_attributes', 'merge_parts', 'CelebAMaskHQ', 'CelebA', 'check_attributes', 'draw_face',
-           'is_held_out_face', 'DrawnFaces', 'SyntheticFaces', 'write_celebamask_hq', 'Avatars']
+           'is_held_out_face', 'DrawnFaces', 'SyntheticFaces', 'write_celebamask_hq', 'Avatars', 'Garments',
+           'silhouette']
 
 # %% ../nbs/03_faces.ipynb #d56c05f8
 import csv,io,math,os,random,re,warnings,zipfile,zlib
@@ -17,7 +18,7 @@ import numpy as np, torch, torch.nn.functional as F
 from PIL import Image,ImageDraw
 from fastcore.basics import patch
 from .core import check_named,known,write_atomic
-from .data import DATASETS,ImageFolder,Pictures,_check_split,_places,from_image,to_image,to_uint8
+from .data import DATASETS,FashionMNIST,ImageFolder,Pictures,_check_split,_places,from_image,to_image,to_uint8
 from .synthetic import _disc
 from tqdm.auto import tqdm
 
@@ -588,3 +589,28 @@ class Avatars(DrawnFaces):
 
 DATASETS['avatars'] = Avatars
 DATASETS['describedavatars'] = lambda *args, **kw: Described(Avatars(*args, **kw))
+
+# %% ../nbs/03_faces.ipynb #2ef8411c
+class Garments(Faces):
+    "Fashion-MNIST as attributes and masks: the kinds, of which one is true, and the silhouette; 32×32, with a border of 2. Raises what `FashionMNIST` raises."
+    attributes,mask_classes,exclusive = FashionMNIST.classes,['background','garment'],[FashionMNIST.classes]
+    def __init__(self, root=None, split='train', # place to look first; 'train' or 'test'
+                 size:int=32, download=True): # side of a picture, which can only be 32; allow the network
+        if size!=32: raise ValueError(f'size is {size}: garments are 32 pixels, Fashion-MNIST with a border')
+        ds = FashionMNIST(root, split, download=download)
+        self.image = F.pad(ds.image, (2,2,2,2))
+        self.attrs,self.split,self.size,self.classes = F.one_hot(ds.label.long(), 10).to(torch.uint8),split,size,()
+        self.mask = silhouette(self.image[:,0])
+    def __len__(self): return len(self.image)
+    def pixels(self, idxs): return self.image[list(idxs)]
+
+def silhouette(image, # grey (B,H,W), 0 to 255
+               least:int=8, # what is not background
+              )->torch.Tensor: # (B,H,W) of 0 and 1
+    "The thing without small holes, and without the dark specks around it: closed, then opened, by a square of 3×3."
+    wide = lambda m: F.max_pool2d(m, 3, 1, 1)
+    narrow = lambda m: -F.max_pool2d(-F.pad(m, (1,1,1,1)), 3, 1)
+    m = (image[:,None]>=least).float()
+    return wide(narrow(narrow(wide(m))))[:,0].to(torch.uint8)
+
+DATASETS['garments'] = Garments

@@ -146,7 +146,7 @@ def label_ldm(
     return _finish_ldm(folder, LatentDiffusion(ae, den, shape), data, ds, seed, **views, **(card or {}))
 
 # %% ../nbs/19_recipes.ipynb #76b149e0
-_licences = dict(scenes='drawn by this library', clipart='public domain', **{'clipart+emoji':'public domain (Open Clip Art), and emoji of an installed font (Noto: SIL OFL 1.1)'}, photos='for research only, so this model too', drawn_faces='drawn by this library', avatars='avatars (Avataaars by Pablo Stanley, free for personal and commercial use)', celeba='for non-commercial research only, so this model too', celebahq='for non-commercial research only, so this model too', paintings='for research only, so this model too', mnist='CC BY-SA 3.0, as usually given', fashion='MIT', digits='CC BY 4.0 (UCI)', **{f:'for research only, so this model too' for f in ('flowers5','flowers17','flowers102')})
+_licences = dict(scenes='drawn by this library', garments='MIT (Fashion-MNIST)', described_avatars='avatars (Avataaars by Pablo Stanley, free for personal and commercial use)', clipart='public domain', **{'clipart+emoji':'public domain (Open Clip Art), and emoji of an installed font (Noto: SIL OFL 1.1)'}, photos='for research only, so this model too', drawn_faces='drawn by this library', avatars='avatars (Avataaars by Pablo Stanley, free for personal and commercial use)', celeba='for non-commercial research only, so this model too', celebahq='for non-commercial research only, so this model too', paintings='for research only, so this model too', mnist='CC BY-SA 3.0, as usually given', fashion='MIT', digits='CC BY 4.0 (UCI)', **{f:'for research only, so this model too' for f in ('flowers5','flowers17','flowers102')})
 
 def _finish(folder, model, stages, data, draw, ncol=8, **card):
     "Save the whole model with its card, and a grid of what `draw(model)` gives to look at."
@@ -303,7 +303,7 @@ def face_denoiser(
     d_emb,classes,size = 4*channels[0],list(getattr(ds,'mask_classes',())),ds.size
     width = lambda slot: d_emb if slot=='vector' else d_context
     embedders = {}
-    if attrs: embedders['attrs'] = AttributeEmbedder(len(ds.attributes), width(attrs), ds.attributes, [e for e in EXCLUSIVE if {*e}&{*ds.attributes}], attrs=='context', partial)
+    if attrs: embedders['attrs'] = AttributeEmbedder(len(ds.attributes), width(attrs), ds.attributes, [e for e in getattr(ds,'exclusive',EXCLUSIVE) if {*e}&{*ds.attributes}], attrs=='context', partial)
     if mask: embedders['mask'] = MaskEmbedder(classes, width(mask), size, factor, mask, partial)
     if text: embedders['text'] = WordEmbedder(ds.words, d_context)
     tokens = 'context' in (attrs,mask,text)
@@ -447,6 +447,7 @@ RECIPES = dict(
     drawn_faces_judge=train_face_judge,
     avatars=partial(face_ldm, 'avatars'),
     avatars_judge=partial(train_face_judge, 'avatars'),
+    garments=partial(face_ldm, 'garments', size=32, ae_steps=2000, steps=3000),
     described_avatars=partial(face_ldm, 'described_avatars', attrs=None, text='context'),
     celeba=partial(face_ldm, 'celeba', mirrored=True),
     celeba_judge=partial(train_face_judge, 'celeba', mirrored=True),
