@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['stroke', 'class_colours', 'Painter']
 
-# %% ../nbs/22_paint.ipynb #d46e21cf
+# %% ../nbs/22_paint.ipynb #dbeca506
 import colorsys
 import numpy as np, torch
+from fastcore.basics import patch
 
-# %% ../nbs/22_paint.ipynb #c6cc9e74
+# %% ../nbs/22_paint.ipynb #d7612982
 def stroke(mask:np.ndarray, # (H,W) class ids, changed in place
            a, b, # (x,y) of both ends, in pixels
            radius:float, # of the brush, in pixels
@@ -24,14 +25,14 @@ def stroke(mask:np.ndarray, # (H,W) class ids, changed in place
     hi = np.clip(np.ceil([max(ax,bx)+radius+1,max(ay,by)+radius+1]), 0, mask.shape[::-1]).astype(int)
     return *lo.tolist(),*(hi-lo).tolist()
 
-# %% ../nbs/22_paint.ipynb #eb16cccb
+# %% ../nbs/22_paint.ipynb #6e24564d
 def class_colours(n:int, # classes
                  )->np.ndarray: # (n,3) bytes
     "A colour for each class, the first white, none like another."
     hue = lambda i: colorsys.hls_to_rgb(i*.618034%1, (.62,.45,.75)[i%3], .65)
     return (np.array([(1.,1.,1.),*(hue(i) for i in range(1,n))])*255).round().astype(np.uint8)
 
-# %% ../nbs/22_paint.ipynb #7d28cbed
+# %% ../nbs/22_paint.ipynb #864f7bbb
 class Painter:
     "A mask that the mouse paints: `display(painter.widget)`, then `painter.mask`."
     def __init__(self,
@@ -57,28 +58,49 @@ class Painter:
         self.set(np.zeros((size,size), np.uint8) if mask is None else mask)
         self.swatched()
 
-    def set(self, mask): # (size,size) class ids
-        "Show another mask; `on_change` is not called."
-        mask = np.array(mask)
-        if mask.shape!=(self.size,)*2 or mask.dtype.kind not in 'iu' or mask.min()<0 or mask.max()>=len(self.classes):
-            raise ValueError(f'a mask of shape {mask.shape} and type {mask.dtype}: expected ({self.size},{self.size}) class ids from 0 to {len(self.classes)-1} ({", ".join(self.classes)})')
-        self.mask = mask.astype(np.uint8)
-        self.show(0, 0, self.size, self.size)
+# %% ../nbs/22_paint.ipynb #dcfd1642
+@patch
+def set(self:Painter, mask): # (size,size) class ids
+    "Show another mask; `on_change` is not called."
+    mask = np.array(mask)
+    if mask.shape!=(self.size,)*2 or mask.dtype.kind not in 'iu' or mask.min()<0 or mask.max()>=len(self.classes):
+        raise ValueError(f'a mask of shape {mask.shape} and type {mask.dtype}: expected ({self.size},{self.size}) class ids from 0 to {len(self.classes)-1} ({", ".join(self.classes)})')
+    self.mask = mask.astype(np.uint8)
+    self.show(0, 0, self.size, self.size)
 
-    def show(self, x, y, w, h):
-        part = self.colours[self.mask[y:y+h,x:x+w]]
-        if part.size: self.canvas.put_image_data(part.repeat(self.zoom, 0).repeat(self.zoom, 1), x*self.zoom, y*self.zoom)
-    def swatched(self): self.swatch.value = '<div style="width:1.6em;height:1.6em;border:1px solid gray;background:rgb({},{},{})"></div>'.format(*self.colours[self.part.index])
-    def at(self, x, y): return x/self.zoom-.5,y/self.zoom-.5
+@patch
+def show(self:Painter, x:int, y:int, w:int, h:int): # a box of the mask
+    "Put it on the canvas."
+    part = self.colours[self.mask[y:y+h,x:x+w]]
+    if part.size: self.canvas.put_image_data(part.repeat(self.zoom, 0).repeat(self.zoom, 1), x*self.zoom, y*self.zoom)
+@patch
+def swatched(self:Painter):
+    "Show the colour of the chosen class."
+    self.swatch.value = '<div style="width:1.6em;height:1.6em;border:1px solid gray;background:rgb({},{},{})"></div>'.format(*self.colours[self.part.index])
+@patch
+def at(self:Painter, x, y): # a place on the screen
+    "The same in pixels of the mask."
+    return x/self.zoom-.5,y/self.zoom-.5
 
-    def down(self, x, y): self.last = self.at(x, y); self.move(x, y)
-    def move(self, x, y):
-        if self.last is None: return
-        here = self.at(x, y)
-        self.show(*stroke(self.mask, self.last, here, self.brush.value, self.part.index))
-        self.last = here
-    def up(self, x, y):
-        if self.last is None: return
-        self.last = None
-        if self.on_change: self.on_change(self.mask)
-    def out(self, x, y): self.up(x, y)
+# %% ../nbs/22_paint.ipynb #fffebfd9
+@patch
+def down(self:Painter, x, y): # place on the screen, as in all that follow
+    "The button goes down: a stroke begins."
+    self.last = self.at(x, y); self.move(x, y)
+@patch
+def move(self:Painter, x, y): # place on the screen
+    "The mouse moves; while the button is down, it paints."
+    if self.last is None: return
+    here = self.at(x, y)
+    self.show(*stroke(self.mask, self.last, here, self.brush.value, self.part.index))
+    self.last = here
+@patch
+def up(self:Painter, x, y): # place on the screen
+    "The stroke ends, and `on_change` is told."
+    if self.last is None: return
+    self.last = None
+    if self.on_change: self.on_change(self.mask)
+@patch
+def out(self:Painter, x, y): # place on the screen
+    "The mouse leaves the canvas."
+    self.up(x, y)
