@@ -172,8 +172,8 @@ def write_card(
     file = Path(folder)/'config.json'
     info = {**json.loads(file.read_text(encoding='utf-8')), **more}
     with write_atomic(file) as f: f.write_text(json.dumps(info, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
-    rows = {k:v for k,v in info.items() if isinstance(v,(str,int,float)) and k!='fingerprint'}
-    for stage,meta in info.get('stages',{}).items(): rows |= {f'{stage}: {k}':v for k,v in meta.items() if isinstance(v,(str,int,float)) and k not in ('stage','fingerprint')}
+    rows = {k:v for k,v in info.items() if isinstance(v,(str,int,float)) and 'fingerprint' not in k}
+    for stage,meta in info.get('stages',{}).items(): rows |= {f'{stage}: {k}':v for k,v in meta.items() if isinstance(v,(str,int,float)) and k!='stage' and 'fingerprint' not in k}
     rows |= {f'metric: {k}':f'{v:.4g}' if isinstance(v,float) else v for k,v in info.get('metrics',{}).items()}
     lines = [f"# {Path(folder).name}", '', f"A `{info['config']['cls']}` of fastldm: `fastldm.load('{Path(folder).name}')`.", '', '| | |', '|---|---|', *(f'| {k} | {v} |' for k,v in rows.items())]
     with write_atomic(Path(folder)/'README.md') as f: f.write_text('\n'.join(lines)+'\n', encoding='utf-8')

@@ -39,7 +39,7 @@ def test_more_guidance_more_label():
     assert p[0] < .3 < p[1] < p[2]
 
 def test_names():
-    assert {'mnist','fashion','mnist_tutorial','scenes'} <= set(available()) and {'scenes','clipart','paintings'} <= set(available('TextToImage')) and {'mnist_evaluator','fashion_evaluator'} <= set(available('Evaluator'))
+    assert {'mnist','fashion','mnist_tutorial','scenes'} <= set(available()) and {'scenes','clipart','paintings'} <= set(available('TextToImage')) and {'mnist_evaluator','fashion_evaluator'} <= set(available('Evaluator')) and 'avatars' in available() and 'avatars_judge' in available('FaceJudge')
 
 # of a hundred held-out scenes, the least share with each thing named (object), in its colour, where it should be (relation): a little less than measured
 SEEN = {'codes':(.38,.31,.29), 'diffusion':(.80,.72,.78)}
@@ -74,3 +74,46 @@ def test_eight_pictures_in_seconds(name, prior):
         start = time.perf_counter(); x = m.sample('ship in a storm', 8, prior=prior, seed=0)
         assert x.shape==(8,3,64,64) and time.perf_counter()-start < 5
     finally: torch.set_num_threads(before)
+
+# ---- faces
+
+@pytest.fixture(scope='module')
+def avatars():
+    "The model, its judge, and a hundred held-out faces."
+    pytest.importorskip('python_avatars'); pytest.importorskip('resvg_py')
+    from fastldm.faces import Avatars
+    return load('avatars'),load('avatars_judge'),Avatars(n=100, split='test')[:]
+
+@pytest.mark.slow
+@pytest.mark.parametrize('told,least', [(('attrs','mask'),(.97,.90)),(('attrs',),(.97,0)),(('mask',),(0,.90)),((),(0,0))])
+def test_avatars_obey(avatars, told, least):
+    "Combinations that training left out; read by a network that saw real pictures only. What is not told is not obeyed."
+    ldm,judge,b = avatars
+    x = ldm.sample(100, seed=1, steps=10, guidance_scale=2. if told else 1., **{k:b[k] for k in told})
+    found = judge.agreement(x*2-1, b['attrs'], b['mask'])
+    print(told, found['accuracy_mean'], found['iou_mean'])
+    assert found['accuracy_mean']>=least[0] and found['iou_mean']>=least[1]
+    if 'attrs' not in told: assert found['accuracy_mean']<.95
+    if 'mask' not in told: assert found['iou_mean']<.8
+
+@pytest.mark.slow
+def test_a_part_of_the_conditions(avatars):
+    "Two attributes said, the others as they come; the upper half of a mask, the lower open."
+    ldm,judge,b = avatars
+    x = ldm.sample(48, seed=1, steps=10, guidance_scale=2., attrs=dict(Eyeglasses=True, Blond_Hair=True))
+    seen = judge.look(x*2-1)['attrs']>.5
+    for a in ('Eyeglasses','Blond_Hair'): assert seen[:,judge.attributes.index(a)].float().mean()>=.9, a
+    assert (seen.float().mean(0)-.5).abs().min()<.35 and len(seen.unique(dim=0))>24                  # the rest differs
+    half = b['mask'][:48].clone(); half[:,36:] = len(judge.classes)
+    assert judge.agreement(ldm.sample(48, seed=1, steps=10, guidance_scale=2., mask=half)*2-1, mask=half)['iou_mean']>=.8
+
+@pytest.mark.slow
+@pytest.mark.bench
+def test_a_face_in_a_second(avatars):
+    "64 pixels, 20 calls, both conditions guided."
+    ldm,_,b = avatars
+    how = dict(steps=20, attrs=b['attrs'][0], mask=b['mask'][0], guidance_scale=dict(attrs=2., mask=2.), seed=0)
+    ldm.sample(1, **how)
+    seconds = []
+    for _ in range(3): start = time.perf_counter(); ldm.sample(1, **how); seconds.append(time.perf_counter()-start)
+    print(f'{min(seconds):.2f} s a face'); assert min(seconds)<1
