@@ -41,13 +41,14 @@ def test_decode_refuses(ldm):
 
 @pytest.mark.parametrize('name', available('LatentDiffusion'))
 def test_shipped_models_draw(name):
-    "Pictures in [0,1]; the same seed is the same picture alone and in company; a label changes it."
+    "Pictures in [0,1]; the same seed is the same picture alone and in company; a label, or an attribute, changes it."
     m = load(name)
-    kw = dict(steps=4, seed=5)
-    two = m.sample(2, label=[3,1], **kw)
+    faces = 'attrs' in m.denoiser.conditioner.embedders
+    def draw(*which): return m.sample(len(which), steps=4, seed=5, **(dict(attrs=[{m.denoiser.conditioner.embedders['attrs'].names[k]:True} for k in which]) if faces else dict(label=[*which])))
+    two = draw(3,1)
     assert two.min()>=0 and two.max()<=1 and two.std()>(.1 if two.shape[1]==1 else .05)      # photographs have less contrast than digits
-    assert (m.sample(1, label=3, **kw)-two[:1]).abs().max() < 1e-3
-    assert (m.sample(1, label=4, **kw)-two[:1]).abs().mean() > 1e-3
+    assert (draw(3)-two[:1]).abs().max() < 1e-3
+    assert (draw(4)-two[:1]).abs().mean() > 1e-3
     assert {'data','stages','seed','licence'} <= set(m.meta)
 
 def test_encode_decode(ldm):
