@@ -10,7 +10,7 @@ import inspect
 import torch
 from fastcore.basics import patch
 from .core import *
-from .ldm import LatentDiffusion
+from .ldm import Given, LatentDiffusion
 from .pixelsnail import sample_codes
 
 # %% ../nbs/16_text2image.ipynb #4db68baa
@@ -63,8 +63,8 @@ def _by_codes(self:TextToImage, text, seed, first, progress, temperature=1., top
     return (self.vqvae.decode_codes(codes)+1)/2
 
 @patch
-def _by_diffusion(self:TextToImage, text, seed, first, progress, steps=20, step=None, times=None, guidance_scale=1., interval=(0.,1.), precision=None):
-    kw = dict(steps=steps, step=step, times=times, guidance_scale=guidance_scale, interval=interval, precision=precision)
+def _by_diffusion(self:TextToImage, text, seed, first, progress, steps=20, step=None, times=None, guidance_scale=1., interval=(0.,1.), precision=None, given=Given(), batch_size=64):
+    kw = dict(steps=steps, step=step, times=times, guidance_scale=guidance_scale, interval=interval, precision=precision, given=given, batch_size=batch_size)
     return self.diffusion.sample(len(text), seed=seed, first=first, progress=progress, text=text, **kw)
 
 # %% ../nbs/16_text2image.ipynb #8453adf4
@@ -74,15 +74,15 @@ def sample(self:TextToImage,
     prompt=None, # a text for all pictures, or a list with one a picture; None: of anything
     n:int=None, # number of pictures; 1, or one a prompt, if not given
     *,
-    prior:str=None, # 'codes' or 'diffusion'; None: the first that the model has
+    prior:str=None, # 'codes' or 'diffusion'; None: the first that the model has, diffusion where something is given
     seed:int=None, # whole number: the same seed gives the same pictures; None: new ones each time
     candidates:int=1, # pictures drawn for each one kept; the reader chooses
     batch_size:int=64, # pictures at a time
     progress:bool=False, # show bars
-    **how, # codes: temperature, top_k, top_p, guidance_scale (a number, or one a level); diffusion: steps, step, times, guidance_scale, interval, precision
+    **how, # codes: temperature, top_k, top_p, guidance_scale (a number, or one a level); diffusion: steps, step, times, guidance_scale, interval, precision, given
 )->torch.Tensor: # (n,C,H,W) in [0,1]
     "Draw what a text says. `ValueError` says what is wrong with it or with a setting, before work starts."
-    prompts,kind = _prompts(prompt, n),prior or self.kinds[0]
+    prompts,kind = _prompts(prompt, n),prior or ('diffusion' if 'given' in how and self.denoiser is not None else self.kinds[0])
     if kind not in self.kinds: raise ValueError(f'prior={prior!r}: this model has {" and ".join(self.kinds)}')
     draw = getattr(self, f'_by_{kind}')
     takes = [*inspect.signature(draw).parameters][4:]
@@ -92,7 +92,7 @@ def sample(self:TextToImage,
     unique = [*dict.fromkeys(prompts)]
     text = self.reader.text_features(unique)[[unique.index(p) for p in prompts]].to(self.device)
     seed = torch.randint(2**31,()).item() if seed is None else seed
-    x = torch.cat([draw(t, seed, i*batch_size, progress, **{**self.settings[kind], **how}) for i,t in enumerate(text.split(batch_size))])
+    x = torch.cat([draw(t, seed, i*batch_size, progress, **{**self.settings[kind], **how, **(dict(batch_size=batch_size) if kind=='diffusion' else {})}) for i,t in enumerate(text.split(batch_size if kind=='codes' else len(text)))])
     if candidates==1: return x
     best = self.reader.match(x*2-1, prompts).view(-1,candidates).argmax(1)
     return x[torch.arange(len(best), device=x.device)*candidates+best.to(x.device)]
