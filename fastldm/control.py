@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['WHEN', 'EDGES', 'CONTROLS', 'ControlAdapter', 'resize_region', 'local', 'Controlled', 'Control', 'control', 'cubic_t',
-           'sobel', 'laplacian', 'control_loss', 'random_region', 'picture_control', 'ControlData', 'Blended',
-           'BlendedControl']
+           'sobel', 'laplacian', 'control_loss', 'random_region', 'picture_control', 'read_control', 'read_region',
+           'ControlData', 'Blended', 'BlendedControl']
 
 # %% ../nbs/17_control.ipynb #51abda6d
-import torch, torch.nn.functional as F
+import numpy as np, torch, torch.nn.functional as F
 from copy import copy
+from PIL import Image
 from torch import nn
 from .core import Module, fingerprint, known
-from .data import edges
+from .data import edges, from_image
 from .autoencoder import LatentDataset
 from .cond import Cond
 from .denoiser import Guided, scales, uniform_weight
+from .faces import read_mask
 from .ldm import Given
 from .schedules import uniform_t
 
@@ -239,6 +241,38 @@ def picture_control(
         known(k, CONTROLS, 'control')
         if needs.get(k,'image') not in batch: raise ValueError(f'the control {k!r} is made of `{needs[k]}`, but these pictures have {", ".join(batch)}')
     return torch.cat([CONTROLS[k](batch, n_classes) for k in kinds], 1)
+
+# %% ../nbs/17_control.ipynb #7f288f57
+def _grey(path, what):
+    try: im = Image.open(path); im.load()
+    except OSError as e: raise ValueError(f'{path} cannot be read as a {what} ({e}): give a picture file') from e
+    x = torch.from_numpy(np.array(im.convert('RGB'))).movedim(-1,0)
+    if (x.float()-x.float().mean(0)).abs().max()>8: raise ValueError(f'{path} is in colour: a {what} is grey, {"white lines on black" if what=="picture of edges" else "white for all of it"}; the edges of a photograph are made by `fastldm.data.edges`')
+    x = x[:1].float()
+    return x if im.mode!='1' and x.max()==1 else x/255
+
+def read_control(
+    path, # a picture file
+    kind:str='edges', # a name of `CONTROLS`
+    n_classes:int=0, # of a segmentation
+)->torch.Tensor: # (c,H,W) in [0,1]
+    "A control from a file. `ValueError` for a file that cannot be read, is in colour where it should be grey, or has dark lines on white."
+    known(kind, CONTROLS, 'control')
+    if kind=='segmentation':
+        ids = read_mask(path).long()
+        if ids.max()>=n_classes: raise ValueError(f'{path} has the class {int(ids.max())}, this adapter knows 0 to {n_classes-1}')
+        return F.one_hot(ids, n_classes).movedim(-1,0).float()
+    if kind=='colour': return (from_image(Image.open(path).convert('RGB'))+1)/2
+    x = _grey(path, dict(edges='picture of edges').get(kind, f'picture of {kind}'))
+    if kind=='edges' and x.mean()>.5: raise ValueError(f'{path} is mostly white: edges are white lines on black, so invert it')
+    return x
+
+def read_region(path # a picture file, white inside
+               )->torch.Tensor: # (H,W) in [0,1]
+    "A region from a file. `ValueError` for a file that cannot be read, is in colour, or is empty."
+    x = _grey(path, 'region')[0]
+    if not x.max()>0: raise ValueError(f'{path} is black: there is no region in which the control would count')
+    return x
 
 # %% ../nbs/17_control.ipynb #96b52200
 class _Seen:

@@ -34,7 +34,7 @@ from .codes import CodeDataset, write_codes
 from .scene_judge import SceneJudge, scene_judge_loss
 from .faces import EXCLUSIVE, Mirrored, read_mask
 from .face_judge import FaceJudge, face_judge_loss
-from .control import BlendedControl, ControlAdapter, ControlData, control, control_loss, picture_control
+from .control import BlendedControl, ControlAdapter, ControlData, control, control_loss, picture_control, read_control, read_region
 from .control_metrics import edge_f1, leakage, lfmse
 from .pixelsnail import EarlyStopCB, PixelSNAIL, bits_per_code, pixelsnail_loss
 from .blip import Blip, blip_loss, _need
@@ -722,6 +722,8 @@ def train_cli(
     recipe:str, # a recipe by name; `folder` for pictures of your own
     out:str=None, # where the model goes (default: runs/RECIPE)
     data:str=None, # for `folder`: pictures, one folder a class, or flat; for `captioned`: a folder, table or zip file
+    model:str=None, # for `local`: the base, a shipped model or a folder
+    kinds:str=None, # for `local`: edges, segmentation, depth or colour; several with + between them
     root:str=None, # where a public data set is looked for first
     size:int=None, # for `folder`: side of the pictures
     steps:int=None, # of the denoiser's training
@@ -733,11 +735,12 @@ def train_cli(
     "Train a model. The same command goes on where an interrupted one stopped, and says from which step."
     fn = RECIPES[known(recipe, RECIPES, 'recipe')]
     if recipe in ('folder','captioned') and data is None: raise ValueError(f'the recipe `{recipe}` needs --data, a folder of pictures')
-    given = {k:v for k,v in dict(data=data, size=size, steps=steps, ae_steps=ae_steps).items() if v is not None}
+    if recipe=='local' and model is None: raise ValueError('the recipe `local` needs --model, the base that it adapts')
+    given = {k:v for k,v in dict(data=data, model=model, kinds=kinds, size=size, steps=steps, ae_steps=ae_steps).items() if v is not None}
     out = Path(out or f'runs/{recipe}')
     if resume and not any(out.glob('**/checkpoint.safetensors')): raise FileNotFoundError(f'{out} has no checkpoint to go on from: leave out --resume to begin, or give the --out of the run that was begun')
     fn(folder=out, root=root, seed=seed, precision=precision, **given)
-    print(f"done. In Python: fastldm.load('{out}').sample(16); samples are in {out/'samples.png'}")
+    print(f"done, in {out}" if recipe.startswith('local') else f"done. In Python: fastldm.load('{out}').sample(16); samples are in {out/'samples.png'}")
 
 # %% ../nbs/19_recipes.ipynb #0f9bfa5e
 @_command
@@ -751,6 +754,9 @@ def sample_cli(
     steps:int=None, # of sampling
     step:str=None, # name of the sampler
     guidance_scale:float=None, # how closely to follow the label or the text (default: 1, or the model's own)
+    control:str=None, # a picture to follow: white edges on black, or class ids for an adapter of segmentation
+    region:str=None, # where to follow it: white inside (default: everywhere)
+    adapter:str=None, # of the control: a shipped one by name, or a folder (default: local_MODEL)
     prior:str=None, # of a model of texts: codes or diffusion
     candidates:int=1, # of a model of texts: pictures drawn for each one kept
     seed:int=0, # of the pictures
@@ -759,7 +765,7 @@ def sample_cli(
 ):
     "Draw pictures into a grid."
     ldm = load(model)
-    how = {k:v for k,v in dict(steps=steps, step=step, guidance_scale=guidance_scale, precision=precision).items() if v is not None}
+    how = {k:v for k,v in dict(steps=steps, step=step, guidance_scale=guidance_scale, precision=precision).items() if v is not None}|_given(ldm, model, control, region, adapter)
     if isinstance(ldm, TextToImage):
         if label is not None or attributes or mask: raise ValueError(f'{model} draws by text, not by label or attributes: use --prompt')
         x,ncol = ldm.sample(prompt, n or 8, prior=prior, candidates=candidates, seed=seed, progress=True, **how),8
@@ -773,6 +779,18 @@ def sample_cli(
 def _no_texts(model, prior, candidates, prompt=None):
     "`ValueError` where a model of labels is told what only one of texts understands."
     if prompt is not None or prior or candidates!=1: raise ValueError(f"{model} does not draw by text, so --prompt, --prior and --candidates mean nothing to it; these do: {', '.join(available('TextToImage')) or 'none that is shipped'}")
+
+def _given(ldm, model, picture, region, adapter):
+    "Local control from the command line; `ValueError` for a region without a control, or a file that is none."
+    if picture is None:
+        if region or adapter: raise ValueError('--region and --adapter say where and how to follow --control: give a picture to follow, too')
+        return {}
+    name = adapter or f'local_{Path(model).name}'
+    net = load(name if Path(name).exists() else known(name, available('ControlAdapter'), 'adapter'))
+    if not isinstance(net, ControlAdapter) or len(net.kinds)!=1: raise ValueError(f'{name} is a {type(net).__name__}{" of several controls" if isinstance(net, ControlAdapter) else ""}: expected a ControlAdapter of one control')
+    given = control(net, read_control(picture, net.kinds[0], net.c_in), None if region is None else read_region(region))
+    given.rows(_drawer(ldm), 1)
+    return dict(given=given)
 
 def _face(attributes, mask):
     "Conditions of a face from the command line; `ValueError` for a value that is not 0 or 1, or a file that is no mask."
@@ -830,12 +848,15 @@ def eval_cli(
     out:str=None, # a JSON file for the numbers
     card:store_true=False, # keep the numbers in the model's card
 ):
-    "Score a model: of labels by the evaluator of its data set, of texts by held-out captions, of faces by their judge."
+    "Score a model: of labels by the evaluator of its data set, of texts by held-out captions, of faces by their judge, an adapter by the edges in its region."
     ldm = load(model)
+    if isinstance(ldm, ControlAdapter): ldm,adapter = load(ldm.meta['model']),ldm
+    else: adapter = None
     data = data or ldm.meta.get('data')
     if not data: raise ValueError(f'the card of {model} does not say what it was trained on: give --data')
     how = {k:v for k,v in dict(steps=steps, step=step, guidance_scale=guidance_scale).items() if v is not None}
-    if isinstance(ldm, TextToImage): res = evaluate_texts(ldm, data, 1000 if n is None else n, root, prior, candidates, seed, **how)|reconstruction_texts(ldm, data, 1000 if n is None else n, root)
+    if adapter is not None: res = evaluate_control(ldm, adapter, n=1000 if n is None else n, root=root, seed=seed, **how)
+    elif isinstance(ldm, TextToImage): res = evaluate_texts(ldm, data, 1000 if n is None else n, root, prior, candidates, seed, **how)|reconstruction_texts(ldm, data, 1000 if n is None else n, root)
     else:
         _no_texts(model, prior, candidates)
         if {'attrs','mask'}&{*getattr(ldm.denoiser.conditioner,'embedders',())}: res = evaluate_faces(ldm, data, 5000 if n is None else n, root=root, seed=seed, **how)

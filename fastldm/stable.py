@@ -240,7 +240,7 @@ def scheduler_times(
     c = scheduler.config; T = c.num_train_timesteps
     def grid(schedule, n):
         s = type(scheduler).from_config(c); s.set_timesteps(n)
-        end = torch.tensor([0. if c.get('set_alpha_to_one', True) else 1/T]).double()
+        end = torch.tensor([0. if c.get('set_alpha_to_one', True) else 1/T], dtype=torch.double)
         return torch.cat([(s.timesteps.cpu().double()+1)/T, end]).unique().flip(0)
     return grid
 
