@@ -144,6 +144,14 @@ class StableUNet(nn.Module):
         return u(x.to(u.dtype), (t*self.T-1).clamp(min=0), context.to(u.dtype), return_dict=False, **kw)[0].to(x.dtype)
 
 # %% ../nbs/23_stable.ipynb #59575dd6
+def _tokens(tokenizers, prompts, length):
+    "(n,tokenizers,length); `ValueError` for a prompt that is too long."
+    for t in tokenizers:
+        for p in prompts:
+            if (n := len(t(p, verbose=False).input_ids))>length: raise ValueError(f'a prompt of {n} tokens, this model reads {length}: make it shorter ({p[:40]!r}...)')
+    return torch.stack([t(prompts, padding='max_length', max_length=length, return_tensors='pt').input_ids for t in tokenizers], 1)
+
+# %% ../nbs/23_stable.ipynb #e9664462
 class PromptEmbedder(Embedder):
     "A prompt, by the tokenizers and text encoders of a pipeline; its tokens are (B,encoders,length), -1 says nothing."
     def __init__(self,
@@ -156,14 +164,7 @@ class PromptEmbedder(Embedder):
         self.xl,self.zeros = pipe.unet.config.addition_embed_type=='text_time',negative is None and pipe.config.get('force_zeros_for_empty_prompt', False)
         self.length = min(t.model_max_length for t in self.tokenizers)
         self.takes = f'a prompt of at most {self.length} tokens, one a sample, their tokens (n,{len(both)},{self.length}), or None for no prompt'
-        self.register_buffer('empty', self.tokens([negative or '']), persistent=False)
-
-    def tokens(self, prompts):
-        "(n,encoders,length); `ValueError` for a prompt that is too long."
-        for t in self.tokenizers:
-            for p in prompts:
-                if (n := len(t(p).input_ids))>self.length: raise ValueError(f'a prompt of {n} tokens, this model reads {self.length}: make it shorter ({p[:40]!r}...)')
-        return torch.stack([t(prompts, padding='max_length', max_length=self.length, return_tensors='pt').input_ids for t in self.tokenizers], 1)
+        self.register_buffer('empty', _tokens(self.tokenizers, [negative or ''], self.length), persistent=False)
 
     def forward(self, ids):
         said = ids[:,:1,:1]>=0; ids = torch.where(said, ids, self.empty)
@@ -181,9 +182,10 @@ class PromptEmbedder(Embedder):
     )->torch.Tensor: # (n,encoders,length)
         "`ValueError` for a prompt that is too long, or a wrong count."
         if value is None: return self.blank(n)
-        ids = value if torch.is_tensor(value) else self.tokens([value] if isinstance(value, str) else [*value])
-        if ids.ndim!=3 or len(ids) not in (1 if isinstance(value, str) else n,n) or ids.shape[1:]!=self.empty.shape[1:]: raise ValueError(f'{name}: {tuple(ids.shape)} for {n} samples; it takes {self.takes}')
-        return ids.expand(n, -1, -1)
+        said = [value] if isinstance(value, str) else value; rows = 1 if isinstance(value, str) else n
+        if isinstance(said, (list,tuple)) and len(said)==rows and all(isinstance(p, str) for p in said): said = _tokens(self.tokenizers, [*said], self.length)
+        if not torch.is_tensor(said) or said.shape!=(rows,*self.empty.shape[1:]): raise ValueError(f'{name}={value!r:.60} for {n} samples: it takes {self.takes}')
+        return said.expand(n, -1, -1)
 
 # %% ../nbs/23_stable.ipynb #9432be2c
 def _need(name):
