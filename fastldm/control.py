@@ -296,7 +296,7 @@ class ControlData:
         progress:bool=True, # show a bar
     ):
         self.latents,self.regions,self.text = LatentDataset(_Seen(ds, list(kinds), list(embedders), n), autoencoder, progress=progress),regions,None
-        self.c_in,self.classes = self.latents.fields['control'].shape[1],()
+        c = self.latents.fields['control']; self.c_in,self.factor,self.classes = c.shape[1],c.shape[-1]//self.latents.latent.shape[-1],()
         if text_features is not None: self.text = torch.cat([text_features(self.latents.caption[i:i+256]).cpu() for i in range(0, len(self), 256)])
     def __len__(self): return len(self.latents)
     def __getitems__(self, idxs)->dict: # latent, control (B,c,H,W), region (B,1,H,W) and the conditions

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Recorded', 'Module', 'from_config', 'write_atomic', 'fingerprint', 'n_params', 'save_model', 'load_model',
-           'default_device', 'set_seed', 'known', 'check_named', 'image_grid', 'show_image', 'show_images',
+           'default_device', 'set_seed', 'known', 'check_named', 'image_grid', 'show_image', 'show_images', 'Diagram',
            'figures_path', 'save_figure']
 
 # %% ../nbs/00_core.ipynb #c0a18586
@@ -287,6 +287,31 @@ def _figure(w, h):
     import matplotlib.pyplot as plt
     fig = plt.figure(figsize=(w,h), dpi=100); plt.close(fig)
     return fig
+
+# %% ../nbs/00_core.ipynb #29268796
+class Diagram:
+    "Tiles, boxes and arrows on a page; `fig` is the figure, `bg` the axes behind all, in inches."
+    def __init__(self, w:float, h:float): # of the page, in inches
+        self.w,self.h,self.fig = w,h,_figure(w, h)
+        self.bg = self.fig.add_axes((0,0,1,1)); self.bg.set(xlim=(0,w), ylim=(0,h)); self.bg.axis('off')
+
+    def tile(self, x, y, im, title='', w=1.25, h=None, **kw): # centre, picture, its words; size; for `imshow`
+        "A picture with words below; its axes."
+        h = h or w
+        ax = self.fig.add_axes(((x-w/2)/self.w,(y-h/2)/self.h,w/self.w,h/self.h)); ax.imshow(im, aspect='auto', interpolation='nearest', **kw); ax.set(xticks=[], yticks=[])
+        for s in ax.spines.values(): s.set(color='.6', linewidth=.6)
+        self.bg.text(x, y-h/2-.07, title, ha='center', va='top', fontsize=7.5, linespacing=1.25)
+        return ax
+
+    def box(self, x, y, text, colour, w=1.3, h=.95): # centre, words, colour; size
+        "A part of the system."
+        from matplotlib.patches import FancyBboxPatch
+        self.bg.add_patch(FancyBboxPatch((x-w/2,y-h/2), w, h, boxstyle='round,pad=0,rounding_size=.12', fc=colour, ec='.5', lw=.8))
+        self.bg.text(x, y, text, ha='center', va='center', fontsize=8, linespacing=1.3)
+
+    def arrow(self, x0, y0, x1, y1, **kw): # from, to; for the arrow
+        "What goes where."
+        self.bg.annotate('', (x1,y1), (x0,y0), arrowprops=dict(arrowstyle='-|>', color='.3', lw=1.1, shrinkA=0, shrinkB=0, **kw))
 
 # %% ../nbs/00_core.ipynb #f0695975
 def figures_path()->Path: # the folder

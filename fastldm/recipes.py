@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['RECIPES', 'WAYS', 'train_autoencoder', 'train_denoiser', 'score_cb', 'label_ldm', 'write_card', 'tutorial_ldm',
            'train_evaluator', 'photo_evaluator', 'train_scene_judge', 'train_face_judge', 'face_denoiser', 'face_ldm',
-           'train_reader', 'train_vqvae', 'train_prior', 'text_to_image', 'train_adapter', 'evaluate_ldm',
-           'reconstruction', 'evaluate_texts', 'reconstruction_texts', 'evaluate_control', 'evaluate_faces', 'measured',
-           'held_out_prompts', 'train_cli', 'sample_cli', 'codes_cli', 'eval_cli', 'moved', 'run_notebook',
-           'figures_cli']
+           'train_reader', 'train_vqvae', 'train_prior', 'text_to_image', 'control_data', 'train_adapter',
+           'evaluate_ldm', 'reconstruction', 'evaluate_texts', 'reconstruction_texts', 'evaluate_control',
+           'evaluate_faces', 'measured', 'held_out_prompts', 'train_cli', 'sample_cli', 'codes_cli', 'eval_cli',
+           'moved', 'run_notebook', 'figures_cli']
 
 # %% ../nbs/19_recipes.ipynb #bb916d46
 import contextlib, io, json, os, re, sys, time, torch
 from collections import Counter
+from copy import copy
 from functools import partial, wraps
 from pathlib import Path
 from fastcore.script import call_parse, store_true, Param
@@ -437,6 +438,19 @@ def _drawer(model):
     if isinstance(model, TextToImage): return model.diffusion
     raise ValueError(f'this is a {type(model).__name__}: expected a LatentDiffusion, or a TextToImage with a diffusion prior')
 
+def control_data(
+    base, # the model that is adapted
+    kinds, # names of `CONTROLS`
+    root=None, # where the base's data set is looked for first
+    n:int=8000, # pictures, at most
+    progress:bool=True, # show bars
+)->ControlData: # what `train_adapter` trains on
+    "The pictures that a model was trained on, as an adapter sees them. Raises what the data set raises."
+    ldm,name = _drawer(base),base.meta['data']
+    size = ldm.decode(torch.zeros(1,*ldm.shape)).shape[-1]
+    ds = SyntheticScenes(n, size=size) if name=='scenes' else get_dataset(name, root, split='train', size=size)
+    return ControlData(ds, ldm.autoencoder, kinds, getattr(ldm.denoiser.conditioner, 'embedders', ()), base.reader.text_features if isinstance(base, TextToImage) else None, n=n, progress=progress)
+
 def train_adapter(
     model='scenes', # the base: a shipped model by name, or a folder
     folder='runs/local', # where the adapter goes
@@ -446,6 +460,7 @@ def train_adapter(
     steps:int=1500, # of the optimiser
     regions:str='box', # kind of `random_region`; 'all': a usual adapter
     light:bool=False, # a quarter of the width
+    data=None, # a `ControlData` that is made already, to train several adapters
     batch_size:int=32, # pictures a step
     seed:int=0, # of everything
     precision:str=None, # 'bf16' where the processor has it
@@ -455,11 +470,10 @@ def train_adapter(
     "An adapter of a model that stays as it is. Raises what the model and its data set raise, before work starts."
     base = load(model) if isinstance(model, (str,Path)) else model
     ldm,name,kinds = _drawer(base),base.meta['data'],kinds.split('+')
-    size = ldm.decode(torch.zeros(1,*ldm.shape)).shape[-1]
-    ds = SyntheticScenes(n, size=size) if name=='scenes' else get_dataset(name, root, split='train', size=size)
-    data = ControlData(ds, ldm.autoencoder, kinds, getattr(ldm.denoiser.conditioner, 'embedders', ()), base.reader.text_features if isinstance(base, TextToImage) else None, regions, n, progress)
+    data = copy(data) or control_data(base, kinds, root, n, progress)
+    data.regions = regions
     note = lambda learn: dict(base=fingerprint(ldm.denoiser), model=str(model), data=name, n_pictures=len(data), regions=regions, loss={k:getattr(v,'__name__',v) for k,v in loss.items()}, n_params=n_params(learn.model), licence=f"weights Apache-2.0; data {_licences.get(name, 'of the user')}")
-    build = lambda: ControlAdapter(kinds, data.c_in, [l.blocks[-1].conv2.out_channels for l in ldm.denoiser.net.down], size//ldm.shape[-1], light=light)
+    build = lambda: ControlAdapter(kinds, data.c_in, [l.blocks[-1].conv2.out_channels for l in ldm.denoiser.net.down], data.factor, light=light)
     adapter = _train(Path(folder), build, data, control_loss(ldm.denoiser, **loss), seed, note, steps=steps, batch_size=batch_size, lr=2e-3, warmup=min(100,steps//10), ema=.995, precision=precision, progress=progress)
     write_card(folder)
     return adapter

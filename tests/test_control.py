@@ -1,0 +1,144 @@
+"Local control: what a person gives wrongly, the command line, the adapters that ship, what they cost."
+import subprocess, sys, time
+from pathlib import Path
+import numpy as np, pytest, torch
+from PIL import Image
+from fastldm import load
+from fastldm.cond import Cond
+from fastldm.control import ControlAdapter, ControlData, control, control_loss, local, picture_control, random_region
+from fastldm.control_metrics import edge_f1, leakage
+from fastldm.core import set_seed
+from fastldm.recipes import control_data, evaluate_control, train_adapter
+from fastldm.synthetic import SyntheticScenes
+
+BIN = Path(sys.executable).parent
+
+def run(command, *args, ok=True):
+    p = subprocess.run([BIN/command, *map(str,args)], capture_output=True, text=True, timeout=300)
+    assert (p.returncode==0)==ok, p.stdout+p.stderr
+    if not ok: assert 'Traceback' not in p.stderr, p.stderr
+    return p.stdout+p.stderr
+
+@pytest.fixture(scope='module')
+def model(): return load('scenes')
+
+@pytest.fixture(scope='module')
+def adapter(): return load('local_scenes')
+
+@pytest.fixture(scope='module')
+def scene():
+    b = SyntheticScenes(48, 'test')[:48]
+    return b,picture_control('edges', b)
+
+@pytest.fixture(scope='module')
+def middle():
+    r = torch.zeros(1,1,64,64); r[...,16:48,16:48] = 1
+    return r
+
+def bits(x, path): Image.fromarray((np.asarray(x)*255).astype(np.uint8)).save(path); return path
+
+
+# ---- bad input
+
+@pytest.mark.parametrize('picture,region,says', [
+    (torch.zeros(64,64), torch.ones(32,32), r'the region is \(32, 32\), the control \(64, 64\)'),
+    (torch.zeros(63,63), None, r'picture of \(63, 63\)'),
+    (torch.zeros(64,64), torch.ones(64,64)*255, '255'),
+    (torch.zeros(64,64).long(), None, 'torch.int64'),
+    (torch.zeros(3,64,64), None, r'\(1, 3, 64, 64\)'),
+    (torch.full((64,64), float('nan')), None, 'nan'),
+    (torch.zeros(5,1,64,64), None, '5 controls or regions were given for 2 samples'),
+])
+def test_bad_controls(model, adapter, picture, region, says):
+    "Another size, odd sizes, bytes, colours, numbers that are none: refused before work starts."
+    with pytest.raises(ValueError, match=says): model.sample('a red ship', 2, given=control(adapter, picture, region), seed=0, steps=2)
+
+def test_an_empty_region_is_the_base_model(model, adapter, scene):
+    free = model.sample('a red ship on the sea', 2, prior='diffusion', seed=0, steps=3)
+    assert torch.equal(model.sample('a red ship on the sea', 2, given=control(adapter, scene[1][:2], torch.zeros(64,64)), seed=0, steps=3), free)
+
+def test_a_kind_it_was_not_trained_for(adapter):
+    with pytest.raises(ValueError, match="unknown control 'depth'"): control(adapter, torch.zeros(64,64), kind='depth')
+
+def test_an_adapter_of_another_model(model, scene):
+    other = load('clipart')
+    with pytest.raises(ValueError, match='trained for another model'): other.sample('a cat', 1, given=control(load('local_scenes'), scene[1][0]), steps=2)
+    with pytest.raises(ValueError, match='this model has'): model.sample('a cat', 1, given=control(ControlAdapter(['edges'], 1, (8,16)), scene[1][0]), steps=2)
+
+def test_codes_cannot_be_controlled(model, adapter, scene):
+    with pytest.raises(ValueError, match='given'): model.sample('a red ship', 1, prior='codes', given=control(adapter, scene[1][0]))
+
+def test_regions_one_a_sample(model, adapter, scene, middle):
+    "A batch of controls and regions gives what they give one by one."
+    regions = torch.cat([middle,middle.roll(9, -1)]); edges = scene[1][:2]
+    x = model.sample(scene[0]['caption'][:2], given=control(adapter, edges, regions), seed=0, steps=4)
+    y = model.sample(scene[0]['caption'][:2], given=control(adapter, edges, regions), seed=0, steps=4, batch_size=1)
+    assert torch.allclose(x, y, atol=1e-4)
+
+@pytest.mark.parametrize('edges', [None,'z0','sobel','laplacian'])
+def test_half_precision_near_the_noise(model, adapter, scene, middle, edges):
+    "The foreseen latent is finite where 1/alpha is large, and so are the gradients."
+    z = model.vqvae.encode(scene[0]['image'][:4])
+    batch = dict(latent=z, control=scene[1][:4], region=middle.expand(4,-1,-1,-1), text=model.reader.text_features(scene[0]['caption'][:4]))
+    net = ControlAdapter(['edges'], 1, (48,96))
+    with torch.autocast('cpu', torch.bfloat16): loss = control_loss(model.denoiser, edges, times=lambda s,n,d: torch.full((n,), .9999))(net, batch)
+    loss['loss'].backward()
+    assert all(torch.isfinite(v).all() for v in loss.values()) and all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
+
+
+# ---- training
+
+@pytest.mark.slow
+def test_train(tmp_path, model):
+    "From a few scenes: the card names the base, the same call again trains nothing, the same seed gives the same weights, and data that is made already does."
+    how = dict(n=48, steps=6, batch_size=8, progress=False)
+    a = train_adapter('scenes', tmp_path/'a', kinds='edges+depth', **how)
+    assert a.kinds==['edges','depth'] and a.c_in==2 and a.meta['base'] and 'scenes' in (tmp_path/'a/README.md').read_text()
+    before = (tmp_path/'a/model.safetensors').stat().st_mtime
+    train_adapter('scenes', tmp_path/'a', kinds='edges+depth', **how); assert (tmp_path/'a/model.safetensors').stat().st_mtime==before
+    data = control_data(model, ['edges','depth'], n=48, progress=False)
+    b = train_adapter('scenes', tmp_path/'b', kinds='edges+depth', data=data, **how)
+    assert all(torch.equal(p, q) for p,q in zip(a.parameters(), b.parameters())) and data.regions=='box'
+    res = evaluate_control(model, a, n=4, steps=2, progress=False)
+    assert 0<=res['edge_f1']<=1 and {'leakage','lfmse_total','judge_all'}<={*res}
+    with pytest.raises(ValueError, match="did you mean 'features'"): evaluate_control(model, a, 'feature', n=4)
+
+@pytest.mark.slow
+def test_commands(tmp_path, scene, middle):
+    edges,region = bits(scene[1][0,0], tmp_path/'e.png'),bits(middle[0,0], tmp_path/'r.png')
+    run('fastldm_sample', 'scenes', '--prompt', 'a red ship on the sea', '--n', 2, '--control', edges, '--region', region, '--steps', 3, '--out', tmp_path/'x.png')
+    assert Image.open(tmp_path/'x.png').size[0]>100
+    small = bits(middle[0,0,:32,:32], tmp_path/'s.png'); Image.fromarray(np.random.default_rng(0).integers(0, 255, (64,64,3), dtype=np.uint8)).save(tmp_path/'c.png')
+    say = lambda *args: run('fastldm_sample', 'scenes', '--prompt', 'a ship', *args, ok=False)
+    assert 'the region is (32, 32)' in say('--control', edges, '--region', small)
+    assert 'is in colour' in say('--control', tmp_path/'c.png')
+    assert '--control' in say('--region', region)
+    assert "did you mean 'local_scenes'" in say('--control', edges, '--adapter', 'local_scene')
+    assert 'needs --model' in run('fastldm_train', 'local', ok=False)
+    assert 'edge_f1' in run('fastldm_eval', 'local_scenes', '--n', 4, '--steps', 2)
+
+
+# ---- what ships
+
+@pytest.mark.slow
+def test_it_obeys_inside_and_invents_outside(model, adapter, scene, middle):
+    b,edges = scene
+    seen = lambda **how: picture_control('edges', dict(image=model.sample(b['caption'], prior='diffusion', seed=0, steps=10, precision='bf16', **how)*2-1))
+    ours,free,everywhere = seen(given=control(adapter, edges, middle)),seen(),seen(given=control(adapter, edges))
+    assert edge_f1(ours, edges, middle)>max(.72, edge_f1(free, edges, middle)+.3)
+    assert leakage(ours, edges, middle)<leakage(free, edges, middle)+.08<leakage(everywhere, edges, middle)
+
+@pytest.mark.slow
+def test_what_it_costs(model, adapter, scene, middle):
+    "Less than 15 % of a sampling run; a training step is a frozen forward and backward and little more."
+    best = lambda f, n=5: min((lambda t: (f(), time.perf_counter()-t)[1])(time.perf_counter()) for _ in range(n))
+    draw = lambda **how: lambda: model.sample(scene[0]['caption'][:8], prior='diffusion', seed=0, steps=10, **how)
+    given = control(adapter, scene[1][:8], middle)
+    assert best(draw(given=given))<1.15*best(draw())
+    n = 16; set_seed(0); z = model.vqvae.encode(scene[0]['image'][:n]); den = model.denoiser
+    batch = dict(latent=z, control=scene[1][:n], region=random_region(n, 64), text=model.reader.text_features(scene[0]['caption'][:n]))
+    net = ControlAdapter(['edges'], 1, (48,96)); loss = control_loss(den)
+    features = [torch.zeros(n,c,s,s, requires_grad=True) for c,s in ((48,16),(96,8))]
+    cond = den.conditioner(batch)
+    def bare(): den(z, torch.full((n,), .5), cond+Cond(features=features)).square().mean().backward()
+    assert best(bare)>.8*best(lambda: loss(net, batch)['loss'].backward())
