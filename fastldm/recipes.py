@@ -472,7 +472,7 @@ def train_adapter(
     ldm,name,kinds = _drawer(base),base.meta['data'],kinds.split('+')
     data = copy(data) or control_data(base, kinds, root, n, progress)
     data.regions = regions
-    note = lambda learn: dict(base=fingerprint(ldm.denoiser), model=str(model), data=name, n_pictures=len(data), regions=regions, loss={k:getattr(v,'__name__',v) for k,v in loss.items()}, n_params=n_params(learn.model), licence=f"weights Apache-2.0; data {_licences.get(name, 'of the user')}")
+    note = lambda learn: dict(base=str(model) if isinstance(model, (str,Path)) else 'a model in memory', base_fingerprint=fingerprint(ldm.denoiser), data=name, n_pictures=len(data), regions=regions, loss={k:getattr(v,'__name__',v) for k,v in loss.items()}, n_params=n_params(learn.model), licence=f"weights Apache-2.0; data {_licences.get(name, 'of the user')}")
     build = lambda: ControlAdapter(kinds, data.c_in, [l.blocks[-1].conv2.out_channels for l in ldm.denoiser.net.down], data.factor, light=light)
     adapter = _train(Path(folder), build, data, control_loss(ldm.denoiser, **loss), seed, note, steps=steps, batch_size=batch_size, lr=2e-3, warmup=min(100,steps//10), ema=.995, precision=precision, progress=progress)
     write_card(folder)
@@ -864,7 +864,7 @@ def eval_cli(
 ):
     "Score a model: of labels by the evaluator of its data set, of texts by held-out captions, of faces by their judge, an adapter by the edges in its region."
     ldm = load(model)
-    if isinstance(ldm, ControlAdapter): ldm,adapter = load(ldm.meta['model']),ldm
+    if isinstance(ldm, ControlAdapter): ldm,adapter = load(ldm.meta['base']),ldm
     else: adapter = None
     data = data or ldm.meta.get('data')
     if not data: raise ValueError(f'the card of {model} does not say what it was trained on: give --data')
