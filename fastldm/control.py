@@ -102,18 +102,19 @@ def _planes(x, c, what):
 
 class Control(Given):
     "What `control` makes; several add up with `+`."
-    def __init__(self, parts, where): self.parts,self.where = parts,where # (adapter, control, region, weight, how) each; as in `Controlled`
+    def __init__(self, parts, where): self.parts,self.where = parts,where # (adapter, control, region, weight, how, sealed) each; as in `Controlled`
     def __add__(self, other): return Control(self.parts+other.parts, self.where)
 
     def rows(self, ldm, n):
         "The features, computed once; `ValueError` where they are not for this model, or for another number of samples."
         maps,net = None,ldm.denoiser.net
-        for adapter,picture,region,weight,how in self.parts:
+        for adapter,picture,region,weight,how,sealed in self.parts:
             if (made := getattr(adapter, 'meta', {}).get('base_fingerprint')) and made!=fingerprint(ldm.denoiser): raise ValueError('this adapter was trained for another model: load the one that it names on its card, or train it again')
             takes,side = getattr(net, 'widths', None) or [[l.blocks[-1].conv2.out_channels for l in net.down]],[s*adapter.factor for s in ldm.shape[1:]]
             if adapter.widths not in takes or [*picture.shape[2:]]!=side: raise ValueError(f'the adapter gives {adapter.widths} channels for a picture of {tuple(picture.shape[2:])}: this model has {takes[0]} and takes {tuple(side)}')
             if bad := next((len(v) for v in (picture,region) if len(v) not in (1,n)), None): raise ValueError(f'{bad} controls or regions were given for {n} samples: give one, or one a sample')
-            with torch.no_grad(): f = local(adapter.to(ldm.device).eval()(picture.to(ldm.device)), region.to(ldm.device), how)
+            m = region.to(ldm.device)
+            with torch.no_grad(): f = local(adapter.to(ldm.device).eval()(picture.to(ldm.device)*(m>0 if sealed else 1)), m, how)
             f = [weight*o.expand(n, -1, -1, -1) for o in f]
             maps = f if maps is None else [a+b for a,b in zip(maps,f)]
         return maps
@@ -127,6 +128,7 @@ def control(
     weight:float=1., # of its features
     where:str='both', # as in `Controlled`
     how:str='nearest', # as in `resize_region`
+    sealed:bool=True, # erase the control outside of the region first, so that nothing of it can pass
     kind:str=None, # which control the picture is; `ValueError` where the adapter does not know it
 )->Control: # for `sample(given=...)`
     "Follow a picture in a region. `ValueError` for a control or a region of another size or range, or a kind that the adapter was not trained for."
@@ -136,7 +138,7 @@ def control(
     region = torch.ones(1,1,*picture.shape[2:]) if region is None else _planes(region, 1, 'region')
     if region.shape[2:]!=picture.shape[2:]: raise ValueError(f'the region is {tuple(region.shape[2:])}, the control {tuple(picture.shape[2:])}: give both in the size of the picture')
     resize_region(region, (1,1), how)
-    return Control([(adapter,picture,region,weight,how)], where)
+    return Control([(adapter,picture,region,weight,how,sealed)], where)
 
 # %% ../nbs/17_control.ipynb #6b0259c8
 def cubic_t(
@@ -175,6 +177,7 @@ def control_loss(
     drop:float=.5, # rate at which the base's conditions are left out
     by_area:bool=False, # means over the region, so that small ones count as much
     how:str='nearest', # as in `resize_region`
+    sealed:bool=True, # erase the control outside of the region first, as `control` does
 ): # `loss_fn(adapter, batch)` for the `Learner`; needs `latent`, `control`, `region` and the base's conditions
     "Noise and edges (Domingo-Gregorio and Ruiz-Hidalgo 2026). `ValueError` for an unknown name."
     if edges is not None: known(edges, EDGES, 'comparison')
@@ -183,7 +186,7 @@ def control_loss(
         z,region = batch['latent'],batch['region']
         t = times(base.schedule, len(z), z.device); a,σ = scales(base, t, z)
         noisy = a*z+σ*torch.randn_like(z)
-        guess = base(noisy, t, _said(base, batch, drop)+Cond(features=local(adapter(batch['control']), region, how))).float()
+        guess = base(noisy, t, _said(base, batch, drop)+Cond(features=local(adapter(batch['control']*(region>0 if sealed else 1)), region, how))).float()
         snr = (a/σ)**2; abar = a**2/(a**2+σ**2)
         res = dict(noise=(weight(snr)*snr*(guess-z)**2).mean())
         if edges is not None:
@@ -314,6 +317,6 @@ class Blended:
 
 class BlendedControl(Control):
     "The first control of another, blended: `BlendedControl(control(adapter, picture, region))`, for `sample(given=...)`."
-    def __init__(self, c:Control): super().__init__([(a,p,torch.ones_like(r),w,how) for a,p,r,w,how in c.parts[:1]], c.where); self.region = c.parts[0][2]
+    def __init__(self, c:Control): super().__init__([(a,p,torch.ones_like(r),w,how,False) for a,p,r,w,how,_ in c.parts[:1]], c.where); self.region = c.parts[0][2]
     def rows(self, ldm, n): return [*super().rows(ldm, n), self.region.to(ldm.device).expand(n,-1,-1,-1)]
     def begin(self, ldm, denoise, x, ts, data): return Blended(denoise, [*data[:-1]], data[-1]),x,ts

@@ -465,11 +465,12 @@ def train_adapter(
     seed:int=0, # of everything
     precision:str=None, # 'bf16' where the processor has it
     progress:bool=True, # show bars
-    **loss, # for `control_loss`
+    **loss, # for `control_loss`; here the weight is `edm_weight` when nothing is said
 )->ControlAdapter: # saved in `folder`
     "An adapter of a model that stays as it is. Raises what the model and its data set raise, before work starts."
     base = load(model) if isinstance(model, (str,Path)) else model
     ldm,name,kinds = _drawer(base),base.meta['data'],kinds.split('+')
+    loss = dict(weight=edm_weight)|loss                                  # the published weight speaks of little noise, where nothing is left to decide
     data = copy(data) or control_data(base, kinds, root, n, progress)
     data.regions = regions
     note = lambda learn: dict(base=str(model) if isinstance(model, (str,Path)) else 'a model in memory', base_fingerprint=fingerprint(ldm.denoiser), data=name, n_pictures=len(data), regions=regions, loss={k:getattr(v,'__name__',v) for k,v in loss.items()}, n_params=n_params(learn.model), licence=f"weights Apache-2.0; data {_licences.get(name, 'of the user')}")
@@ -610,6 +611,7 @@ def reconstruction_texts(
 # %% ../nbs/19_recipes.ipynb #346c0e4a
 WAYS = dict( # what `evaluate_control` draws with, of an adapter, a control and a region
     features=control,
+    open=partial(control, sealed=False),
     blended=lambda a,c,r: BlendedControl(control(a, c, r)),
     input=lambda a,c,r: control(a, c*r),
     everywhere=lambda a,c,r: control(a, c),
@@ -619,7 +621,7 @@ WAYS = dict( # what `evaluate_control` draws with, of an adapter, a control and 
 def evaluate_control(
     model, # the base of the adapter
     adapter:ControlAdapter, # of local control
-    way:str='features', # a name of `WAYS`: features or input masked, blended latents, the control everywhere, or nothing
+    way:str='features', # a name of `WAYS`: features masked, and with the control's outside left open; latents blended; only the input masked; the control everywhere; nothing
     n:int=1000, # held-out pictures
     region=None, # (1 or n,1,H,W) of 0 and 1; None: the square in the middle, half as wide as the picture
     told:bool=True, # say what the base model can be told
