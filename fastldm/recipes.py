@@ -499,7 +499,7 @@ RECIPES = dict(
     avatars=partial(face_ldm, 'avatars'), avatars_judge=partial(train_face_judge, 'avatars'),
     garments=partial(face_ldm, 'garments', size=32, ae_steps=2000, steps=3000),
     described_avatars=partial(face_ldm, 'described_avatars', attrs=None, text='context'),
-    celeba=partial(face_ldm, 'celeba', mirrored=True),
+    faces=partial(face_ldm, 'celeba', mirrored=True),
     celeba_judge=partial(train_face_judge, 'celeba', mirrored=True),
     celebahq=partial(face_ldm, 'celebahq'),
     celebahq_judge=partial(train_face_judge, 'celebahq', mirrored=True),

@@ -57,6 +57,12 @@ def test_an_empty_region_is_the_base_model(model, adapter, scene):
     free = model.sample('a red ship on the sea', 2, prior='diffusion', seed=0, steps=3)
     assert torch.equal(model.sample('a red ship on the sea', 2, given=control(adapter, scene[1][:2], torch.zeros(64,64)), seed=0, steps=3), free)
 
+def test_what_lies_outside_cannot_be_known(model, adapter, scene, middle):
+    "A sealed control: bit for bit the same picture, whatever it says outside of the region; left open, another one."
+    edges = scene[1][:2]; other = torch.where(middle>0, edges, 1-edges)
+    draw = lambda e, **kw: model.sample(scene[0]['caption'][:2], given=control(adapter, e, middle, **kw), seed=0, steps=4)
+    assert torch.equal(draw(edges), draw(other)) and not torch.equal(draw(edges, sealed=False), draw(other, sealed=False))
+
 def test_a_kind_it_was_not_trained_for(adapter):
     with pytest.raises(ValueError, match="unknown control 'depth'"): control(adapter, torch.zeros(64,64), kind='depth')
 
