@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WHEN', 'EDGES', 'CONTROLS', 'ControlAdapter', 'resize_region', 'local', 'Controlled', 'Control', 'control', 'cubic_t',
-           'sobel', 'laplacian', 'control_loss', 'random_region', 'picture_control', 'read_control', 'read_region',
-           'ControlData', 'Blended', 'BlendedControl']
+           'sobel', 'laplacian', 'control_loss', 'random_region', 'class_region', 'picture_control', 'read_control',
+           'read_region', 'ControlData', 'Blended', 'BlendedControl']
 
 # %% ../nbs/17_control.ipynb #51abda6d
 import numpy as np, torch, torch.nn.functional as F
@@ -35,10 +35,10 @@ class ControlAdapter(Module):
         channels=(64,128), # of the U-Net's levels
         factor:int=4, # pixels of the control to one position of the latent, in each direction
         n_res:int=2, # residual blocks a level
-        light:bool=False, # at a quarter of the width
+        width:float=1., # of its own levels, over the U-Net's; a light one has .25
     ):
         super().__init__(); self.kinds,self.c_in,self.factor,self.widths = list(kinds),c_in,factor,list(channels)
-        widths = [max(8, c//4) if light else c for c in channels]
+        widths = [max(8, int(width*c)) for c in channels]
         self.levels,self.out,c = nn.ModuleList(),nn.ModuleList(),c_in*factor**2
         for w,out in zip(widths,channels):
             self.levels.append(nn.Sequential(nn.Conv2d(c, w, 3, padding=1), *(_Res(w) for _ in range(n_res))))
@@ -126,7 +126,7 @@ def control(
     picture, # the control: (H,W), (c,H,W), or (n,c,H,W) with one a sample, in [0,1]
     region=None, # where it counts: (H,W), or (n,1,H,W) with one a sample, in [0,1]; None: everywhere
     weight:float=1., # of its features
-    where:str='both', # as in `Controlled`
+    where:str='conditional', # as in `Controlled`
     how:str='nearest', # as in `resize_region`
     sealed:bool=True, # erase the control outside of the region first, so that nothing of it can pass
     kind:str=None, # which control the picture is; `ValueError` where the adapter does not know it
@@ -224,6 +224,18 @@ def random_region(
     here = torch.where(torch.rand(n,2,1,1)<.5, far.square().sum(2).sqrt(), far.abs().amax(2))<radius
     here[:,1] &= torch.rand(n,1,1)<.5
     return here.any(1, keepdim=True).float()
+
+# %% ../nbs/17_control.ipynb #34f5f4d3
+def class_region(
+    mask:torch.Tensor, # class ids (B,H,W)
+    ids, # the class of each, (B,), or one for all
+    margin:int=3, # pixels around it
+)->torch.Tensor: # (B,1,H,W) of 0 and 1; empty where the class is not there
+    "A box around the pixels of a class. Raises nothing of its own."
+    here = mask==torch.as_tensor(ids).view(-1,1,1)
+    span = lambda v: (v.cumsum(1)>0)&(v.flip(1).cumsum(1).flip(1)>0)
+    box = (span(here.any(2))[:,:,None]&span(here.any(1))[:,None]).float()[:,None]
+    return F.max_pool2d(box, 2*margin+1, 1, margin)
 
 # %% ../nbs/17_control.ipynb #dc5e495d
 CONTROLS = dict( # of a batch, with so many classes: planes (B,c,H,W) in [0,1]

@@ -457,9 +457,9 @@ def train_adapter(
     kinds:str='edges', # of control, by name of `CONTROLS`; several with + between them
     root=None, # where the base's data set is looked for first
     n:int=8000, # pictures, at most
-    steps:int=1500, # of the optimiser
+    steps:int=4000, # of the optimiser
     regions:str='box', # kind of `random_region`; 'all': a usual adapter
-    light:bool=False, # a quarter of the width
+    width:float=2., # of the adapter, over the U-Net's
     data=None, # a `ControlData` that is made already, to train several adapters
     batch_size:int=32, # pictures a step
     seed:int=0, # of everything
@@ -474,7 +474,7 @@ def train_adapter(
     data = copy(data) or control_data(base, kinds, root, n, progress)
     data.regions = regions
     note = lambda learn: dict(base=str(model) if isinstance(model, (str,Path)) else 'a model in memory', base_fingerprint=fingerprint(ldm.denoiser), data=name, n_pictures=len(data), regions=regions, loss={k:getattr(v,'__name__',v) for k,v in loss.items()}, n_params=n_params(learn.model), licence=f"weights Apache-2.0; data {_licences.get(name, 'of the user')}")
-    build = lambda: ControlAdapter(kinds, data.c_in, [l.blocks[-1].conv2.out_channels for l in ldm.denoiser.net.down], data.factor, light=light)
+    build = lambda: ControlAdapter(kinds, data.c_in, [l.blocks[-1].conv2.out_channels for l in ldm.denoiser.net.down], data.factor, width=width)
     adapter = _train(Path(folder), build, data, control_loss(ldm.denoiser, **loss), seed, note, steps=steps, batch_size=batch_size, lr=2e-3, warmup=min(100,steps//10), ema=.995, precision=precision, progress=progress)
     write_card(folder)
     return adapter
