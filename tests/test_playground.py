@@ -1,5 +1,6 @@
-"The playground of faces, in JupyterLab, in a real browser: a click and a stroke change the picture."
+"The playgrounds, in JupyterLab, in a real browser: a click and a stroke change the picture."
 import os, shutil, socket, subprocess, sys, time, urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 import pytest
 
@@ -55,30 +56,49 @@ def after(page, act):
     settled(page)
     return page.locator('.status').first.inner_text()
 
-@pytest.mark.slow
-def test_faces_playground(lab):
+@contextmanager
+def notebook(lab, name):
+    "A page with a notebook that has been run without an error, and its canvas in view."
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox','--disable-gpu','--disable-quic','--no-first-run','--disable-background-networking','--disable-sync'])
         page = browser.new_page(viewport=dict(width=1400, height=1500)); page.set_default_timeout(300_000)
-        assert run_all(page, lab('howto/faces_playground.ipynb'))==[]
-        canvas = page.locator('canvas').first
-        canvas.scroll_into_view_if_needed()
+        assert run_all(page, lab(name))==[]
+        page.locator('canvas').first.scroll_into_view_if_needed()
+        yield page
+        browser.close()
+
+def drag(page, along):
+    "Draw a line through places of the canvas, as shares of its sides."
+    box = page.locator('canvas').first.bounding_box()
+    spots = [(box['x']+u*box['width'],box['y']+v*box['height']) for u,v in along]
+    page.mouse.move(*spots[0]); page.mouse.down()
+    for s in spots[1:]: page.mouse.move(*s, steps=4)
+    page.mouse.up()
+
+@pytest.mark.slow
+def test_control_playground(lab):
+    with notebook(lab, 'howto/control_playground.ipynb') as page:
+        after(page, page.get_by_role('button', name='clear').click)
+        page.locator('.widget-toggle-button', has_text='region').first.click()
+        said = after(page, lambda: drag(page, [(.2,.3),(.8,.3),(.8,.7),(.2,.7)]))
+        assert 'Edges in the region' in said
+        page.locator('.widget-toggle-button', has_text='edge').first.click()
+        said = after(page, lambda: drag(page, [(.3,.7),(.5,.35),(.7,.7),(.3,.7)]))
+        assert float(said.split('F1')[1])>.1
+        if shot := os.environ.get('PLAYGROUND_SHOT'): box = page.locator('canvas').first.bounding_box(); page.screenshot(path=shot.replace('faces','control'), clip=dict(x=box['x']-8, y=box['y']-8, width=800, height=590))
+
+@pytest.mark.slow
+def test_faces_playground(lab):
+    with notebook(lab, 'howto/faces_playground.ipynb') as page:
         glasses = page.get_by_role('button', name='Eyeglasses')
         said = after(page, glasses.click)
         assert '✓' in glasses.inner_text() and 'The judge reads' in said
         page.locator('.widget-toggle-button', has_text='hair').first.click()
-        box = canvas.bounding_box()
-        def paint():
-            along = [(.24,.40),(.28,.24),(.38,.15),(.5,.12),(.62,.15),(.72,.24),(.76,.40)]
-            spots = [(box['x']+u*box['width'],box['y']+v*box['height']) for u,v in along]
-            page.mouse.move(*spots[0]); page.mouse.down()
-            for s in spots[1:]: page.mouse.move(*s, steps=4)
-            page.mouse.up()
-        said = after(page, paint)
+        box = page.locator('canvas').first.bounding_box()
+        said = after(page, lambda: drag(page, [(.24,.40),(.28,.24),(.38,.15),(.5,.12),(.62,.15),(.72,.24),(.76,.40)]))
         if shot := os.environ.get('PLAYGROUND_SHOT'): time.sleep(2); page.screenshot(path=shot, clip=dict(x=box['x']-8, y=box['y']-8, width=960, height=590))
         seconds = float(said.split()[0])
         print(said)
         assert seconds<2                                  # one face, ten steps, both guided: also on a busy machine
         page.get_by_role('button', name='anything').last.click()
-        browser.close()
