@@ -329,6 +329,7 @@ class Blended:
 
 class BlendedControl(Control):
     "The first control of another, blended: `BlendedControl(control(adapter, picture, region))`, for `sample(given=...)`."
-    def __init__(self, c:Control): super().__init__([(a,p,torch.ones_like(r),w,how,False) for a,p,r,w,how,_ in c.parts[:1]], c.where); self.region = c.parts[0][2]
+    def __init__(self, c:Control): # what `control` made
+        super().__init__([(a,p,torch.ones_like(r),w,how,False) for a,p,r,w,how,_ in c.parts[:1]], c.where); self.region = c.parts[0][2]
     def rows(self, ldm, n): return [*super().rows(ldm, n), self.region.to(ldm.device).expand(n,-1,-1,-1)]
     def begin(self, ldm, denoise, x, ts, data): return Blended(denoise, [*data[:-1]], data[-1]),x,ts

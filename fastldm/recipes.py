@@ -490,24 +490,17 @@ RECIPES = dict(
     fashion_evaluator=partial(train_evaluator, 'fashion', epochs=24, flip=True),
     flowers=partial(label_ldm, 'flowers5', size=64, c_latent=8, ae_steps=8000, steps=12000, drop=.2, copies=4),
     flowers5_evaluator=partial(photo_evaluator, 'flowers5'),
-    folder=label_ldm,
     scenes=partial(text_to_image, 'scenes', reader_steps=6500, ae_steps=2000, reader=dict(width=128, heads=4), near=near_miss, same=in_other_words, prior_steps=(11000,14000), steps=14500, codes=dict(guidance_scale=3., temperature=[.9,.6]), diffusion=dict(guidance_scale=3., interval=(.3,1.))),
     clipart=partial(text_to_image, 'clipart+emoji', reader_steps=2500, ae_steps=2000, reader=dict(width=128, heads=4), copies=8, prior_steps=(2500,3000), steps=9000, codes=dict(guidance_scale=3., temperature=[.9,.6]), diffusion=dict(guidance_scale=3., interval=(.3,1.))),
     paintings=partial(text_to_image, 'paintings', reader_steps=1500, ae_steps=2000, reader=dict(width=128, heads=4), prior_steps=(1000,1200), steps=2500, codes=dict(guidance_scale=3., temperature=[.9,.7]), diffusion=dict(guidance_scale=4., interval=(.3,1.))),
-    scenes_judge=train_scene_judge,
-    drawn_faces=face_ldm, drawn_faces_judge=train_face_judge,
+    scenes_judge=train_scene_judge, drawn_faces=face_ldm, drawn_faces_judge=train_face_judge,
     avatars=partial(face_ldm, 'avatars'), avatars_judge=partial(train_face_judge, 'avatars'),
     garments=partial(face_ldm, 'garments', size=32, ae_steps=2000, steps=3000),
     described_avatars=partial(face_ldm, 'described_avatars', attrs=None, text='context'),
-    faces=partial(face_ldm, 'celeba', mirrored=True),
-    celeba_judge=partial(train_face_judge, 'celeba', mirrored=True),
-    celebahq=partial(face_ldm, 'celebahq'),
-    celebahq_judge=partial(train_face_judge, 'celebahq', mirrored=True),
-    captioned=text_to_image,
-    local=train_adapter,
-    local_scenes=train_adapter, local_scenes_segmentation=partial(train_adapter, kinds='segmentation'),
-    local_avatars=partial(train_adapter, 'avatars'), local_avatars_segmentation=partial(train_adapter, 'avatars', kinds='segmentation'),
-    local_clipart=partial(train_adapter, 'clipart'),
+    faces=partial(face_ldm, 'celeba', mirrored=True), celeba_judge=partial(train_face_judge, 'celeba', mirrored=True),
+    celebahq=partial(face_ldm, 'celebahq'), celebahq_judge=partial(train_face_judge, 'celebahq', mirrored=True),
+    captioned=text_to_image, folder=label_ldm, local=train_adapter, local_scenes=train_adapter, local_scenes_segmentation=partial(train_adapter, kinds='segmentation'),
+    local_clipart=partial(train_adapter, 'clipart'), local_avatars=partial(train_adapter, 'avatars'), local_avatars_segmentation=partial(train_adapter, 'avatars', kinds='segmentation'),
 )
 
 # %% ../nbs/19_recipes.ipynb #c319a22e
@@ -618,6 +611,7 @@ WAYS = dict( # what `evaluate_control` draws with, of an adapter, a control and 
     nothing=lambda a,c,r: Given(),
 )
 
+# %% ../nbs/19_recipes.ipynb #c3ecc3ce
 def evaluate_control(
     model, # the base of the adapter
     adapter:ControlAdapter, # of local control
@@ -646,6 +640,7 @@ def evaluate_control(
     res |= dict(edge_f1=edge_f1(found, asked, region), leakage=leakage(found, asked, region), **{f'lfmse_{k}':v for k,v in lfmse(found, asked, region).items()})
     return res|_judged(name, x*2-1, b)|_looks(real, x)
 
+# %% ../nbs/19_recipes.ipynb #57e4c3a5
 def _judged(name, x, b):
     "What the judge of the set, if it has one, finds of what was said."
     if f'{name}_judge' not in available(''): return {}
