@@ -3,10 +3,12 @@ import os, shutil, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pytest
+from test_playground import CHROMIUM
 
 ROOT = Path(__file__).parents[1]
 QUICK = {'09_cond','12_ldm'}
 NBS = sorted(f.relative_to(ROOT).as_posix() for f in (ROOT/'nbs').rglob('*.ipynb') if not any(p[0] in '._' for p in f.relative_to(ROOT).parts))
+if CHROMIUM: NBS = [f for f in NBS if not f.endswith('_playground.ipynb')]       # run whole, in a browser, by test_playground
 
 def execute(root, nb):
     "One notebook in its own process, on one thread: two at a time are quicker so than one on two threads."
