@@ -110,7 +110,7 @@ class Control(Given):
         maps,net = None,ldm.denoiser.net
         for adapter,picture,region,weight,how,sealed in self.parts:
             if (made := getattr(adapter, 'meta', {}).get('base_fingerprint')) and made!=fingerprint(ldm.denoiser): raise ValueError('this adapter was trained for another model: load the one that it names on its card, or train it again')
-            takes,side = getattr(net, 'widths', None) or [[l.blocks[-1].conv2.out_channels for l in net.down]],[s*adapter.factor for s in ldm.shape[1:]]
+            takes,side = getattr(net, 'widths', [None]),[s*adapter.factor for s in ldm.shape[1:]]
             if adapter.widths not in takes or [*picture.shape[2:]]!=side: raise ValueError(f'the adapter gives {adapter.widths} channels for a picture of {tuple(picture.shape[2:])}: this model has {takes[0]} and takes {tuple(side)}')
             if bad := next((len(v) for v in (picture,region) if len(v) not in (1,n)), None): raise ValueError(f'{bad} controls or regions were given for {n} samples: give one, or one a sample')
             m = region.to(ldm.device)
@@ -278,7 +278,7 @@ def read_control(
         if ids.max()>=n_classes: raise ValueError(f'{path} has the class {int(ids.max())}, this adapter knows 0 to {n_classes-1}')
         return F.one_hot(ids, n_classes).movedim(-1,0).float()
     if kind=='colour': return (from_image(Image.open(path).convert('RGB'))+1)/2
-    x = _grey(path, dict(edges='picture of edges').get(kind, f'picture of {kind}'))
+    x = _grey(path, f'picture of {kind}')
     if kind=='edges' and x.mean()>.5: raise ValueError(f'{path} is mostly white: edges are white lines on black, so invert it')
     return x
 

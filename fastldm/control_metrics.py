@@ -7,7 +7,7 @@ __all__ = ['edge_f1', 'lfmse', 'leakage', 'coloured_edges']
 
 # %% ../nbs/18_control_metrics.ipynb #eea7950b
 import torch, torch.nn.functional as F
-from .control import picture_control, resize_region
+from .control import resize_region
 
 # %% ../nbs/18_control_metrics.ipynb #5209ed67
 def _checked(edges, target, region):

@@ -438,6 +438,12 @@ def _drawer(model):
     if isinstance(model, TextToImage): return model.diffusion
     raise ValueError(f'this is a {type(model).__name__}: expected a LatentDiffusion, or a TextToImage with a diffusion prior')
 
+def _pictures(base, root, split, size, n=None):
+    "The set that a model was trained on."
+    name = base.meta['data']
+    if name=='scenes': return SyntheticScenes(n, split, size)
+    return _captioned(name, root, split, size) if isinstance(base, TextToImage) else get_dataset(name, root, split=split, size=size)
+
 def control_data(
     base, # the model that is adapted
     kinds, # names of `CONTROLS`
@@ -446,10 +452,9 @@ def control_data(
     progress:bool=True, # show bars
 )->ControlData: # what `train_adapter` trains on
     "The pictures that a model was trained on, as an adapter sees them. Raises what the data set raises."
-    ldm,name = _drawer(base),base.meta['data']
+    ldm = _drawer(base)
     size = ldm.decode(torch.zeros(1,*ldm.shape)).shape[-1]
-    ds = SyntheticScenes(n, size=size) if name=='scenes' else get_dataset(name, root, split='train', size=size)
-    return ControlData(ds, ldm.autoencoder, kinds, getattr(ldm.denoiser.conditioner, 'embedders', ()), base.reader.text_features if isinstance(base, TextToImage) else None, n=n, progress=progress)
+    return ControlData(_pictures(base, root, 'train', size, n), ldm.autoencoder, kinds, getattr(ldm.denoiser.conditioner, 'embedders', ()), base.reader.text_features if isinstance(base, TextToImage) else None, n=n, progress=progress)
 
 def train_adapter(
     model='scenes', # the base: a shipped model by name, or a folder
@@ -474,7 +479,7 @@ def train_adapter(
     data = copy(data) or control_data(base, kinds, root, n, progress)
     data.regions = regions
     note = lambda learn: dict(base=str(model) if isinstance(model, (str,Path)) else 'a model in memory', base_fingerprint=fingerprint(ldm.denoiser), data=name, n_pictures=len(data), regions=regions, loss={k:getattr(v,'__name__',v) for k,v in loss.items()}, n_params=n_params(learn.model), licence=f"weights Apache-2.0; data {_licences.get(name, 'of the user')}")
-    build = lambda: ControlAdapter(kinds, data.c_in, [l.blocks[-1].conv2.out_channels for l in ldm.denoiser.net.down], data.factor, width=width)
+    build = lambda: ControlAdapter(kinds, data.c_in, ldm.denoiser.net.widths[0], data.factor, width=width)
     adapter = _train(Path(folder), build, data, control_loss(ldm.denoiser, **loss), seed, note, steps=steps, batch_size=batch_size, lr=2e-3, warmup=min(100,steps//10), ema=.995, precision=precision, progress=progress)
     write_card(folder)
     return adapter
@@ -627,7 +632,7 @@ def evaluate_control(
     "Draw with the controls of held-out pictures, and score. `ValueError` for another way; raises what the set and `sample` raise."
     ldm,name,draw = _drawer(model),model.meta['data'],WAYS[known(way, WAYS, 'way')]
     size = ldm.shape[-1]*adapter.factor
-    ds = get_dataset(name, root, split='test', size=size)
+    ds = _pictures(model, root, 'test', size)
     b = ds.__getitems__([i%len(ds) for i in range(n)]); real = (b['image']+1)/2
     if region is None: region = torch.zeros(1,1,size,size); region[...,size//4:-size//4,size//4:-size//4] = 1
     given = draw(adapter, picture_control(adapter.kinds, b, len(getattr(ds,'mask_classes',()))), region)

@@ -171,7 +171,7 @@ class UNet(Module):
         placed:bool=False, # as in `SpatialTransformer`
     ):
         super().__init__()
-        self.d_emb = d_emb or 4*channels[0]
+        self.d_emb,self.widths = d_emb or 4*channels[0],[list(channels)]         # widths that `features` may have, a list for each way
         self.emb = nn.Sequential(nn.Linear(channels[0],self.d_emb), nn.SiLU(), nn.Linear(self.d_emb,self.d_emb))
         self.d_time,self.n_blocks = channels[0],n_blocks
         res = lambda i,o: ResBlock(i, o, self.d_emb, dropout)
