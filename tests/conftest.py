@@ -1,5 +1,6 @@
-"Every test: two threads, a seed, no network, no window."
+"Every test: a seed, no network, no window; two threads, or one where `pytest -n` runs several files at once."
 import os
+if 'PYTEST_XDIST_WORKER' in os.environ: os.environ['OMP_NUM_THREADS'] = '1'
 for k,v in dict(OMP_NUM_THREADS='2', MPLBACKEND='Agg', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1', HF_HUB_DISABLE_TELEMETRY='1').items():
     os.environ.setdefault(k, v)                     # before torch is imported
 
@@ -13,6 +14,7 @@ def pytest_collection_modifyitems(items):
     for item in items:
         for name,why in no.items():
             if why and item.get_closest_marker(name): item.add_marker(pytest.mark.skip(reason=why))
+        if item.path.stem!='test_notebooks': item.add_marker(pytest.mark.xdist_group(item.path.stem))      # a file's tests share what they made; each notebook stands alone
 
 @pytest.fixture(autouse=True)
 def seeded():

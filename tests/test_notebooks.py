@@ -1,6 +1,5 @@
 "Every notebook runs from top to bottom, in a copy of the repository, so that nothing here changes."
 import os, shutil, subprocess, sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pytest
 from test_playground import CHROMIUM
@@ -13,21 +12,19 @@ if CHROMIUM: NBS = [f for f in NBS if not f.endswith('_playground.ipynb')]      
 def execute(root, nb):
     "One notebook in its own process, on one thread: two at a time are quicker so than one on two threads."
     env = {**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONPATH':str(root), 'FASTLDM_FIGURES':str(root/'figures')}      # the copy's library and figures
-    return subprocess.run([sys.executable,'scripts/run_nbs.py','--check','--timeout','240',nb], cwd=root, env=env, capture_output=True, text=True)
+    return subprocess.run([sys.executable,'scripts/run_nbs.py','--check','--timeout','600',nb], cwd=root, env=env, capture_output=True, text=True)
 
 @pytest.fixture(scope='module')
-def results(request, tmp_path_factory):
-    "Starts all notebooks that were selected, two at a time; the tests wait for theirs."
+def copy(tmp_path_factory):
     root = tmp_path_factory.mktemp('copy')
     skip = shutil.ignore_patterns('__pycache__', '.*', 'runs')
     for d in ('nbs','fastldm','figures','scripts'): shutil.copytree(ROOT/d, root/d, ignore=skip) if (ROOT/d).exists() else None
     for f in ('settings.ini','README.md','pyproject.toml'): shutil.copy(ROOT/f, root/f)
-    wanted = [i.callspec.params['nb'] for i in request.session.items if getattr(i,'originalname','')=='test_runs']
-    with ThreadPoolExecutor(2) as pool:
-        yield {nb: pool.submit(execute, root, nb) for nb in wanted}
-        pool.shutdown(cancel_futures=True)
+    return root
 
 @pytest.mark.parametrize('nb', [pytest.param(n, id=n, marks=() if Path(n).stem in QUICK else pytest.mark.slow) for n in NBS])
-def test_runs(nb, results):
-    p = results[nb].result()
+def test_runs(nb, copy):
+    "A notebook in its own process, on one thread: `pytest -n 2` runs two at a time, which is quicker than one on two threads."
+    env = {**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONPATH':str(copy), 'FASTLDM_FIGURES':str(copy/'figures')}      # the copy's library and figures
+    p = subprocess.run([sys.executable,'scripts/run_nbs.py','--check','--timeout','600',nb], cwd=copy, env=env, capture_output=True, text=True)
     assert p.returncode==0, p.stdout+p.stderr
