@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WHEN', 'EDGES', 'CONTROLS', 'ControlAdapter', 'resize_region', 'local', 'Controlled', 'Control', 'control', 'cubic_t',
-           'sobel', 'laplacian', 'control_loss', 'random_region', 'class_region', 'picture_control', 'read_control',
-           'read_region', 'ControlData', 'Blended', 'BlendedControl']
+           'times_within', 'sobel', 'laplacian', 'control_loss', 'random_region', 'class_region', 'picture_control',
+           'read_control', 'read_region', 'ControlData', 'Blended', 'BlendedControl']
 
 # %% ../nbs/17_control.ipynb #51abda6d
 import numpy as np, torch, torch.nn.functional as F
@@ -36,8 +36,9 @@ class ControlAdapter(Module):
         factor:int=4, # pixels of the control to one position of the latent, in each direction
         n_res:int=2, # residual blocks a level
         width:float=1., # of its own levels, over the U-Net's; a light one has .25
+        interval=(0.,1.), # times at which it is trained and heard
     ):
-        super().__init__(); self.kinds,self.c_in,self.factor,self.widths = list(kinds),c_in,factor,list(channels)
+        super().__init__(); self.kinds,self.c_in,self.factor,self.widths,self.interval = list(kinds),c_in,factor,list(channels),tuple(interval)
         widths = [max(8, int(width*c)) for c in channels]
         self.levels,self.out,c = nn.ModuleList(),nn.ModuleList(),c_in*factor**2
         for w,out in zip(widths,channels):
@@ -81,15 +82,18 @@ class Controlled:
         denoise, # a `Denoiser`, or one that `guide` made
         features:list, # one map a level, a row a sample
         where:str='both', # which answers of a guided denoiser see them: 'both', 'conditional' or 'unconditional'
+        interval=(0.,1.), # times at which they do
     ):
         known(where, ('both','conditional','unconditional'), 'place of the features')
-        self.denoise,self.schedule,self.more = denoise,denoise.schedule,Cond(features=features)
+        self.denoise,self.plain,self.schedule,self.interval,self.more = denoise,denoise,denoise.schedule,interval,Cond(features=features)
         if not isinstance(denoise, Guided): return
         k = len(denoise.coefs); sees = dict(both=range(k), conditional=range(k>1, k), unconditional=range(k>1))[where]
         self.denoise,self.more = copy(denoise),None
         self.denoise.stacked = denoise.stacked+Cond(features=[torch.cat([f if i in sees else torch.zeros_like(f) for i in range(k)]) for f in features])
         self.denoise.full = denoise.full+Cond(features=features)
-    def __call__(self, x, t, cond=None): return self.denoise(x, t, cond if self.more is None else (cond or Cond())+self.more)
+    def __call__(self, x, t, cond=None):
+        if not self.interval[0]<=float(torch.as_tensor(t).max())<=self.interval[1]: return self.plain(x, t, cond)
+        return self.denoise(x, t, cond if self.more is None else (cond or Cond())+self.more)
 
 # %% ../nbs/17_control.ipynb #e670e399
 def _planes(x, c, what):
@@ -118,7 +122,9 @@ class Control(Given):
             f = [weight*o.expand(n, -1, -1, -1) for o in f]
             maps = f if maps is None else [a+b for a,b in zip(maps,f)]
         return maps
-    def begin(self, ldm, denoise, x, ts, data): return Controlled(denoise, [*data], self.where),x,ts
+    @property
+    def interval(self): lo,hi = zip(*(getattr(a, 'interval', (0.,1.)) for a,*_ in self.parts)); return min(lo),max(hi)
+    def begin(self, ldm, denoise, x, ts, data): return Controlled(denoise, [*data], self.where, self.interval),x,ts
 
 # %% ../nbs/17_control.ipynb #35e5c55a
 def control(
@@ -148,6 +154,17 @@ def cubic_t(
 )->torch.Tensor: # (n,) in [t_min,1]
     "Times `1-u³` of a uniform `u`: mostly noisy ones (Mou et al. 2023)."
     return (1-(1-uniform_t(schedule, n, device)).clamp(0,1)**3).clamp(min=schedule.t_min)
+
+# %% ../nbs/17_control.ipynb #6baf27f7
+def times_within(
+    schedule, # a `Schedule`; its `t_min` is the smallest time drawn
+    n:int, # how many
+    device=None, # of the times
+    interval=(.5,1.), # first and last
+)->torch.Tensor: # (n,) in [t_min,1]
+    "Uniform times of an interval."
+    lo,hi = interval
+    return (lo+(hi-lo)*uniform_t(schedule, n, device)).clamp(schedule.t_min, 1)
 
 # %% ../nbs/17_control.ipynb #a267ded7
 def sobel(z:torch.Tensor, # (B,C,H,W)
@@ -323,13 +340,14 @@ class ControlData:
 class Blended:
     "A denoiser around a denoiser: inside of a region the answer with features, outside the one without."
     def __init__(self, denoise, # a `Denoiser`, or one that `guide` made
-                 features:list, region): # not masked; (n or 1,1,H,W)
-        self.denoise,self.control,self.region,self.schedule = denoise,Controlled(denoise, features),region,denoise.schedule
+                 control, region): # a `Controlled` around it, features not masked; (n or 1,1,H,W)
+        self.denoise,self.control,self.region,self.schedule = denoise,control,region,denoise.schedule
     def __call__(self, x, t, cond=None): return torch.lerp(self.denoise(x, t, cond), self.control(x, t, cond), resize_region(self.region, x.shape[2:]).to(x))
 
 class BlendedControl(Control):
-    "The first control of another, blended: `BlendedControl(control(adapter, picture, region))`, for `sample(given=...)`."
+    "A control, blended: `BlendedControl(control(adapter, picture, region))`, for `sample(given=...)`. `ValueError` for several: a picture has one inside."
     def __init__(self, c:Control): # what `control` made
-        super().__init__([(a,p,torch.ones_like(r),w,how,False) for a,p,r,w,how,_ in c.parts[:1]], c.where); self.region = c.parts[0][2]
+        if len(c.parts)>1: raise ValueError(f'given {len(c.parts)} controls: expected one')
+        super().__init__([(a,p,torch.ones_like(r),w,how,False) for a,p,r,w,how,_ in c.parts], c.where); self.region = c.parts[0][2]
     def rows(self, ldm, n): return [*super().rows(ldm, n), self.region.to(ldm.device).expand(n,-1,-1,-1)]
-    def begin(self, ldm, denoise, x, ts, data): return Blended(denoise, [*data[:-1]], data[-1]),x,ts
+    def begin(self, ldm, denoise, x, ts, data): return Blended(denoise, super().begin(ldm, denoise, x, ts, data[:-1])[0], data[-1]),x,ts

@@ -35,7 +35,7 @@ from .codes import CodeDataset, write_codes
 from .scene_judge import SceneJudge, scene_judge_loss
 from .faces import EXCLUSIVE, Mirrored, read_mask
 from .face_judge import FaceJudge, face_judge_loss
-from .control import BlendedControl, ControlAdapter, ControlData, control, control_loss, picture_control, read_control, read_region
+from .control import BlendedControl, ControlAdapter, ControlData, control, control_loss, picture_control, read_control, read_region, times_within
 from .control_metrics import edge_f1, leakage, lfmse
 from .pixelsnail import EarlyStopCB, PixelSNAIL, bits_per_code, pixelsnail_loss
 from .blip import Blip, blip_loss, _need
@@ -465,21 +465,22 @@ def train_adapter(
     steps:int=4000, # of the optimiser
     regions:str='box', # kind of `random_region`; 'all': a usual adapter
     width:float=2., # of the adapter, over the U-Net's
+    interval=(.5,1.), # times at which it is trained and heard: what a control decides is decided there
     data=None, # a `ControlData` that is made already, to train several adapters
     batch_size:int=32, # pictures a step
     seed:int=0, # of everything
     precision:str=None, # 'bf16' where the processor has it
     progress:bool=True, # show bars
-    **loss, # for `control_loss`; here the weight is `edm_weight` when nothing is said
+    **loss, # for `control_loss`; here the weight is `edm_weight`, the times uniform in `interval`, the rate .2 when nothing is said
 )->ControlAdapter: # saved in `folder`
     "An adapter of a model that stays as it is. Raises what the model and its data set raise, before work starts."
     base = load(model) if isinstance(model, (str,Path)) else model
     ldm,name,kinds = _drawer(base),base.meta['data'],kinds.split('+')
-    loss = dict(weight=edm_weight)|loss                                  # the published weight speaks of little noise, where nothing is left to decide
+    loss = dict(weight=edm_weight, times=partial(times_within, interval=interval), drop=.2)|loss      # the published weight speaks of little noise, where nothing is left to decide
     data = copy(data) or control_data(base, kinds, root, n, progress)
     data.regions = regions
-    note = lambda learn: dict(base=str(model) if isinstance(model, (str,Path)) else 'a model in memory', base_fingerprint=fingerprint(ldm.denoiser), data=name, n_pictures=len(data), regions=regions, loss={k:getattr(v,'__name__',v) for k,v in loss.items()}, n_params=n_params(learn.model), licence=f"weights Apache-2.0; data {_licences.get(name, 'of the user')}")
-    build = lambda: ControlAdapter(kinds, data.c_in, ldm.denoiser.net.widths[0], data.factor, width=width)
+    note = lambda learn: dict(base=str(model) if isinstance(model, (str,Path)) else 'a model in memory', base_fingerprint=fingerprint(ldm.denoiser), data=name, n_pictures=len(data), regions=regions, loss={k:getattr(getattr(v,'func',v),'__name__',v) for k,v in loss.items()}, n_params=n_params(learn.model), licence=f"weights Apache-2.0; data {_licences.get(name, 'of the user')}")
+    build = lambda: ControlAdapter(kinds, data.c_in, ldm.denoiser.net.widths[0], data.factor, width=width, interval=interval)
     adapter = _train(Path(folder), build, data, control_loss(ldm.denoiser, **loss), seed, note, steps=steps, batch_size=batch_size, lr=2e-3, warmup=min(100,steps//10), ema=.995, precision=precision, progress=progress)
     write_card(folder)
     return adapter

@@ -136,6 +136,7 @@ def test_it_obeys_inside_and_invents_outside(model, adapter, scene, middle):
     assert leakage(ours, edges, middle)<leakage(everywhere, edges, middle)-.05      # what the square cuts is finished as it was begun: not all of it is chance
 
 @pytest.mark.slow
+@pytest.mark.bench
 def test_what_it_costs(model, adapter, scene, middle):
     "Less than 15 % of a sampling run; a training step is the frozen model and the adapter, forward and backward, and little more."
     best = lambda f, n=5: min((lambda t: (f(), time.perf_counter()-t)[1])(time.perf_counter()) for _ in range(n))

@@ -64,6 +64,8 @@ def test_pictures_find_their_prompts(name, prior):
     found = m.reader.similarity(m.sample([p for p in asked for _ in range(3)], prior=prior, seed=1)*2-1, asked).argmax(1)
     assert (found==torch.arange(len(asked)).repeat_interleave(3)).float().mean() >= 5/len(asked)
 
+@pytest.mark.slow
+@pytest.mark.bench
 @pytest.mark.parametrize('name,prior', [('scenes','codes'),('scenes','diffusion'),('clipart','codes'),('paintings','codes')])
 def test_eight_pictures_in_seconds(name, prior):
     "From a prompt, on two threads: less than five."
