@@ -136,6 +136,14 @@ def test_it_obeys_inside_and_invents_outside(model, adapter, scene, middle):
     assert leakage(ours, edges, middle)<leakage(everywhere, edges, middle)-.05      # what the square cuts is finished as it was begun: not all of it is chance
 
 @pytest.mark.slow
+@pytest.mark.parametrize('name', ['clipart','avatars'])
+def test_other_models(name):
+    "The adapters of clip art and avatars follow held-out edges in a square that they would not draw by themselves."
+    try: f1 = {way:evaluate_control(load(name), load(f'local_{name}'), way, n=12, steps=8, precision='bf16', progress=False)['edge_f1'] for way in ('features','nothing')}
+    except FileNotFoundError as e: pytest.skip(str(e))
+    assert f1['features']>f1['nothing']+.15
+
+@pytest.mark.slow
 @pytest.mark.bench
 def test_what_it_costs(model, adapter, scene, middle):
     "Less than 15 % of a sampling run; a training step is the frozen model and the adapter, forward and backward, and little more."
