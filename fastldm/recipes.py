@@ -506,7 +506,7 @@ RECIPES = dict(
     faces=partial(face_ldm, 'celeba', mirrored=True), celeba_judge=partial(train_face_judge, 'celeba', mirrored=True),
     celebahq=partial(face_ldm, 'celebahq'), celebahq_judge=partial(train_face_judge, 'celebahq', mirrored=True),
     captioned=text_to_image, folder=label_ldm, local=train_adapter, local_scenes=train_adapter, local_scenes_segmentation=partial(train_adapter, kinds='segmentation'),
-    local_clipart=partial(train_adapter, 'clipart'), local_avatars=partial(train_adapter, 'avatars'), local_avatars_segmentation=partial(train_adapter, 'avatars', kinds='segmentation'),
+    local_clipart=partial(train_adapter, 'clipart', steps=1000), local_avatars=partial(train_adapter, 'avatars', steps=1000), local_avatars_segmentation=partial(train_adapter, 'avatars', kinds='segmentation'),
 )
 
 # %% ../nbs/19_recipes.ipynb #c319a22e
