@@ -26,16 +26,16 @@ class Deadly: # its worker is killed, as by the system when memory runs out, at 
         return dict(x=torch.ones(4)*i)
 set_seed(0)
 def make(workers): return Learner(nn.Linear(4,1), Deadly(), lambda m,b: dict(loss=m(b['x']).square().mean()), steps=12, batch_size=8, save_every=1, folder=sys.argv[1], progress=False, workers=workers)
-try: make(1).fit()
-except (RuntimeError, ConnectionError) as e: print('stopped:', e)      # torch notices the death, or the pipe that it left
-l = make(0).fit(resume=True)
+l = make(int(sys.argv[2])).fit(resume=sys.argv[2]=='0')
 print('then', l.step, l.log[-1]['step'])
 """
 
 def test_a_data_worker_that_dies(tmp_path):
-    "Training stops, and the checkpoint of before is there to go on from. In a process of its own: torch raises wherever its signal finds the main thread."
-    p = run(DEADLY, tmp_path)
-    assert 'stopped:' in p.stdout and 'then 12 12' in p.stdout, p.stdout+p.stderr
+    "Training stops, and the checkpoint of before is there to go on from. In processes of their own: torch raises wherever its signal finds the main thread."
+    p = run(DEADLY, tmp_path, 1)
+    assert p.returncode and 'then' not in p.stdout and 'Error' in p.stderr, p.stdout+p.stderr
+    p = run(DEADLY, tmp_path, 0)
+    assert 'then 12 12' in p.stdout, p.stdout+p.stderr
 
 FULL = """
 import resource, sys, torch; from torch import nn; from fastldm.train import Learner
