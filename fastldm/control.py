@@ -38,6 +38,7 @@ class ControlAdapter(Module):
         width:float=1., # of its own levels, over the U-Net's; a light one has .25
         interval=(0.,1.), # times at which it is trained and heard
     ):
+        if not 0<=interval[0]<interval[1]<=1: raise ValueError(f'interval={tuple(interval)}: expected two times, 0 <= first < last <= 1')
         super().__init__(); self.kinds,self.c_in,self.factor,self.widths,self.interval = list(kinds),c_in,factor,list(channels),tuple(interval)
         widths = [max(8, int(width*c)) for c in channels]
         self.levels,self.out,c = nn.ModuleList(),nn.ModuleList(),c_in*factor**2
@@ -339,10 +340,9 @@ class ControlData:
 # %% ../nbs/17_control.ipynb #3ab4b3a2
 class Blended:
     "A denoiser around a denoiser: inside of a region the answer with features, outside the one without."
-    def __init__(self, denoise, # a `Denoiser`, or one that `guide` made
-                 control, region): # a `Controlled` around it, features not masked; (n or 1,1,H,W)
-        self.denoise,self.control,self.region,self.schedule = denoise,control,region,denoise.schedule
-    def __call__(self, x, t, cond=None): return torch.lerp(self.denoise(x, t, cond), self.control(x, t, cond), resize_region(self.region, x.shape[2:]).to(x))
+    def __init__(self, control:Controlled, region): # its features not masked; (n or 1,1,H,W)
+        self.control,self.region,self.schedule = control,region,control.schedule
+    def __call__(self, x, t, cond=None): return torch.lerp(self.control.plain(x, t, cond), self.control(x, t, cond), resize_region(self.region, x.shape[2:]).to(x))
 
 class BlendedControl(Control):
     "A control, blended: `BlendedControl(control(adapter, picture, region))`, for `sample(given=...)`. `ValueError` for several: a picture has one inside."
@@ -350,4 +350,4 @@ class BlendedControl(Control):
         if len(c.parts)>1: raise ValueError(f'given {len(c.parts)} controls: expected one')
         super().__init__([(a,p,torch.ones_like(r),w,how,False) for a,p,r,w,how,_ in c.parts], c.where); self.region = c.parts[0][2]
     def rows(self, ldm, n): return [*super().rows(ldm, n), self.region.to(ldm.device).expand(n,-1,-1,-1)]
-    def begin(self, ldm, denoise, x, ts, data): return Blended(denoise, super().begin(ldm, denoise, x, ts, data[:-1])[0], data[-1]),x,ts
+    def begin(self, ldm, denoise, x, ts, data): return Blended(super().begin(ldm, denoise, x, ts, data[:-1])[0], data[-1]),x,ts
