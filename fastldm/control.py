@@ -225,10 +225,11 @@ def _said(base, batch, drop):
 def random_region(
     n:int, # regions
     size:int, # side of the picture
-    kind:str='box', # or 'shapes': one or two discs or squares; 'all': everywhere, as an adapter is usually trained
+    kind:str='box', # or 'shapes': one or two discs or squares; 'all': everywhere, as an adapter is usually trained; several with + between them, for each region one of these
     least:float=10_000/512**2, # smallest share of the picture, for a box
 )->torch.Tensor: # (n,1,size,size) of 0 and 1
     "Regions at random, from the global generator. `ValueError` for another kind."
+    if '+' in kind: return torch.stack([random_region(n, size, k, least) for k in kind.split('+')])[torch.randint(kind.count('+')+1, (n,)),torch.arange(n)]
     known(kind, ('box','shapes','all'), 'kind of region')
     if kind=='all': return torch.ones(n,1,size,size)
     y,x = torch.meshgrid(*[(torch.arange(size)+.5)/size]*2, indexing='ij')

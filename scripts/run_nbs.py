@@ -2,7 +2,7 @@
 import argparse, os, re, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from traceback import format_exception
 import nbformat
@@ -55,6 +55,7 @@ PRELOAD = ['run_nbs', 'fastldm.recipes', 'fastldm.stable', 'diffusers', 'transfo
 
 def _cells(path, skip, report):
     "Runs in a process of its own: the cells of a notebook, up to the first error, which is reported."
+    set_start_method(None, force=True)          # a notebook's own workers start as they would in a kernel
     os.chdir(Path(path).parent)
     shell = CaptureShell(mpl_format='png')
     for c in nbformat.read(Path(path).name, 4).cells:
