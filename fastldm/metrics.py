@@ -208,8 +208,9 @@ class PhotoEvaluator(Module):
         f = image_features(ds, self)
         mean,std = f.mean(0),f.std(0).clamp_min(1e-3)
         fit = LogisticRegression(C=c/len(mean), max_iter=500).fit((f-mean)/std, ds.label)
-        w = torch.from_numpy(fit.coef_).float()/std
-        with torch.no_grad(): self.head[0].weight.copy_(w); self.head[0].bias.copy_(torch.from_numpy(fit.intercept_).float()-w@mean)
+        w,b = (torch.from_numpy(o).float() for o in (fit.coef_/std.numpy(), fit.intercept_))
+        if len(w)==1: w,b = (torch.cat([0*o,o]) for o in (w,b))             # of two classes, scikit-learn speaks of the second only
+        with torch.no_grad(): self.head[0].weight.copy_(w); self.head[0].bias.copy_(b-w@mean)
         return self
 
 # %% ../nbs/18_metrics.ipynb #8643bba2
