@@ -1,9 +1,11 @@
 "Execute notebooks, one fresh kernel each. Outputs are kept, nbdev's directives honoured, and two runs write the same bytes."
-import argparse, os, re, sys, time
+import argparse, json, os, re, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from multiprocessing import get_context, set_start_method
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
+from queue import SimpleQueue
 from traceback import format_exception
 import nbformat
 from execnb.shell import CaptureShell
@@ -51,11 +53,10 @@ def run(path, skip=(), timeout=600):
     nbdev_clean.__wrapped__(path)
     return path, time.time()-start, None
 
-PRELOAD = ['run_nbs', 'fastldm.recipes', 'fastldm.stable', 'diffusers', 'transformers.models.blip.modeling_blip', 'seaborn', 'lpips', 'torch_fidelity', 'sklearn.manifold', 'nbdev.showdoc']
+PRELOAD = ['fastldm.recipes', 'fastldm.stable', 'diffusers', 'transformers.models.blip.modeling_blip', 'seaborn', 'lpips', 'torch_fidelity', 'sklearn.manifold', 'nbdev.showdoc']
 
 def _cells(path, skip, report):
-    "Runs in a process of its own: the cells of a notebook, up to the first error, which is reported."
-    set_start_method(None, force=True)          # a notebook's own workers start as they would in a kernel
+    "The cells of a notebook, up to the first error, which is reported."
     os.chdir(Path(path).parent)
     shell = CaptureShell(mpl_format='png')
     for c in nbformat.read(Path(path).name, 4).cells:
@@ -64,17 +65,33 @@ def _cells(path, skip, report):
         if shell.exc: return report.send(f"{path}\n{c.source}\n\n{''.join(format_exception(shell.exc))}")
     report.send(None)
 
-def check(path, skip=(), timeout=600):
-    """Like `run`, but nothing is written, in a process forked from one that has imported `PRELOAD` already: imports are half
-    of what most notebooks cost. Environment variables are those of the first call."""
-    start,ctx = time.time(),get_context('forkserver')
-    ctx.set_forkserver_preload(PRELOAD)
+def _in_fork(path, skip, timeout):
+    "What `_cells` reports, of a process of its own."
+    ctx = get_context('fork')
     ours,theirs = ctx.Pipe(duplex=False)
     p = ctx.Process(target=_cells, args=(path, frozenset(skip), theirs)); p.start(); theirs.close()
     try: error = ours.recv() if ours.poll(timeout) else f'{path}: not done after {timeout} seconds'
     except EOFError: p.join(); error = f'{path}: its process ended with {p.exitcode}'
     p.join(0 if error else 10); p.kill(); p.join()
-    return path, time.time()-start, error
+    return error
+
+def serve():
+    "Reads `[path, skip, timeout]`, a line each, and answers with the error or null. What notebooks print goes to stderr."
+    answers = os.fdopen(os.dup(1), 'w'); os.dup2(2, 1)
+    for m in PRELOAD: import_module(m)
+    for line in sys.stdin: print(json.dumps(_in_fork(*json.loads(line))), file=answers, flush=True)
+
+@contextmanager
+def checker():
+    """Gives `check`, which is like `run`, but writes nothing, and executes in a fork of a process that has imported `PRELOAD`
+    already: imports are half of what most notebooks cost. That process has the environment variables of this moment."""
+    with subprocess.Popen([sys.executable, __file__, '--serve'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        def check(path, skip=(), timeout=600):
+            start = time.time()
+            print(json.dumps([str(path), sorted(skip), timeout]), file=server.stdin, flush=True)
+            error = json.loads(server.stdout.readline())
+            return path, time.time()-start, error
+        yield check
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)
@@ -83,11 +100,18 @@ def main():
     p.add_argument('--check', action='store_true', help='execute only: leave the files as they are')
     p.add_argument('--timeout', type=int, default=600, help='seconds a cell may take, with --check a notebook')
     p.add_argument('-j', type=int, default=1, help='notebooks at a time; set OMP_NUM_THREADS=1 with it')
+    p.add_argument('--serve', action='store_true', help=argparse.SUPPRESS)
     a = p.parse_args()
+    if a.serve: return serve()
     skip = set(get_config().tst_flags.split()) - set(a.flags.split())
-    one = partial(check if a.check else run, skip=skip, timeout=a.timeout)
     n = bad = 0
-    with ThreadPoolExecutor(a.j) as pool:
+    with ExitStack() as stack, ThreadPoolExecutor(a.j) as pool:
+        free = SimpleQueue()
+        for _ in range(a.j): free.put(stack.enter_context(checker()) if a.check else run)
+        def one(path):
+            executes = free.get()
+            try: return executes(path, skip, a.timeout)
+            finally: free.put(executes)
         for path,secs,err in pool.map(one, a.nbs or sorted(nbglob())):
             n,bad = n+1,bad+bool(err)
             print(f"{'FAIL' if err else 'ok  '} {secs:6.1f}s {path}", flush=True)

@@ -164,8 +164,11 @@ def test_killed_at_random_moments(seed, tmp_path):
     "Again and again, until it is through: the very records of a run that was left alone, none lost and none twice."
     start = time.perf_counter()
     write(Lazy(2000), tmp_path/'whole', text_features=Words(), batch_size=32)
-    kills,places,same = child(KILL, tmp_path/'parts', seed, tmp_path/'whole', time.perf_counter()-start).split()
-    assert int(kills)>=3 and int(places)>=3, 'it was through too soon'
+    took = time.perf_counter()-start
+    for i in range(6):                                                                   # sooner, while the machine is quicker than it was just now
+        kills,places,same = child(KILL, tmp_path/f'parts{i}', seed, tmp_path/'whole', took/2**i).split()
+        if int(kills)>=3 and int(places)>=3: break
+    else: pytest.fail('each time it was through too soon')
     print(f'killed {kills} times, at {places} places; equal file: {same}')
 
 def test_broken_off_and_gone_on(tmp_path):

@@ -8,7 +8,7 @@ from test_playground import CHROMIUM
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT/'scripts'))
-from run_nbs import check
+from run_nbs import checker
 QUICK = {'09_cond','12_ldm'}
 NBS = sorted(f.relative_to(ROOT).as_posix() for f in (ROOT/'nbs').rglob('*.ipynb') if not any(p[0] in '._' for p in f.relative_to(ROOT).parts))
 if CHROMIUM: NBS = [f for f in NBS if not f.endswith('_playground.ipynb')]       # run whole, in a browser, by test_playground
@@ -24,8 +24,12 @@ def copy(tmp_path_factory):
         for k,v in dict(OMP_NUM_THREADS='1', PYTHONPATH=f"{root}{os.pathsep}{root/'scripts'}", FASTLDM_FIGURES=str(root/'figures')).items(): m.setenv(k, v)
         yield root
 
+@pytest.fixture(scope='module')
+def check(copy):
+    with checker() as check: yield check
+
 @pytest.mark.parametrize('nb', [pytest.param(n, id=n, marks=() if Path(n).stem in QUICK else pytest.mark.slow) for n in NBS])
-def test_runs(nb, copy):
+def test_runs(nb, copy, check):
     _,_,error = check(str(copy/nb), skip=get_config().tst_flags.split())
     assert error is None, error
 
@@ -33,7 +37,7 @@ def written(path, *cells):
     nbformat.write(new_notebook(cells=[new_code_cell(c) for c in cells]), path)
     return str(path)
 
-def test_what_is_wrong_is_reported(copy, tmp_path):
+def test_what_is_wrong_is_reported(copy, check, tmp_path):
     "An error, a process that ends, one that does not; cells that are to be left are left; the library is the copy's."
     skip = ['slow']
     assert check(written(tmp_path/'right.ipynb', 'x = 1', '#| slow\nx = 2', '#| eval: false\nx = 3', 'assert x==1'), skip)[2] is None
