@@ -379,5 +379,5 @@ def loop(self:Learner):
             self.step += 1
             self.seconds += time.perf_counter()-t
             self.call('after_step')
-            if self.log: bar.set_postfix_str(f"loss {self.log[-1].get('loss',math.nan):.4g}", refresh=False)
+            if seen := [r['loss'] for r in self.log[-2:] if 'loss' in r]: bar.set_postfix_str(f'loss {seen[-1]:.4g}', refresh=False)
             bar.update()
