@@ -6,8 +6,8 @@
 __all__ = ['ATTRIBUTES', 'PARTS', 'PARTS8', 'PARTS6', 'DRAWN', 'EXCLUSIVE', 'AVATAR_PARTS', 'AVATAR_ATTRIBUTES', 'resize_mask',
            'read_mask', 'remap', 'mirror', 'describe_face', 'face_words', 'word_ids', 'Faces', 'Mirrored', 'Described',
            'read_attributes', 'merge_parts', 'CelebAMaskHQ', 'CelebA', 'check_attributes', 'draw_face',
-           'is_held_out_face', 'DrawnFaces', 'SyntheticFaces', 'write_celebamask_hq', 'Avatars', 'Garments',
-           'silhouette']
+           'is_held_out_face', 'DrawnFaces', 'SyntheticFaces', 'write_celebamask_hq', 'Avatars', 'ClothedAvatars',
+           'Garments', 'silhouette']
 
 # %% ../nbs/03_faces.ipynb #d56c05f8
 import csv,io,math,os,random,re,warnings,zipfile,zlib
@@ -589,6 +589,17 @@ class Avatars(DrawnFaces):
 
 DATASETS['avatars'] = Avatars
 DATASETS['describedavatars'] = lambda *args, **kw: Described(Avatars(*args, **kw))
+
+# %% ../nbs/03_faces.ipynb #42bca6d2
+class ClothedAvatars(Described):
+    "`Avatars` with a sentence and a `label` each: the colour of the clothes, which nothing else says (a jacket has its own). Raises what `Avatars` raises."
+    def __init__(self, *args, **kw): # as for `Avatars`
+        super().__init__(Avatars(*args, **kw))
+        self.classes = ['slate','sky blue','white','red','mint','blue','cream','black']
+        self.label = torch.tensor([_cloth.index(self.ds.face(i)[2].choice(_cloth)) for i in range(len(self))])
+    def __getitems__(self, idxs): return dict(super().__getitems__(idxs), label=self.label[list(idxs)])
+
+DATASETS['clothedavatars'] = ClothedAvatars
 
 # %% ../nbs/03_faces.ipynb #2ef8411c
 class Garments(Faces):

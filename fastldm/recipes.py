@@ -150,7 +150,7 @@ def label_ldm(
     return _finish_ldm(folder, LatentDiffusion(ae, den, shape), data, ds, seed, **views, **(card or {}))
 
 # %% ../nbs/19_recipes.ipynb #76b149e0
-_licences = dict(scenes='drawn by this library', garments='MIT (Fashion-MNIST)', described_avatars='avatars (Avataaars by Pablo Stanley, free for personal and commercial use)', clipart='public domain', **{'clipart+emoji':'public domain (Open Clip Art), and emoji of an installed font (Noto: SIL OFL 1.1)'}, photos='for research only, so this model too', drawn_faces='drawn by this library', avatars='avatars (Avataaars by Pablo Stanley, free for personal and commercial use)', celeba='for non-commercial research only, so this model too', celebahq='for non-commercial research only, so this model too', paintings='for research only, so this model too', mnist='CC BY-SA 3.0, as usually given', fashion='MIT', digits='CC BY 4.0 (UCI)', **{f:'for research only, so this model too' for f in ('flowers5','flowers17','flowers102')})
+_licences = dict(scenes='drawn by this library', garments='MIT (Fashion-MNIST)', **{k:'avatars (Avataaars by Pablo Stanley, free for personal and commercial use)' for k in ('avatars','described_avatars','clothed_avatars')}, clipart='public domain', **{'clipart+emoji':'public domain (Open Clip Art), and emoji of an installed font (Noto: SIL OFL 1.1)'}, photos='for research only, so this model too', drawn_faces='drawn by this library', celeba='for non-commercial research only, so this model too', celebahq='for non-commercial research only, so this model too', paintings='for research only, so this model too', mnist='CC BY-SA 3.0, as usually given', fashion='MIT', digits='CC BY 4.0 (UCI)', **{f:'for research only, so this model too' for f in ('flowers5','flowers17','flowers102')})
 
 def _finish(folder, model, stages, data, draw, ncol=8, **card):
     "Save the whole model with its card, and a grid of what `draw(model)` gives to look at."
@@ -300,17 +300,18 @@ def face_denoiser(
     channels=(64,128), # of the U-Net
     n_blocks:int=1, # residual blocks a level
     d_context:int=128, # width of the tokens
-    attrs='context', mask='context', text=None, # slot of each condition: 'context', 'vector', for a mask 'concat'; None: not conditioned on it
+    attrs='context', mask='context', text=None, label=None, # slot of each condition: 'context', 'vector', for a mask 'concat'; None: not conditioned on it
     drop:float=.2, partial:float=.3, # rates at which training leaves a condition out, and says a part of it
 )->Denoiser: # to be trained
-    "A U-Net that can be told attributes, masks, and, of a `Described` set, sentences."
+    "A U-Net that can be told attributes, masks, of a `Described` set sentences, and labels where a set has `classes`."
     d_emb,classes,size = 4*channels[0],list(getattr(ds,'mask_classes',())),ds.size
     width = lambda slot: d_emb if slot=='vector' else d_context
     embedders = {}
     if attrs: embedders['attrs'] = AttributeEmbedder(len(ds.attributes), width(attrs), ds.attributes, [e for e in getattr(ds,'exclusive',EXCLUSIVE) if {*e}&{*ds.attributes}], attrs=='context', partial)
     if mask: embedders['mask'] = MaskEmbedder(classes, width(mask), size, factor, mask, partial)
     if text: embedders['text'] = WordEmbedder(ds.words, d_context)
-    tokens = 'context' in (attrs,mask,text)
+    if label: embedders['label'] = LabelEmbedder(len(ds.classes), width(label), label=='context')
+    tokens = 'context' in (attrs,mask,text,label)
     net = UNet(c_latent, channels, n_blocks, attention=['cross' if tokens else False,*[True]*(len(channels)-1)], d_emb=d_emb, d_context=d_context if tokens else None, c_concat=(len(classes)+1)*(mask=='concat'), placed=tokens)
     return Denoiser(net, Cosine(), Conditioner(drop=drop, **embedders) if embedders else None)
 
@@ -325,6 +326,7 @@ def face_ldm(
     steps:int=12000, # of the denoiser's training
     mirrored:bool=False, # add the mirrored faces
     autoencoder=None, # one that is trained already
+    start=None, # a shipped model by name, or a folder, to go on from, with its autoencoder; conditions that it has not begin anew
     weight=edm_weight, # of the loss
     seed:int=0, # of everything
     precision:str=None, # 'bf16' where the processor has it
@@ -335,15 +337,18 @@ def face_ldm(
     "Autoencoder, latents, denoiser, model. Raises what the data set raises, before work starts."
     folder,ds = Path(folder),get_dataset(data, root, size=size)
     if mirrored: ds = Mirrored(ds)
-    kw = dict(seed=seed, precision=precision, progress=progress)
+    kw,first = dict(seed=seed, precision=precision, progress=progress),load(start) if start is not None else None
+    if first is not None: autoencoder = first.autoencoder
     if autoencoder is not None: ae = _stage(folder/'autoencoder', lambda _: (autoencoder,dict(stage='autoencoder', given=True)))
     else: ae = train_autoencoder(ds, folder, c_latent=c_latent, channels=ae_channels, steps=ae_steps, **kw)
     latents = LatentDataset(ds, ae, cache=folder/'cache', progress=progress)
     set_seed(seed)
-    den = train_denoiser(latents, folder, face_denoiser(ds, c_latent, **network), partial(diffusion_loss, weight=weight), steps, **kw)
+    den = face_denoiser(ds, c_latent, **network)
+    if first is not None: den.load_state_dict(first.denoiser.state_dict(), strict=False)
+    den = train_denoiser(latents, folder, den, partial(diffusion_loss, weight=weight), steps, **kw)
     some = {k:v for k,v in ds[:8].items() if k in den.conditioner.embedders} if den.conditioner is not None else {}
     draw = lambda m: m.sample(64, seed=0, guidance_scale=1.5, **{k:v.repeat_interleave(8,0) for k,v in some.items()})
-    return _finish(folder, LatentDiffusion(ae, den, tuple(latents[0]['latent'].shape)), ('autoencoder','denoiser'), data, draw, **{**dict(n_pictures=len(ds), seed=seed), **(card or {})})
+    return _finish(folder, LatentDiffusion(ae, den, tuple(latents[0]['latent'].shape)), ('autoencoder','denoiser'), data, draw, **dict(n_pictures=len(ds), seed=seed, **(dict(start=str(start)) if first is not None else {}))|(card or {}))
 
 # %% ../nbs/19_recipes.ipynb #8b12308c
 def train_reader(
@@ -502,7 +507,7 @@ RECIPES = dict(
     scenes_judge=train_scene_judge, drawn_faces=face_ldm, drawn_faces_judge=train_face_judge,
     avatars=partial(face_ldm, 'avatars'), avatars_judge=partial(train_face_judge, 'avatars'),
     garments=partial(face_ldm, 'garments', size=32, ae_steps=2000, steps=3000),
-    described_avatars=partial(face_ldm, 'described_avatars', attrs=None, text='context'),
+    described_avatars=partial(face_ldm, 'described_avatars', attrs=None, text='context'), clothed_avatars=partial(face_ldm, 'clothed_avatars', text='context', label='vector', start='avatars', steps=2000),
     faces=partial(face_ldm, 'celeba', mirrored=True), celeba_judge=partial(train_face_judge, 'celeba', mirrored=True),
     celebahq=partial(face_ldm, 'celebahq'), celebahq_judge=partial(train_face_judge, 'celebahq', mirrored=True),
     captioned=text_to_image, folder=label_ldm, local=train_adapter, local_scenes=train_adapter, local_scenes_segmentation=partial(train_adapter, kinds='segmentation'),
