@@ -315,6 +315,7 @@ def face_denoiser(
     net = UNet(c_latent, channels, n_blocks, attention=['cross' if tokens else False,*[True]*(len(channels)-1)], d_emb=d_emb, d_context=d_context if tokens else None, c_concat=(len(classes)+1)*(mask=='concat'), placed=tokens)
     return Denoiser(net, Cosine(), Conditioner(drop=drop, **embedders) if embedders else None)
 
+# %% ../nbs/19_recipes.ipynb #736984b7
 def face_ldm(
     data='drawn_faces', # a set of faces by name
     folder='runs/faces', # where the stages and the model go
