@@ -185,6 +185,24 @@ def test_a_model_of_faces(trained):
     with pytest.raises(ValueError, match='each of'): ldm.sample(2, attrs=b['attrs'], order=['attrs'])
 
 @pytest.mark.slow
+def test_new_conditions_for_a_trained_model(trained, monkeypatch):
+    "`start` keeps the autoencoder and every weight that the new model has too, and adds embedders for what is new."
+    from fastldm.data import DATASETS
+    from fastldm.faces import Described
+    from fastldm.ldm import load
+    from fastldm.recipes import face_ldm
+    monkeypatch.setitem(DATASETS, 'saidfew', lambda *args, **kw: Described(DATASETS['few'](*args, **kw)))
+    small = dict(size=32, channels=(16,32), d_context=16, progress=False, text='context')
+    ldm = face_ldm('said_few', trained/'said', steps=1, start='few', **small)
+    a,b = load('few').denoiser.state_dict(),ldm.denoiser.state_dict()
+    assert {k.split('.')[2] for k in b.keys()-a.keys()}=={'text'} and not a.keys()-b.keys()
+    step = max(float((a[k].float()-b[k].float()).abs().max()) for k in a)
+    assert 0<step<.01, step                                                             # one step from where it began
+    assert ldm.meta['start']=='few' and all(torch.equal(v,w) for v,w in zip(load('few').autoencoder.state_dict().values(), ldm.autoencoder.state_dict().values()))
+    with pytest.raises(RuntimeError, match='size mismatch'): face_ldm('said_few', trained/'other', steps=1, start='few', **small|dict(channels=(24,32)))
+    with pytest.raises(FileNotFoundError, match="did you mean 'few'"): face_ldm('said_few', trained/'none', steps=1, start='feww', **small)
+
+@pytest.mark.slow
 @pytest.mark.parametrize('given', [('attrs','mask'),('attrs',),()])
 def test_scores_of_faces(trained, given):
     from fastldm.ldm import load
