@@ -595,7 +595,7 @@ class ClothedAvatars(Described):
     "`Avatars` with a sentence and a `label` each: the colour of the clothes, which nothing else says (a jacket has its own). Raises what `Avatars` raises."
     def __init__(self, *args, **kw): # as for `Avatars`
         super().__init__(Avatars(*args, **kw))
-        self.classes = ['slate','sky blue','white','red','mint','blue','cream','black']
+        self.colours,self.classes = _cloth,['slate','sky blue','white','red','mint','blue','cream','black']
         self.label = torch.tensor([_cloth.index(self.ds.face(i)[2].choice(_cloth)) for i in range(len(self))])
     def __getitems__(self, idxs): return dict(super().__getitems__(idxs), label=self.label[list(idxs)])
 
