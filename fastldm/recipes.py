@@ -926,7 +926,7 @@ def run_notebook(
 def figures_cli(
     names:Param('figures to draw (default: all)', str, nargs='*'), # figures to draw
     train:store_true=False, # train the models first, into runs/ (hours), and draw with those
-    fresh:store_true=False, # measure everything anew (about an hour), also what was kept in figures/measured.json
+    fresh:store_true=False, # measure anew (minutes to an hour and a half a figure), also what was kept in figures/measured.json
 ):
     "Draw the figures from the shipped weights."
     from tqdm import tqdm
