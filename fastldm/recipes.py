@@ -469,7 +469,7 @@ def train_adapter(
     root=None, # where the base's data set is looked for first
     n:int=8000, # pictures, at most
     steps:int=4000, # of the optimiser
-    regions:str='box', # kind of `random_region`; 'all': a usual adapter
+    regions:str='box+all', # kinds of `random_region`; 'all': a usual adapter
     width:float=2., # of the adapter, over the U-Net's
     interval=(.5,1.), # times at which it is trained and heard: what a control decides is decided there
     data=None, # a `ControlData` that is made already, to train several adapters
@@ -511,8 +511,8 @@ RECIPES = dict(
     described_avatars=partial(face_ldm, 'described_avatars', attrs=None, text='context'), clothed_avatars=partial(face_ldm, 'clothed_avatars', text='context', label='vector', start='avatars', steps=2000),
     faces=partial(face_ldm, 'celeba', mirrored=True), celeba_judge=partial(train_face_judge, 'celeba', mirrored=True),
     celebahq=partial(face_ldm, 'celebahq'), celebahq_judge=partial(train_face_judge, 'celebahq', mirrored=True),
-    captioned=text_to_image, folder=label_ldm, local=train_adapter, local_scenes=train_adapter, local_scenes_segmentation=partial(train_adapter, kinds='segmentation'),
-    local_clipart=partial(train_adapter, 'clipart', steps=1000), local_avatars=partial(train_adapter, 'avatars', steps=1000), local_avatars_segmentation=partial(train_adapter, 'avatars', kinds='segmentation'),
+    captioned=text_to_image, folder=label_ldm, local=train_adapter, local_scenes=partial(train_adapter, n=24000, steps=6000), local_scenes_segmentation=partial(train_adapter, kinds='segmentation'),
+    local_clipart=partial(train_adapter, 'clipart', steps=1000, regions='box'), local_avatars=partial(train_adapter, 'avatars', steps=1000, regions='box'), local_avatars_segmentation=partial(train_adapter, 'avatars', kinds='segmentation'),
 )
 
 # %% ../nbs/19_recipes.ipynb #c319a22e
@@ -617,10 +617,10 @@ def reconstruction_texts(
 WAYS = dict( # what `evaluate_control` draws with, of an adapter, a control and a region
     features=control,
     open=partial(control, sealed=False),
-    blended=lambda a,c,r: BlendedControl(control(a, c, r)),
-    input=lambda a,c,r: control(a, c*r),
-    everywhere=lambda a,c,r: control(a, c),
-    nothing=lambda a,c,r: Given(),
+    blended=lambda a,c,r,**kw: BlendedControl(control(a, c, r, **kw)),
+    input=lambda a,c,r,**kw: control(a, c*r, **kw),
+    everywhere=lambda a,c,r,**kw: control(a, c, **kw),
+    nothing=lambda a,c,r,**kw: Given(),
 )
 
 # %% ../nbs/19_recipes.ipynb #c3ecc3ce
@@ -631,6 +631,7 @@ def evaluate_control(
     n:int=1000, # held-out pictures
     region=None, # (1 or n,1,H,W) of 0 and 1; None: the square in the middle, half as wide as the picture
     told:bool=True, # say what the base model can be told
+    weight:float=1., # of the features
     root=None, # where the data set is looked for first
     seed:int=0, # of the pictures
     progress:bool=True, # show a bar
@@ -642,7 +643,7 @@ def evaluate_control(
     ds = _pictures(model, root, 'test', size)
     b = ds.__getitems__([i%len(ds) for i in range(n)]); real = (b['image']+1)/2
     if region is None: region = torch.zeros(1,1,size,size); region[...,size//4:-size//4,size//4:-size//4] = 1
-    given = draw(adapter, picture_control(adapter.kinds, b, len(getattr(ds,'mask_classes',()))), region)
+    given = draw(adapter, picture_control(adapter.kinds, b, len(getattr(ds,'mask_classes',()))), region, weight=weight)
     says = b['caption'] if isinstance(model, TextToImage) else {k:b[k] for k in ('attrs',) if k in getattr(ldm.denoiser.conditioner,'embedders',())}
     start = time.perf_counter()
     x = (model.sample(says if told else '', n, prior='diffusion', given=given, seed=seed, progress=progress, **how) if isinstance(model, TextToImage)
@@ -926,7 +927,7 @@ def run_notebook(
 def figures_cli(
     names:Param('figures to draw (default: all)', str, nargs='*'), # figures to draw
     train:store_true=False, # train the models first, into runs/ (hours), and draw with those
-    fresh:store_true=False, # measure anew (minutes to an hour and a half a figure), also what was kept in figures/measured.json
+    fresh:store_true=False, # measure everything anew (about an hour), also what was kept in figures/measured.json
 ):
     "Draw the figures from the shipped weights."
     from tqdm import tqdm
