@@ -508,11 +508,11 @@ RECIPES = dict(
     scenes_judge=train_scene_judge, drawn_faces=face_ldm, drawn_faces_judge=train_face_judge,
     avatars=partial(face_ldm, 'avatars'), avatars_judge=partial(train_face_judge, 'avatars'),
     garments=partial(face_ldm, 'garments', size=32, ae_steps=2000, steps=3000),
-    described_avatars=partial(face_ldm, 'described_avatars', attrs=None, text='context'), clothed_avatars=partial(face_ldm, 'clothed_avatars', text='context', label='vector', start='avatars', steps=2000),
+    described_avatars=partial(face_ldm, 'described_avatars', attrs=None, text='context'), clothed_avatars=partial(face_ldm, 'clothed_avatars', text='context', label='vector', start='avatars', steps=1500),
     faces=partial(face_ldm, 'celeba', mirrored=True), celeba_judge=partial(train_face_judge, 'celeba', mirrored=True),
     celebahq=partial(face_ldm, 'celebahq'), celebahq_judge=partial(train_face_judge, 'celebahq', mirrored=True),
-    captioned=text_to_image, folder=label_ldm, local=train_adapter, local_scenes=partial(train_adapter, n=24000, steps=6000), local_scenes_segmentation=partial(train_adapter, kinds='segmentation'),
-    local_clipart=partial(train_adapter, 'clipart', steps=1000, regions='box'), local_avatars=partial(train_adapter, 'avatars', steps=1000, regions='box'), local_avatars_segmentation=partial(train_adapter, 'avatars', kinds='segmentation'),
+    captioned=text_to_image, folder=label_ldm, local=train_adapter, local_scenes=partial(train_adapter, n=24000, steps=6000), local_scenes_segmentation=partial(train_adapter, kinds='segmentation', steps=2000),
+    local_clipart=partial(train_adapter, 'clipart', steps=1000, regions='box'), local_avatars=partial(train_adapter, 'avatars', steps=1000, regions='box'), local_avatars_segmentation=partial(train_adapter, 'avatars', kinds='segmentation', width=1., steps=1000),
 )
 
 # %% ../nbs/19_recipes.ipynb #c319a22e
