@@ -114,7 +114,7 @@ class Control(Given):
         "The features, computed once; `ValueError` where they are not for this model, or for another number of samples."
         maps,net = None,ldm.denoiser.net
         for adapter,picture,region,weight,how,sealed in self.parts:
-            if (made := getattr(adapter, 'meta', {}).get('base_fingerprint')) and made!=fingerprint(ldm.denoiser): raise ValueError('this adapter was trained for another model: load the one that it names on its card, or train it again')
+            if (made := getattr(adapter, 'meta', {}).get('base_fingerprint')) and made not in (fingerprint(ldm.denoiser),getattr(ldm, 'meta', {}).get('start_fingerprint')): raise ValueError('this adapter was trained for another model: load the one that it names on its card, or train it again')
             takes,side = getattr(net, 'widths', [None]),[s*adapter.factor for s in ldm.shape[1:]]
             if adapter.widths not in takes or [*picture.shape[2:]]!=side: raise ValueError(f'the adapter gives {adapter.widths} channels for a picture of {tuple(picture.shape[2:])}: this model has {takes[0]} and takes {tuple(side)}')
             if bad := next((len(v) for v in (picture,region) if len(v) not in (1,n)), None): raise ValueError(f'{bad} controls or regions were given for {n} samples: give one, or one a sample')

@@ -349,7 +349,7 @@ def face_ldm(
     den = train_denoiser(latents, folder, den, partial(diffusion_loss, weight=weight), steps, **kw)
     some = {k:v for k,v in ds[:8].items() if k in den.conditioner.embedders} if den.conditioner is not None else {}
     draw = lambda m: m.sample(64, seed=0, guidance_scale=1.5, **{k:v.repeat_interleave(8,0) for k,v in some.items()})
-    return _finish(folder, LatentDiffusion(ae, den, tuple(latents[0]['latent'].shape)), ('autoencoder','denoiser'), data, draw, **dict(n_pictures=len(ds), seed=seed, **(dict(start=str(start)) if first is not None else {}))|(card or {}))
+    return _finish(folder, LatentDiffusion(ae, den, tuple(latents[0]['latent'].shape)), ('autoencoder','denoiser'), data, draw, **dict(n_pictures=len(ds), seed=seed, **(dict(start=str(start), start_fingerprint=fingerprint(first.denoiser)) if first is not None else {}))|(card or {}))
 
 # %% ../nbs/19_recipes.ipynb #8b12308c
 def train_reader(
