@@ -259,7 +259,7 @@ def class_region(
 # %% ../nbs/17_control.ipynb #dc5e495d
 CONTROLS = dict( # of a batch, with so many classes: planes (B,c,H,W) in [0,1]
     edges=lambda b,n: edges(b['image'], low=.03, high=.08),
-    segmentation=lambda b,n: F.one_hot(b['mask'], n).movedim(-1,1).float(),
+    segmentation=lambda b,n: F.one_hot(b['mask'].long(), n).movedim(-1,1).float(),
     depth=lambda b,n: b['depth'],
     colour=lambda b,n: (F.interpolate(F.avg_pool2d(b['image'], 8), scale_factor=8)+1)/2,
 )

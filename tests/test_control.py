@@ -92,6 +92,12 @@ def test_half_precision_near_the_noise(model, adapter, scene, middle, edges):
     assert all(torch.isfinite(v).all() for v in loss.values()) and all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
 
 
+def test_segmentation_of_masks_in_bytes():
+    "Faces keep their masks as bytes; classes become planes all the same."
+    mask = torch.randint(0, 5, (2,8,8))
+    planes = picture_control('segmentation', dict(image=torch.zeros(2,3,8,8), mask=mask.byte()), 5)
+    assert planes.shape==(2,5,8,8) and torch.equal(planes.argmax(1), mask) and torch.equal(planes.sum(1), torch.ones(2,8,8))
+
 # ---- training
 
 @pytest.mark.slow
