@@ -15,6 +15,7 @@ import contextlib, io, json, os, re, sys, time, torch
 from collections import Counter
 from copy import copy
 from functools import partial, wraps
+from inspect import signature
 from pathlib import Path
 from fastcore.script import call_parse, store_true, Param
 from .core import figures_path, fingerprint, image_grid, known, n_params, set_seed, write_atomic, load_model, save_model
@@ -749,7 +750,7 @@ def train_cli(
     model:str=None, # for `local`: the base, a shipped model or a folder
     kinds:str=None, # for `local`: edges, segmentation, depth or colour; several with + between them
     root:str=None, # where a public data set is looked for first
-    size:int=None, # for `folder`: side of the pictures
+    size:int=None, # side of the pictures, for `folder`, `captioned` and faces
     steps:int=None, # of the denoiser's training
     ae_steps:int=None, # of the autoencoder's training
     seed:int=0, # of everything
@@ -761,6 +762,7 @@ def train_cli(
     if recipe in ('folder','captioned') and data is None: raise ValueError(f'the recipe `{recipe}` needs --data, a folder of pictures')
     if recipe=='local' and model is None: raise ValueError('the recipe `local` needs --model, the base that it adapts')
     given = {k:v for k,v in dict(data=data, model=model, kinds=kinds, size=size, steps=steps, ae_steps=ae_steps).items() if v is not None}
+    if bad := [k for k in given if k not in signature(fn).parameters or (k=='data' and recipe.startswith('local'))]: raise ValueError(f"the recipe `{recipe}` takes no --{bad[0]}: leave it out")
     out = Path(out or f'runs/{recipe}')
     if resume and not any(out.glob('**/checkpoint.safetensors')): raise FileNotFoundError(f'{out} has no checkpoint to go on from: leave out --resume to begin, or give the --out of the run that was begun')
     fn(folder=out, root=root, seed=seed, precision=precision, **given)

@@ -55,6 +55,7 @@ def test_one_line_for_what_is_wrong(tmp_path):
     "The nearest spelling, what is missing, what to do: and no traceback."
     assert "did you mean 'mnist'?" in run('fastldm_train', 'minst', cwd=tmp_path, ok=False)
     assert 'needs --data' in run('fastldm_train', 'folder', cwd=tmp_path, ok=False)
+    assert 'takes no --kinds' in run('fastldm_train', 'avatars', '--kinds', 'edges', cwd=tmp_path, ok=False)
     (tmp_path/'empty').mkdir()
     assert str(tmp_path/'empty') in run('fastldm_train', 'folder', '--data', tmp_path/'empty', cwd=tmp_path, ok=False)
     assert "did you mean 'a3_mnist'?" in run('fastldm_figures', 'a3_mist', cwd=tmp_path, ok=False)
