@@ -126,6 +126,13 @@ def test_cells_are_short(nb):
     assert not long, f'exported cells of more than {MAX_CELL} lines'
 
 
+def test_gallery_is_whole():
+    "Every figure stands in the gallery, under the title that its notebook has now."
+    gallery = (ROOT/'figures/README.md').read_text(encoding='utf-8')
+    for f in sorted((ROOT/'nbs/figures').glob('*.ipynb')):
+        title = src(cells(f)[0]).splitlines()[0].lstrip('# ')
+        if (ROOT/'figures'/f'{f.stem}.png').exists(): assert f'## [{title}](../nbs/figures/{f.name})' in gallery, f'{f.stem}: run fastldm_figures'
+
 # ---- sizes
 
 def test_files_are_small():
