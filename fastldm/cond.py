@@ -107,8 +107,9 @@ class AttributeEmbedder(Embedder):
         exclusive=(), # lists of names of which one at most can be true
         token:bool=True, # a token an attribute; False: one vector
         partial:float=0., # rate at which training leaves out some attributes, a random share of them
+        few:bool=False, # of those, leave as often one or two as half or all
     ):
-        super().__init__(); self.n_attrs,self.token,self.exclusive,self.partial = n_attrs,token,exclusive,partial
+        super().__init__(); self.n_attrs,self.token,self.exclusive,self.partial,self.few = n_attrs,token,exclusive,partial,few
         self.names = list(names or map(str, range(n_attrs)))
         if len(self.names)!=n_attrs: raise ValueError(f'{len(self.names)} names for {n_attrs} attributes: give one each')
         self.table = nn.Embedding(3*n_attrs, dim)
@@ -117,13 +118,13 @@ class AttributeEmbedder(Embedder):
         rows = self.table(attrs.long() + 3*torch.arange(self.n_attrs, device=attrs.device))
         return Cond(context=rows) if self.token else Cond(vector=rows.sum(1)/math.sqrt(self.n_attrs))
     def null(self, attrs): return torch.full_like(attrs, 2)
-    def thin(self, attrs): return torch.where(_some(attrs, self.n_attrs, self.partial), 2, attrs)
+    def thin(self, attrs): return torch.where(_some(attrs, self.n_attrs, self.partial, self.few), 2, attrs)
     def blank(self, n): return torch.full((n,self.n_attrs), 2)
 
-def _some(raw, n, rate):
-    "(B,n) booleans: at that rate a row has a random share of true values, else none."
-    share = torch.rand(len(raw), 1, device=raw.device)*(torch.rand(len(raw), 1, device=raw.device)<rate)
-    return torch.rand(len(raw), n, device=raw.device)<share
+def _some(raw, n, rate, few=False):
+    "(B,n) booleans: at that rate a row has a random share of true values, else none. What is left is even in its share, or with `few` in the logarithm of it, from 1/n to 1."
+    share,some = torch.rand(len(raw), 1, device=raw.device),torch.rand(len(raw), 1, device=raw.device)<rate
+    return torch.rand(len(raw), n, device=raw.device)<(1-n**-share if few else share)*some
 
 # %% ../nbs/09_cond.ipynb #bae74790
 @patch
@@ -157,8 +158,9 @@ class MaskEmbedder(Embedder):
         patch:int=4, # side of a patch; for planes: pixels of the mask to one of the latent
         slot:str='context', # 'context', 'concat' (the U-Net's `c_concat` is one more than the classes) or 'vector'
         partial:float=0., # rate at which training makes some classes, a random share of them, 'anything'
+        few:bool=False, # of those, leave as often one or two as half or all
     ):
-        super().__init__(); self.classes,self.size,self.patch,self.slot,self.anything,self.partial = list(classes),size,patch,slot,len(classes),partial
+        super().__init__(); self.classes,self.size,self.patch,self.slot,self.anything,self.partial,self.few = list(classes),size,patch,slot,len(classes),partial,few
         if slot not in ('context','concat','vector'): raise ValueError(f"slot is {slot!r}; it can be 'context', 'concat' or 'vector'")
         if slot!='concat': self.patches,self.place = nn.Sequential(nn.Conv2d(len(classes)+1, dim, patch, stride=patch), nn.GELU(), nn.Conv2d(dim, dim, 1)),nn.Linear(32, dim, bias=False)
         self.takes = f'class ids from 0 to {self.anything} ({", ".join(self.classes)}, anything), ({size},{size}) for all or one a sample, or None for no mask'
@@ -169,7 +171,7 @@ class MaskEmbedder(Embedder):
         return Cond(vector=rows.mean(1)) if self.slot=='vector' else Cond(context=rows+self.place(grid_features(*maps.shape[2:], 32, maps.device).to(rows.dtype)))
     def null(self, mask): return torch.full_like(mask, self.anything)
     def thin(self, mask):
-        open_to = _some(mask, self.anything+1, self.partial).gather(1, mask.long().flatten(1)).view_as(mask)
+        open_to = _some(mask, self.anything+1, self.partial, self.few).gather(1, mask.long().flatten(1)).view_as(mask)
         return torch.where(open_to, self.anything, mask)
     def blank(self, n): return torch.full((n,self.size,self.size), self.anything)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WHEN', 'EDGES', 'CONTROLS', 'ControlAdapter', 'resize_region', 'local', 'Controlled', 'Control', 'control', 'cubic_t',
-           'times_within', 'sobel', 'laplacian', 'control_loss', 'random_region', 'class_region', 'picture_control',
-           'read_control', 'read_region', 'ControlData', 'Blended', 'BlendedControl']
+           'times_within', 'sobel', 'laplacian', 'control_loss', 'random_region', 'class_region', 'silhouettes',
+           'picture_control', 'read_control', 'read_region', 'ControlData', 'Blended', 'BlendedControl']
 
 # %% ../nbs/17_control.ipynb #51abda6d
 import numpy as np, torch, torch.nn.functional as F
@@ -134,7 +134,7 @@ def control(
     region=None, # where it counts: (H,W), or (n,1,H,W) with one a sample, in [0,1]; None: everywhere
     weight:float=1., # of its features
     where:str='conditional', # as in `Controlled`
-    how:str='nearest', # as in `resize_region`
+    how:str='max', # as in `resize_region`
     sealed:bool=True, # erase the control outside of the region first, so that nothing of it can pass
     kind:str=None, # which control the picture is; `ValueError` where the adapter does not know it
 )->Control: # for `sample(given=...)`
@@ -257,10 +257,22 @@ def class_region(
     return F.max_pool2d(box, 2*margin+1, 1, margin)
 
 # %% ../nbs/17_control.ipynb #dc5e495d
+def silhouettes(image, # (B,3,H,W) in [-1,1], on plain ground
+                far:float=.2, # from the ground's colour, in the channel that differs most: no longer ground
+               )->torch.Tensor: # (B,1,H,W) of 0 and 1
+    "All but the ground: what has the border's colour (its median) and is joined to the border. Raises nothing of its own."
+    border = torch.ones_like(image[:,:1]); border[...,1:-1,1:-1] = 0
+    colour = image.flatten(2)[...,border[0].flatten()>0].median(2).values
+    alike = ((image-colour[...,None,None]).abs().amax(1, keepdim=True)<far).float()
+    ground,beside = border*alike,lambda g: torch.maximum(F.max_pool2d(g, (3,1), 1, (1,0)), F.max_pool2d(g, (1,3), 1, (0,1)))
+    while not torch.equal(ground, new := beside(ground)*alike): ground = new
+    return 1-ground
+
 CONTROLS = dict( # of a batch, with so many classes: planes (B,c,H,W) in [0,1]
     edges=lambda b,n: edges(b['image'], low=.03, high=.08),
     segmentation=lambda b,n: F.one_hot(b['mask'].long(), n).movedim(-1,1).float(),
     depth=lambda b,n: b['depth'],
+    silhouette=lambda b,n: silhouettes(b['image']),
     colour=lambda b,n: (F.interpolate(F.avg_pool2d(b['image'], 8), scale_factor=8)+1)/2,
 )
 

@@ -303,13 +303,14 @@ def face_denoiser(
     d_context:int=128, # width of the tokens
     attrs='context', mask='context', text=None, label=None, # slot of each condition: 'context', 'vector', for a mask 'concat'; None: not conditioned on it
     drop:float=.2, partial:float=.3, # rates at which training leaves a condition out, and says a part of it
+    few:bool=False, # of the parts, say as often one or two attributes as half or all
 )->Denoiser: # to be trained
     "A U-Net that can be told attributes, masks, of a `Described` set sentences, and labels where a set has `classes`."
     d_emb,classes,size = 4*channels[0],list(getattr(ds,'mask_classes',())),ds.size
     width = lambda slot: d_emb if slot=='vector' else d_context
     embedders = {}
-    if attrs: embedders['attrs'] = AttributeEmbedder(len(ds.attributes), width(attrs), ds.attributes, [e for e in getattr(ds,'exclusive',EXCLUSIVE) if {*e}&{*ds.attributes}], attrs=='context', partial)
-    if mask: embedders['mask'] = MaskEmbedder(classes, width(mask), size, factor, mask, partial)
+    if attrs: embedders['attrs'] = AttributeEmbedder(len(ds.attributes), width(attrs), ds.attributes, [e for e in getattr(ds,'exclusive',EXCLUSIVE) if {*e}&{*ds.attributes}], attrs=='context', partial, few)
+    if mask: embedders['mask'] = MaskEmbedder(classes, width(mask), size, factor, mask, partial, few)
     if text: embedders['text'] = WordEmbedder(ds.words, d_context)
     if label: embedders['label'] = LabelEmbedder(len(ds.classes), width(label), label=='context')
     tokens = 'context' in (attrs,mask,text,label)
@@ -327,7 +328,7 @@ def face_ldm(
     ae_steps:int=4000, # of the autoencoder's training
     steps:int=12000, # of the denoiser's training
     mirrored:bool=False, # add the mirrored faces
-    autoencoder=None, # one that is trained already
+    autoencoder=None, # one that is trained already; with `start` there is one
     start=None, # a shipped model by name, or a folder, to go on from, with its autoencoder; conditions that it has not begin anew
     weight=edm_weight, # of the loss
     seed:int=0, # of everything
@@ -336,7 +337,8 @@ def face_ldm(
     card:dict=None, # what else the card should say
     **network, # for `face_denoiser`
 )->LatentDiffusion: # saved in `folder`
-    "Autoencoder, latents, denoiser, model. Raises what the data set raises, before work starts."
+    "Autoencoder, latents, denoiser, model. Raises what the data set raises, and `ValueError` for both `start` and `autoencoder`, before work starts."
+    if None not in (start,autoencoder): raise ValueError('both `start` and `autoencoder` were given, and the model to start from has an autoencoder: leave one out')
     folder,ds = Path(folder),get_dataset(data, root, size=size)
     if mirrored: ds = Mirrored(ds)
     kw,first = dict(seed=seed, precision=precision, progress=progress),load(start) if start is not None else None
@@ -473,7 +475,7 @@ def train_adapter(
     regions:str='box+all', # kinds of `random_region`; 'all': a usual adapter
     width:float=2., # of the adapter, over the U-Net's
     interval=(.5,1.), # times at which it is trained and heard: what a control decides is decided there
-    data=None, # a `ControlData` that is made already, to train several adapters
+    pictures=None, # a `ControlData` that is made already, to train several adapters
     batch_size:int=32, # pictures a step
     seed:int=0, # of everything
     precision:str=None, # 'bf16' where the processor has it
@@ -484,11 +486,11 @@ def train_adapter(
     base = load(model) if isinstance(model, (str,Path)) else model
     ldm,name,kinds = _drawer(base),base.meta['data'],kinds.split('+')
     loss = dict(weight=edm_weight, times=partial(times_within, interval=interval), drop=.2)|loss      # the published weight speaks of little noise, where nothing is left to decide
-    data = copy(data) or control_data(base, kinds, root, n, progress)
-    data.regions = regions
-    note = lambda learn: dict(base=str(model) if isinstance(model, (str,Path)) else 'a model in memory', base_fingerprint=fingerprint(ldm.denoiser), data=name, n_pictures=len(data), regions=regions, loss={k:getattr(getattr(v,'func',v),'__name__',v) for k,v in loss.items()}, n_params=n_params(learn.model), licence=f"weights Apache-2.0; data {_licences.get(name, 'of the user')}")
-    build = lambda: ControlAdapter(kinds, data.c_in, ldm.denoiser.net.widths[0], data.factor, width=width, interval=interval)
-    adapter = _train(Path(folder), build, data, control_loss(ldm.denoiser, **loss), seed, note, steps=steps, batch_size=batch_size, lr=2e-3, warmup=min(100,steps//10), ema=.995, precision=precision, progress=progress)
+    pictures = copy(pictures) or control_data(base, kinds, root, n, progress)
+    pictures.regions = regions
+    note = lambda learn: dict(base=str(model) if isinstance(model, (str,Path)) else 'a model in memory', base_fingerprint=fingerprint(ldm.denoiser), data=name, n_pictures=len(pictures), regions=regions, loss={k:getattr(getattr(v,'func',v),'__name__',v) for k,v in loss.items()}, n_params=n_params(learn.model), licence=f"weights Apache-2.0; data {_licences.get(name, 'of the user')}")
+    build = lambda: ControlAdapter(kinds, pictures.c_in, ldm.denoiser.net.widths[0], pictures.factor, width=width, interval=interval)
+    adapter = _train(Path(folder), build, pictures, control_loss(ldm.denoiser, **loss), seed, note, steps=steps, batch_size=batch_size, lr=2e-3, warmup=min(100,steps//10), ema=.995, precision=precision, progress=progress)
     write_card(folder)
     return adapter
 
@@ -507,13 +509,13 @@ RECIPES = dict(
     clipart=partial(text_to_image, 'clipart+emoji', reader_steps=2500, ae_steps=2000, reader=dict(width=128, heads=4), copies=8, prior_steps=(2500,3000), steps=9000, codes=dict(guidance_scale=3., temperature=[.9,.6]), diffusion=dict(guidance_scale=3., interval=(.3,1.))),
     paintings=partial(text_to_image, 'paintings', reader_steps=1500, ae_steps=2000, reader=dict(width=128, heads=4), prior_steps=(1000,1200), steps=2500, codes=dict(guidance_scale=3., temperature=[.9,.7]), diffusion=dict(guidance_scale=4., interval=(.3,1.))),
     scenes_judge=train_scene_judge, drawn_faces=face_ldm, drawn_faces_judge=train_face_judge,
-    avatars=partial(face_ldm, 'avatars'), avatars_judge=partial(train_face_judge, 'avatars'),
+    avatars=partial(face_ldm, 'avatars', partial=.7, few=True), avatars_judge=partial(train_face_judge, 'avatars'),
     garments=partial(face_ldm, 'garments', size=32, ae_steps=2000, steps=3000),
-    described_avatars=partial(face_ldm, 'described_avatars', attrs=None, text='context'), clothed_avatars=partial(face_ldm, 'clothed_avatars', text='context', label='vector', start='avatars', steps=1500),
+    described_avatars=partial(face_ldm, 'described_avatars', attrs=None, text='context'), clothed_avatars=partial(face_ldm, 'clothed_avatars', text='context', label='vector', start='avatars', steps=1500, partial=.7, few=True),
     faces=partial(face_ldm, 'celeba', mirrored=True), celeba_judge=partial(train_face_judge, 'celeba', mirrored=True),
     celebahq=partial(face_ldm, 'celebahq'), celebahq_judge=partial(train_face_judge, 'celebahq', mirrored=True),
     captioned=text_to_image, folder=label_ldm, local=train_adapter, local_scenes=partial(train_adapter, n=24000, steps=6000), local_scenes_segmentation=partial(train_adapter, kinds='segmentation', steps=2000),
-    local_clipart=partial(train_adapter, 'clipart', steps=1000, regions='box'), local_avatars=partial(train_adapter, 'avatars', steps=1000, regions='box'), local_avatars_segmentation=partial(train_adapter, 'avatars', kinds='segmentation', width=1., steps=1000),
+    local_clipart=partial(train_adapter, 'clipart', steps=1000, regions='box'), local_clipart_silhouette=partial(train_adapter, 'clipart', kinds='silhouette', width=1., steps=1000), local_avatars=partial(train_adapter, 'avatars', steps=1000, regions='box'), local_avatars_segmentation=partial(train_adapter, 'avatars', kinds='segmentation', width=1., steps=1000),
 )
 
 # %% ../nbs/19_recipes.ipynb #c319a22e
@@ -633,6 +635,7 @@ def evaluate_control(
     region=None, # (1 or n,1,H,W) of 0 and 1; None: the square in the middle, half as wide as the picture
     told:bool=True, # say what the base model can be told
     weight:float=1., # of the features
+    how:str='max', # as in `resize_region`
     root=None, # where the data set is looked for first
     seed:int=0, # of the pictures
     progress:bool=True, # show a bar
@@ -644,7 +647,7 @@ def evaluate_control(
     ds = _pictures(model, root, 'test', size)
     b = ds.__getitems__([i%len(ds) for i in range(n)]); real = (b['image']+1)/2
     if region is None: region = torch.zeros(1,1,size,size); region[...,size//4:-size//4,size//4:-size//4] = 1
-    given = draw(adapter, picture_control(adapter.kinds, b, len(getattr(ds,'mask_classes',()))), region, weight=weight)
+    given = draw(adapter, picture_control(adapter.kinds, b, len(getattr(ds,'mask_classes',()))), region, weight=weight, how=how)
     says = b['caption'] if isinstance(model, TextToImage) else {k:b[k] for k in ('attrs',) if k in getattr(ldm.denoiser.conditioner,'embedders',())}
     start = time.perf_counter()
     x = (model.sample(says if told else '', n, prior='diffusion', given=given, seed=seed, progress=progress, **how) if isinstance(model, TextToImage)
@@ -748,7 +751,7 @@ def train_cli(
     out:str=None, # where the model goes (default: runs/RECIPE)
     data:str=None, # for `folder`: pictures, one folder a class, or flat; for `captioned`: a folder, table or zip file
     model:str=None, # for `local`: the base, a shipped model or a folder
-    kinds:str=None, # for `local`: edges, segmentation, depth or colour; several with + between them
+    kinds:str=None, # for `local`: edges, segmentation, silhouette, depth or colour; several with + between them
     root:str=None, # where a public data set is looked for first
     size:int=None, # side of the pictures, for `folder`, `captioned` and faces
     steps:int=None, # of the denoiser's training
@@ -762,7 +765,7 @@ def train_cli(
     if recipe in ('folder','captioned') and data is None: raise ValueError(f'the recipe `{recipe}` needs --data, a folder of pictures')
     if recipe=='local' and model is None: raise ValueError('the recipe `local` needs --model, the base that it adapts')
     given = {k:v for k,v in dict(data=data, model=model, kinds=kinds, size=size, steps=steps, ae_steps=ae_steps).items() if v is not None}
-    if bad := [k for k in given if k not in signature(fn).parameters or (k=='data' and recipe.startswith('local'))]: raise ValueError(f"the recipe `{recipe}` takes no --{bad[0]}: leave it out")
+    if bad := [k for k in given if k not in signature(fn).parameters]: raise ValueError(f"the recipe `{recipe}` takes no --{bad[0]}: leave it out")
     out = Path(out or f'runs/{recipe}')
     if resume and not any(out.glob('**/checkpoint.safetensors')): raise FileNotFoundError(f'{out} has no checkpoint to go on from: leave out --resume to begin, or give the --out of the run that was begun')
     fn(folder=out, root=root, seed=seed, precision=precision, **given)
