@@ -639,7 +639,7 @@ def evaluate_control(
     root=None, # where the data set is looked for first
     seed:int=0, # of the pictures
     progress:bool=True, # show a bar
-    **how, # for `model.sample`
+    **sampling, # for `model.sample`
 )->dict: # edge_f1, leakage, lfmse_inside, ..., the judge's rates, fid in EfficientNet-Lite0's features
     "Draw with the controls of held-out pictures, and score. `ValueError` for another way; raises what the set and `sample` raise."
     ldm,name,draw = _drawer(model),model.meta['data'],WAYS[known(way, WAYS, 'way')]
@@ -650,8 +650,8 @@ def evaluate_control(
     given = draw(adapter, picture_control(adapter.kinds, b, len(getattr(ds,'mask_classes',()))), region, weight=weight, how=how)
     says = b['caption'] if isinstance(model, TextToImage) else {k:b[k] for k in ('attrs',) if k in getattr(ldm.denoiser.conditioner,'embedders',())}
     start = time.perf_counter()
-    x = (model.sample(says if told else '', n, prior='diffusion', given=given, seed=seed, progress=progress, **how) if isinstance(model, TextToImage)
-         else ldm.sample(n, given=given, seed=seed, progress=progress, **(says if told else {}), **how)).cpu()
+    x = (model.sample(says if told else '', n, prior='diffusion', given=given, seed=seed, progress=progress, **sampling) if isinstance(model, TextToImage)
+         else ldm.sample(n, given=given, seed=seed, progress=progress, **(says if told else {}), **sampling)).cpu()
     res = dict(n=n, way=way, told=told, seconds_per_picture=(time.perf_counter()-start)/n)
     found,asked = (picture_control('edges', dict(image=o*2-1)) for o in (x,real))
     res |= dict(edge_f1=edge_f1(found, asked, region), leakage=leakage(found, asked, region), **{f'lfmse_{k}':v for k,v in lfmse(found, asked, region).items()})
