@@ -99,7 +99,7 @@ def _rows(raw, n, width, name, takes):
     return raw.expand(n, -1)
 
 class AttributeEmbedder(Embedder):
-    "Binary attributes as tokens, one learned vector for each of on, off and unsaid, of each attribute; or their sum as one vector."
+    "Binary attributes as tokens, one learned vector for each of on, off and unsaid, of each attribute; or their sum as one vector; or both."
     def __init__(self,
         n_attrs:int, # number of attributes
         dim:int, # the U-Net's `d_context`, or its `d_emb` for a vector
@@ -108,14 +108,18 @@ class AttributeEmbedder(Embedder):
         token:bool=True, # a token an attribute; False: one vector
         partial:float=0., # rate at which training leaves out some attributes, a random share of them
         few:bool=False, # of those, leave as often one or two as half or all
+        d_emb:int=None, # the U-Net's, for a vector beside the tokens
     ):
         super().__init__(); self.n_attrs,self.token,self.exclusive,self.partial,self.few = n_attrs,token,exclusive,partial,few
         self.names = list(names or map(str, range(n_attrs)))
         if len(self.names)!=n_attrs: raise ValueError(f'{len(self.names)} names for {n_attrs} attributes: give one each')
-        self.table = nn.Embedding(3*n_attrs, dim)
+        self.table,self.whole = nn.Embedding(3*n_attrs, dim),nn.Embedding(3*n_attrs, d_emb) if d_emb else None
+        if d_emb: nn.init.zeros_(self.whole.weight)
         self.takes = f'{n_attrs} numbers that are 0 or 1 (or -1 and 1, or booleans), a dict of some by name (such as {self.names[0]}), one of these a sample, or None for no attributes'
     def forward(self, attrs):
-        rows = self.table(attrs.long() + 3*torch.arange(self.n_attrs, device=attrs.device))
+        said = attrs.long() + 3*torch.arange(self.n_attrs, device=attrs.device)
+        rows = self.table(said)
+        if self.whole is not None: return Cond(context=rows, vector=self.whole(said).sum(1))
         return Cond(context=rows) if self.token else Cond(vector=rows.sum(1)/math.sqrt(self.n_attrs))
     def null(self, attrs): return torch.full_like(attrs, 2)
     def thin(self, attrs): return torch.where(_some(attrs, self.n_attrs, self.partial, self.few), 2, attrs)

@@ -301,7 +301,7 @@ def face_denoiser(
     channels=(64,128), # of the U-Net
     n_blocks:int=1, # residual blocks a level
     d_context:int=128, # width of the tokens
-    attrs='context', mask='context', text=None, label=None, # slot of each condition: 'context', 'vector', for a mask 'concat'; None: not conditioned on it
+    attrs='context', mask='context', text=None, label=None, # slot of each condition: 'context', 'vector', for a mask 'concat', for attributes 'both'; None: not conditioned on it
     drop:float=.2, partial:float=.3, # rates at which training leaves a condition out, and says a part of it
     few:bool=False, # of the parts, say as often one or two attributes as half or all
 )->Denoiser: # to be trained
@@ -309,11 +309,11 @@ def face_denoiser(
     d_emb,classes,size = 4*channels[0],list(getattr(ds,'mask_classes',())),ds.size
     width = lambda slot: d_emb if slot=='vector' else d_context
     embedders = {}
-    if attrs: embedders['attrs'] = AttributeEmbedder(len(ds.attributes), width(attrs), ds.attributes, [e for e in getattr(ds,'exclusive',EXCLUSIVE) if {*e}&{*ds.attributes}], attrs=='context', partial, few)
+    if attrs: embedders['attrs'] = AttributeEmbedder(len(ds.attributes), width(attrs), ds.attributes, [e for e in getattr(ds,'exclusive',EXCLUSIVE) if {*e}&{*ds.attributes}], attrs!='vector', partial, few, d_emb if attrs=='both' else None)
     if mask: embedders['mask'] = MaskEmbedder(classes, width(mask), size, factor, mask, partial, few)
     if text: embedders['text'] = WordEmbedder(ds.words, d_context)
     if label: embedders['label'] = LabelEmbedder(len(ds.classes), width(label), label=='context')
-    tokens = 'context' in (attrs,mask,text,label)
+    tokens = bool({'context','both'}&{attrs,mask,text,label})
     net = UNet(c_latent, channels, n_blocks, attention=['cross' if tokens else False,*[True]*(len(channels)-1)], d_emb=d_emb, d_context=d_context if tokens else None, c_concat=(len(classes)+1)*(mask=='concat'), placed=tokens)
     return Denoiser(net, Cosine(), Conditioner(drop=drop, **embedders) if embedders else None)
 
