@@ -29,7 +29,7 @@ from .autoencoder import Autoencoder, TutorialAutoencoder, LatentDataset, autoen
 from .schedules import VE, Cosine, logit_normal_t
 from .unet import UNet, TutorialUNet
 from .vqvae import VQVAE, perplexity, vqvae_loss
-from .cond import AttributeEmbedder, Conditioner, LabelEmbedder, MaskEmbedder, TextEmbedder, VectorEmbedder, WordEmbedder
+from .cond import AttributeEmbedder, Conditioner, LabelEmbedder, MaskEmbedder, TextEmbedder, VectorEmbedder, WordEmbedder, pack_rows
 from .denoiser import Denoiser, diffusion_loss, edm_weight
 from .ldm import Given, LatentDiffusion, available, load, save, weights_folders
 from .codes import CodeDataset, write_codes
@@ -301,19 +301,19 @@ def face_denoiser(
     channels=(64,128), # of the U-Net
     n_blocks:int=1, # residual blocks a level
     d_context:int=128, # width of the tokens
-    attrs='context', mask='context', text=None, label=None, # slot of each condition: 'context', 'vector', for a mask 'concat', for attributes 'both'; None: not conditioned on it
+    attrs='context', mask='context', text=None, label=None, # slot of each condition: 'context', 'vector', for a mask 'concat'; None: not conditioned on it
     drop:float=.2, partial:float=.3, # rates at which training leaves a condition out, and says a part of it
-    few:bool=False, # of the parts, say as often one or two attributes as half or all
+    seen:int=2048, # faces whose attributes are kept, so that what is not said can be drawn from them
 )->Denoiser: # to be trained
     "A U-Net that can be told attributes, masks, of a `Described` set sentences, and labels where a set has `classes`."
     d_emb,classes,size = 4*channels[0],list(getattr(ds,'mask_classes',())),ds.size
     width = lambda slot: d_emb if slot=='vector' else d_context
-    embedders = {}
-    if attrs: embedders['attrs'] = AttributeEmbedder(len(ds.attributes), width(attrs), ds.attributes, [e for e in getattr(ds,'exclusive',EXCLUSIVE) if {*e}&{*ds.attributes}], attrs!='vector', partial, few, d_emb if attrs=='both' else None)
-    if mask: embedders['mask'] = MaskEmbedder(classes, width(mask), size, factor, mask, partial, few)
+    embedders,k = {},min(seen,len(ds))
+    if attrs: embedders['attrs'] = AttributeEmbedder(len(ds.attributes), width(attrs), ds.attributes, [e for e in getattr(ds,'exclusive',EXCLUSIVE) if {*e}&{*ds.attributes}], attrs=='context', partial, pack_rows(ds.attrs[:k] if ds.attrs is not None else ds[:k]['attrs']) if k else '')
+    if mask: embedders['mask'] = MaskEmbedder(classes, width(mask), size, factor, mask, partial)
     if text: embedders['text'] = WordEmbedder(ds.words, d_context)
     if label: embedders['label'] = LabelEmbedder(len(ds.classes), width(label), label=='context')
-    tokens = bool({'context','both'}&{attrs,mask,text,label})
+    tokens = 'context' in (attrs,mask,text,label)
     net = UNet(c_latent, channels, n_blocks, attention=['cross' if tokens else False,*[True]*(len(channels)-1)], d_emb=d_emb, d_context=d_context if tokens else None, c_concat=(len(classes)+1)*(mask=='concat'), placed=tokens)
     return Denoiser(net, Cosine(), Conditioner(drop=drop, **embedders) if embedders else None)
 
@@ -509,9 +509,9 @@ RECIPES = dict(
     clipart=partial(text_to_image, 'clipart+emoji', reader_steps=2500, ae_steps=2000, reader=dict(width=128, heads=4), copies=8, prior_steps=(2500,3000), steps=9000, codes=dict(guidance_scale=3., temperature=[.9,.6]), diffusion=dict(guidance_scale=3., interval=(.3,1.))),
     paintings=partial(text_to_image, 'paintings', reader_steps=1500, ae_steps=2000, reader=dict(width=128, heads=4), prior_steps=(1000,1200), steps=2500, codes=dict(guidance_scale=3., temperature=[.9,.7]), diffusion=dict(guidance_scale=4., interval=(.3,1.))),
     scenes_judge=train_scene_judge, drawn_faces=face_ldm, drawn_faces_judge=train_face_judge,
-    avatars=partial(face_ldm, 'avatars', partial=.7, few=True), avatars_judge=partial(train_face_judge, 'avatars'),
+    avatars=partial(face_ldm, 'avatars'), avatars_judge=partial(train_face_judge, 'avatars'),
     garments=partial(face_ldm, 'garments', size=32, ae_steps=2000, steps=3000),
-    described_avatars=partial(face_ldm, 'described_avatars', attrs=None, text='context'), clothed_avatars=partial(face_ldm, 'clothed_avatars', text='context', label='vector', start='avatars', steps=1500, partial=.7, few=True),
+    described_avatars=partial(face_ldm, 'described_avatars', attrs=None, text='context'), clothed_avatars=partial(face_ldm, 'clothed_avatars', text='context', label='vector', start='avatars', steps=1500),
     faces=partial(face_ldm, 'celeba', mirrored=True), celeba_judge=partial(train_face_judge, 'celeba', mirrored=True),
     celebahq=partial(face_ldm, 'celebahq'), celebahq_judge=partial(train_face_judge, 'celebahq', mirrored=True),
     captioned=text_to_image, folder=label_ldm, local=train_adapter, local_scenes=partial(train_adapter, n=24000, steps=6000), local_scenes_segmentation=partial(train_adapter, kinds='segmentation', steps=2000),
@@ -800,7 +800,7 @@ def sample_cli(
         x,ncol = ldm.sample(prompt, n or 8, prior=prior, candidates=candidates, seed=seed, progress=True, **how),8
     else:
         _no_texts(model, prior, candidates, prompt)
-        x,ncol = _by_label(ldm, n or 16, label, seed=seed, progress=True, **how, **_face(attributes, mask))
+        x,ncol = _by_label(ldm, n or 16, label, seed=seed, progress=True, **how, **_face(ldm, n or 16, attributes, mask, None if control else seed))
     _save_grid(x, out, ncol)
     print(f'{len(x)} pictures in {out}')
 
@@ -821,12 +821,13 @@ def _given(ldm, model, picture, region, adapter):
     given.rows(_drawer(ldm), 1)
     return dict(given=given)
 
-def _face(attributes, mask):
-    "Conditions of a face from the command line; `ValueError` for a value that is not 0 or 1, or a file that is no mask."
+def _face(ldm, n, attributes, mask, seed=None):
+    "Conditions of a face from the command line: attributes; with a seed, and without a mask, the rest of them too, where the model can draw it. `ValueError` for a value that is not 0 or 1, or a file that is no mask."
     said = {a.partition('=')[0].strip():a.partition('=')[2].strip() or '1' for a in (attributes or '').split(',') if a.strip()}
     if bad := [f'{k}={v}' for k,v in said.items() if v not in ('0','1')]: raise ValueError(f"--attributes {bad[0]}: expected names, each with =1, =0 or nothing after it, as in Smiling,Eyeglasses=0")
-    said = {k:v=='1' for k,v in said.items()}
-    return (dict(attrs=said) if said else {})|(dict(mask=read_mask(mask)) if mask else {})
+    said,e = {k:v=='1' for k,v in said.items()},getattr(ldm.denoiser.conditioner, 'embedders', {})
+    if said and not mask and seed is not None and 'attrs' in e and e['attrs'].seen: said = e['attrs'].complete(said, n, seed)
+    return (dict(attrs=said) if len(said) else {})|(dict(mask=read_mask(mask)) if mask else {})
 
 def _by_label(ldm, n, label, **how):
     "Pictures of one label, or of all one after the other; how many to a row."

@@ -1,8 +1,9 @@
 "Faces: what is wrong with files, masks and attributes is said before work starts; a drawn set is kept; a model of faces obeys."
 import os
+from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
-from fastldm.cond import AttributeEmbedder, MaskEmbedder
+from fastldm.cond import AttributeEmbedder, MaskEmbedder, unpack_rows
 from fastldm.faces import *
 from fastldm.faces import _choices, _pile, _tops
 
@@ -200,6 +201,7 @@ def test_new_conditions_for_a_trained_model(trained, monkeypatch):
     assert 0<step<.01, step                                                             # one step from where it began
     assert ldm.meta['start']=='few' and all(torch.equal(v,w) for v,w in zip(load('few').autoencoder.state_dict().values(), ldm.autoencoder.state_dict().values()))
     with pytest.raises(RuntimeError, match='size mismatch'): face_ldm('said_few', trained/'other', steps=1, start='few', **small|dict(channels=(24,32)))
+    with pytest.raises(ValueError, match='leave one out'): face_ldm('said_few', trained/'none', steps=1, start='few', autoencoder=ldm.autoencoder, **small)
     with pytest.raises(FileNotFoundError, match="did you mean 'few'"): face_ldm('said_few', trained/'none', steps=1, start='feww', **small)
 
 @pytest.mark.slow
@@ -240,8 +242,13 @@ def test_sentences_as_a_condition():
 
 @pytest.mark.slow
 def test_faces_from_the_command_line(trained, tmp_path, monkeypatch):
-    from fastldm.recipes import sample_cli
+    from fastldm.ldm import load
+    from fastldm.recipes import _save_grid, sample_cli
     monkeypatch.chdir(tmp_path)
+    ldm = load('few'); e = ldm.denoiser.conditioner.embedders['attrs']
+    assert torch.equal(unpack_rows(e.seen, e.n_attrs), SyntheticFaces(n=64, parts=PARTS8, size=32)[:]['attrs'].long())
+    sample_cli('few', n=3, steps=2, seed=4, attributes='Smiling')                     # alone: the rest is drawn, too
+    _save_grid(ldm.sample(3, steps=2, seed=4, attrs=e.complete(dict(Smiling=True), 3, 4)), 'whole.png', 8); assert Path('samples.png').read_bytes()==Path('whole.png').read_bytes()
     Image.fromarray(SyntheticFaces(n=1, parts=PARTS8, size=32)[0]['mask'].numpy()).save('mask.png')
     sample_cli('few', n=2, steps=2, attributes='Smiling, Eyeglasses=0', mask='mask.png'); assert Image.open('samples.png').size[0]>32
     Image.new('RGB', (32,32)).save('colours.png'); open('text.png','w').write('no picture')
