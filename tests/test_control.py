@@ -162,4 +162,6 @@ def test_what_it_costs(model, adapter, scene, middle):
     batch = dict(latent=z, control=scene[1][:n], region=random_region(n, 64), text=model.reader.text_features(scene[0]['caption'][:n]))
     net = ControlAdapter(['edges'], 1, (48,96)); loss = control_loss(den)
     def bare(): den(z, torch.full((n,), .5), den.conditioner(batch)+Cond(features=net(batch['control']))).square().mean().backward()
-    assert best(bare)>.8*best(lambda: loss(net, batch)['loss'].backward())
+    trained = lambda: loss(net, batch)['loss'].backward()
+    pairs = [(best(bare, 1),best(trained, 1)) for _ in range(12)]                     # in turn: what else the machine does slows both
+    assert min(a for a,_ in pairs)>.85*min(b for _,b in pairs)
