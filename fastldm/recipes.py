@@ -821,6 +821,7 @@ def _given(ldm, model, picture, region, adapter):
     given.rows(_drawer(ldm), 1)
     return dict(given=given)
 
+# %% ../nbs/19_recipes.ipynb #a7d04663
 def _face(ldm, n, attributes, mask, seed=None):
     "Conditions of a face from the command line: attributes; with a seed, and without a mask, the rest of them too, where the model can draw it. `ValueError` for a value that is not 0 or 1, or a file that is no mask."
     said = {a.partition('=')[0].strip():a.partition('=')[2].strip() or '1' for a in (attributes or '').split(',') if a.strip()}
