@@ -86,15 +86,21 @@ class Controlled:
         interval=(0.,1.), # times at which they do
     ):
         known(where, ('both','conditional','unconditional'), 'place of the features')
-        self.denoise,self.plain,self.schedule,self.interval,self.more = denoise,denoise,denoise.schedule,interval,Cond(features=features)
-        if not isinstance(denoise, Guided): return
-        k = len(denoise.coefs); sees = dict(both=range(k), conditional=range(k>1, k), unconditional=range(k>1))[where]
-        self.denoise,self.more = copy(denoise),None
-        self.denoise.stacked = denoise.stacked+Cond(features=[torch.cat([f if i in sees else torch.zeros_like(f) for i in range(k)]) for f in features])
-        self.denoise.full = denoise.full+Cond(features=features)
+        self.plain,self.told,self.schedule,self.interval = denoise,_seeing(denoise, features, where),denoise.schedule,interval
     def __call__(self, x, t, cond=None):
-        if not self.interval[0]<=float(torch.as_tensor(t).max())<=self.interval[1]: return self.plain(x, t, cond)
-        return self.denoise(x, t, cond if self.more is None else (cond or Cond())+self.more)
+        lo,hi = self.interval
+        return (self.told if lo<=float(torch.as_tensor(t).max())<=hi else self.plain)(x, t, cond)
+
+def _seeing(denoise, features, where):
+    "The same denoiser, told of the features; one that is controlled already hears both at its times."
+    if isinstance(denoise, Controlled):
+        c = copy(denoise); c.plain,c.told = _seeing(c.plain, features, where),_seeing(c.told, features, where)
+        return c
+    if not isinstance(denoise, Guided): return lambda x, t, cond=None: denoise(x, t, (cond or Cond())+Cond(features=features))
+    k,g = len(denoise.coefs),copy(denoise); sees = dict(both=range(k), conditional=range(k>1, k), unconditional=range(k>1))[where]
+    g.stacked = denoise.stacked+Cond(features=[torch.cat([f if i in sees else torch.zeros_like(f) for i in range(k)]) for f in features])
+    g.full = denoise.full+Cond(features=features)
+    return g
 
 # %% ../nbs/17_control.ipynb #e670e399
 def _planes(x, c, what):
@@ -105,14 +111,17 @@ def _planes(x, c, what):
         raise ValueError(f'the {what} is {x.dtype} of shape {tuple(x.shape)}, {x.min():.4g} to {x.max():.4g}: expected floats from 0 to 1 (or booleans), {f"(H,W), or (n,1,H,W)" if c==1 else f"({c},H,W), or (n,{c},H,W)"} with one a sample')
     return x
 
+# %% ../nbs/17_control.ipynb #9199620e
 class Control(Given):
     "What `control` makes; several add up with `+`."
     def __init__(self, parts, where): self.parts,self.where = parts,where # (adapter, control, region, weight, how, sealed) each; as in `Controlled`
     def __add__(self, other): return Control(self.parts+other.parts, self.where)
+    @property
+    def intervals(self): return [*dict.fromkeys(tuple(getattr(a, 'interval', (0.,1.))) for a,*_ in self.parts)]
 
     def rows(self, ldm, n):
-        "The features, computed once; `ValueError` where they are not for this model, or for another number of samples."
-        maps,net = None,ldm.denoiser.net
+        "The features, computed once, and added up where they are heard at the same times; `ValueError` where they are not for this model, or for another number of samples."
+        maps,net = {k:None for k in self.intervals},ldm.denoiser.net
         for adapter,picture,region,weight,how,sealed in self.parts:
             if (made := getattr(adapter, 'meta', {}).get('base_fingerprint')) and made not in (fingerprint(ldm.denoiser),getattr(ldm, 'meta', {}).get('start_fingerprint')): raise ValueError('this adapter was trained for another model: load the one that it names on its card, or train it again')
             takes,side = getattr(net, 'widths', [None]),[s*adapter.factor for s in ldm.shape[1:]]
@@ -121,11 +130,13 @@ class Control(Given):
             m = region.to(ldm.device)
             with torch.no_grad(): f = local(adapter.to(ldm.device).eval()(picture.to(ldm.device)*(m>0 if sealed else 1)), m, how)
             f = [weight*o.expand(n, -1, -1, -1) for o in f]
-            maps = f if maps is None else [a+b for a,b in zip(maps,f)]
-        return maps
-    @property
-    def interval(self): lo,hi = zip(*(getattr(a, 'interval', (0.,1.)) for a,*_ in self.parts)); return min(lo),max(hi)
-    def begin(self, ldm, denoise, x, ts, data): return Controlled(denoise, [*data], self.where, self.interval),x,ts
+            k = tuple(getattr(adapter, 'interval', (0.,1.)))
+            maps[k] = f if maps[k] is None else [a+b for a,b in zip(maps[k],f)]
+        return sum(maps.values(), [])
+    def begin(self, ldm, denoise, x, ts, data):
+        levels = len(data)//len(self.intervals)
+        for i,k in enumerate(self.intervals): denoise = Controlled(denoise, [*data[i*levels:(i+1)*levels]], self.where, k)
+        return denoise,x,ts
 
 # %% ../nbs/17_control.ipynb #35e5c55a
 def control(

@@ -98,6 +98,15 @@ def test_segmentation_of_masks_in_bytes():
     planes = picture_control('segmentation', dict(image=torch.zeros(2,3,8,8), mask=mask.byte()), 5)
     assert planes.shape==(2,5,8,8) and torch.equal(planes.argmax(1), mask) and torch.equal(planes.sum(1), torch.ones(2,8,8))
 
+def test_each_control_at_its_own_times(model, adapter, scene, middle):
+    "An adapter heard early and the same heard late are together the adapter heard always, guided or not (no step is at the half itself)."
+    from copy import copy
+    def heard(lo, hi): a = copy(adapter); a.interval = (lo,hi); return control(a, scene[1][:2], middle)
+    draw = lambda given, **how: model.sample(scene[0]['caption'][:2], prior='diffusion', seed=0, steps=5, given=given, **how)
+    for how in ({},dict(guidance_scale=1.)):
+        always,early = draw(heard(0.,1.), **how),draw(heard(.5,1.), **how)
+        assert torch.allclose(draw(heard(.5,1.)+heard(0.,.5), **how), always, atol=1e-4) and not torch.allclose(early, always, atol=1e-2)
+
 # ---- training
 
 @pytest.mark.slow
