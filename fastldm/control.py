@@ -112,12 +112,14 @@ def _planes(x, c, what):
     return x
 
 # %% ../nbs/17_control.ipynb #9199620e
+def _heard(adapter): return tuple(getattr(adapter, 'interval', (0.,1.)))                       # one of diffusers' has none
+
 class Control(Given):
     "What `control` makes; several add up with `+`."
     def __init__(self, parts, where): self.parts,self.where = parts,where # (adapter, control, region, weight, how, sealed) each; as in `Controlled`
     def __add__(self, other): return Control(self.parts+other.parts, self.where)
     @property
-    def intervals(self): return [*dict.fromkeys(tuple(getattr(a, 'interval', (0.,1.))) for a,*_ in self.parts)]
+    def intervals(self): return [*dict.fromkeys(_heard(a) for a,*_ in self.parts)]
 
     def rows(self, ldm, n):
         "The features, computed once, and added up where they are heard at the same times; `ValueError` where they are not for this model, or for another number of samples."
@@ -130,7 +132,7 @@ class Control(Given):
             m = region.to(ldm.device)
             with torch.no_grad(): f = local(adapter.to(ldm.device).eval()(picture.to(ldm.device)*(m>0 if sealed else 1)), m, how)
             f = [weight*o.expand(n, -1, -1, -1) for o in f]
-            k = tuple(getattr(adapter, 'interval', (0.,1.)))
+            k = _heard(adapter)
             maps[k] = f if maps[k] is None else [a+b for a,b in zip(maps[k],f)]
         return sum(maps.values(), [])
     def begin(self, ldm, denoise, x, ts, data):

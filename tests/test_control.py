@@ -118,7 +118,7 @@ def test_train(tmp_path, model):
     before = (tmp_path/'a/model.safetensors').stat().st_mtime
     train_adapter('scenes', tmp_path/'a', kinds='edges+depth', **how); assert (tmp_path/'a/model.safetensors').stat().st_mtime==before
     data = control_data(model, ['edges','depth'], n=48, progress=False)
-    b = train_adapter('scenes', tmp_path/'b', kinds="edges+depth", pictures=data, **how)
+    b = train_adapter('scenes', tmp_path/'b', kinds='edges+depth', pictures=data, **how)
     assert all(torch.equal(p, q) for p,q in zip(a.parameters(), b.parameters())) and data.regions=='box'
     res = evaluate_control(model, a, n=4, steps=2, progress=False)
     assert 0<=res['edge_f1']<=1 and {'leakage','lfmse_total','judge_all'}<={*res}
