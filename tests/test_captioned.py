@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from fastcore.test import test_eq as eq
-from fastldm.captioned import *
-from fastldm.captioned import _groups, _sides
-from fastldm.data import DATASETS, dataloader, get_dataset
+from fastldm.data.captioned import *
+from fastldm.data.captioned import _groups, _sides
+from fastldm.data.images import DATASETS, dataloader, get_dataset
 
 def photo(f, seed=0, mode='RGB', size=(40,40), kind='png'):
     "A picture of coloured noise, written (or its bytes)."
@@ -28,7 +28,7 @@ def folder(d, n=12, rows=None, name='captions.csv'):
 def nowhere(monkeypatch, tmp_path):
     "No set of this computer is found by chance."
     monkeypatch.delenv('FASTLDM_DATA', raising=False)
-    monkeypatch.setattr('fastldm.captioned._places', lambda root: [Path(p) for p in (root, tmp_path/'system') if p])
+    monkeypatch.setattr('fastldm.data.captioned._places', lambda root: [Path(p) for p in (root, tmp_path/'system') if p])
 
 
 # tables
@@ -416,7 +416,7 @@ def test_emoji():
     assert not any(re.search('regional|fitzpatrick|component', c) for c in name.values())
 
 def test_emoji_without_a_font(tmp_path, monkeypatch):
-    monkeypatch.setattr('fastldm.captioned._fonts', (str(tmp_path),))
+    monkeypatch.setattr('fastldm.data.captioned._fonts', (str(tmp_path),))
     with pytest.raises(FileNotFoundError, match='apt-get install fonts-noto-color-emoji'): Emoji()
     (tmp_path/'Emoji.ttf').write_bytes(b'no font')
     with pytest.raises(FileNotFoundError, match='no colour emoji font'): Emoji()

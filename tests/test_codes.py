@@ -6,11 +6,11 @@ import numpy as np, pytest, torch
 from torch.utils.data import DataLoader
 lmdb = pytest.importorskip('lmdb')
 from fastcore.test import test_close as close, test_eq as eq
-from fastldm.codes import *
-from fastldm.codes import _close, _env, _key, _mark_data, _read, _start
-from fastldm.core import load_model, save_model, set_seed
-from fastldm.data import Digits, Pictures, _collate, dataloader
-from fastldm.vqvae import VQVAE
+from fastldm.codes.store import *
+from fastldm.codes.store import _close, _env, _key, _mark_data, _read, _start
+from fastldm.core.models import load_model, save_model, set_seed
+from fastldm.data.images import Digits, Pictures, _collate, dataloader
+from fastldm.codes.vqvae import VQVAE
 
 HERE = Path(__file__).parent
 def child(program, *args, wait=True, **kw):
@@ -89,14 +89,14 @@ def test_half_precision(tmp_path):
 def test_names_of_files(tmp_path):
     from PIL import Image
     for i in range(3): (tmp_path/'p').mkdir(exist_ok=True); Image.new('L', (16,16), 60*i).save(tmp_path/'p'/f'picture {i}.png')
-    from fastldm.data import ImageFolder
+    from fastldm.data.images import ImageFolder
     cs = CodeDataset(write(ImageFolder(tmp_path/'p', size=16, channels=1), tmp_path/'c'))
     eq(cs[:]['name'], [f'picture {i}.png' for i in range(3)])
 
 def test_training_on_codes(tmp_path):
     "The Learner takes it, with its list of levels."
     from torch import nn
-    from fastldm.train import Learner
+    from fastldm.core.train import Learner
     cs = CodeDataset(write(Lazy(100), tmp_path/'c', text_features=Words()))
     net = nn.Embedding(300, 4)
     def loss(m, b): eq((len(b['codes']),b['text'].shape), (2,(16,9,6))); return dict(loss=m(b['codes'][1]).square().mean())
@@ -121,7 +121,7 @@ def test_written_by_workers(tmp_path):
     ds,m = Lazy(200),model()
     want = records(write(ds, tmp_path/'a', m, text_features=Words()), 200)
     eq(records(write(ds, tmp_path/'b', m, text_features=Words(), workers=2), 200), want)
-    import fastldm.codes as codes
+    import fastldm.codes.store as codes
     folder = (tmp_path/'c').resolve(); head = dict(codes._header(ds, m, Words()), precision=None)
     env,_ = codes._start(folder, head); codes._put(folder, env, 0, codes._records(ds.__getitems__(range(64)), m, Words(), head)); _close(str(folder))
     eq(len(CodeDataset(folder, unfinished=True)), 64)
@@ -180,7 +180,7 @@ def test_broken_off_and_gone_on(tmp_path):
     ds = Breaks(500)
     write(ds, tmp_path/'whole')
     mark,Breaks.at = _mark_data(ds),300
-    import fastldm.codes as codes
+    import fastldm.codes.store as codes
     with pytest.MonkeyPatch.context() as mp:
         mp.setattr(codes, '_mark_data', lambda ds: mark)
         with pytest.raises(OSError, match='gone'): write(ds, tmp_path/'parts')
@@ -248,7 +248,7 @@ def test_two_readers_beside_one_writer(tmp_path): child(TWO, tmp_path/'c')
 
 def test_two_writers(tmp_path):
     "The second is told, and the first goes on."
-    import fastldm.codes as codes
+    import fastldm.codes.store as codes
     ds,m = Lazy(300),model()
     head = dict(codes._header(ds, m, None), precision=None)
     folder = (tmp_path/'c').resolve()

@@ -4,12 +4,12 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from fastldm import load
-from fastldm.cond import Cond
-from fastldm.control import ControlAdapter, ControlData, control, control_loss, local, picture_control, random_region
-from fastldm.control_metrics import edge_f1, leakage
-from fastldm.core import set_seed
-from fastldm.recipes import control_data, evaluate_control, sample_cli, train_adapter, train_cli
-from fastldm.synthetic import SyntheticScenes
+from fastldm.diffusion.cond import Cond
+from fastldm.control.adapter import ControlAdapter, ControlData, control, control_loss, local, picture_control, random_region
+from fastldm.metrics.control import edge_f1, leakage
+from fastldm.core.models import set_seed
+from fastldm.recipes.recipes import control_data, evaluate_control, sample_cli, train_adapter, train_cli
+from fastldm.data.synthetic import SyntheticScenes
 
 BIN = Path(sys.executable).parent
 

@@ -3,15 +3,15 @@ import gzip, os
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
-from fastldm.data import *
-from fastldm.data import PublicSet
+from fastldm.data.images import *
+from fastldm.data.images import PublicSet
 
 
 @pytest.fixture(autouse=True)
 def nowhere(monkeypatch, tmp_path):
     "No set of this computer is found by chance, and none is downloaded."
     monkeypatch.delenv('FASTLDM_DATA', raising=False)
-    monkeypatch.setattr('fastldm.data._places', lambda root: [Path(p) for p in (root, os.environ.get('FASTLDM_DATA'), tmp_path/'system') if p])
+    monkeypatch.setattr('fastldm.data.images._places', lambda root: [Path(p) for p in (root, os.environ.get('FASTLDM_DATA'), tmp_path/'system') if p])
 
 def idx(x): return bytes([0,0,8,x.dim()])+b''.join(n.to_bytes(4,'big') for n in x.shape)+x.numpy().tobytes()
 
@@ -253,8 +253,8 @@ def test_edges_of_a_batch_are_those_of_each():
 
 def test_shards_with_workers_and_resume(tmp_path):
     "Loader processes and a fresh object give the very batches that one object gives."
-    from fastldm.data import Shards, write_shards
-    from fastldm.train import Batches
+    from fastldm.data.images import Shards, write_shards
+    from fastldm.core.train import Batches
     files = write_shards(Digits(), tmp_path, per_shard=200)
     make = lambda: Batches(Shards(files, size=16, channels=1, keep=2), 64, seed=5)
     whole = make(); a = [whole[m]['image'] for m in range(30)]
@@ -263,7 +263,7 @@ def test_shards_with_workers_and_resume(tmp_path):
 
 def test_shards_say_what_is_wrong(tmp_path):
     import io, tarfile
-    from fastldm.data import Shards
+    from fastldm.data.images import Shards
     with tarfile.open(tmp_path/'a.tar','w') as t: info = tarfile.TarInfo('0.txt'); info.size = 2; t.addfile(info, io.BytesIO(b'hi'))
     (tmp_path/'b.tar').write_bytes(b'not a tar file at all'*40)
     with pytest.raises(ValueError, match='entries without a picture'): Shards([tmp_path/'a.tar'])

@@ -23,9 +23,10 @@ def src(c): return ''.join(c['source'])
 def name(f): return f.relative_to(ROOT).as_posix()
 
 NBS = sorted(f for f in (ROOT/'nbs').rglob('*.ipynb') if not any(p[0] in '._' for p in f.relative_to(ROOT).parts))
-PYS = sorted(f for f in (ROOT/'fastldm').glob('*.py') if f.name!='_modidx.py')
-MODULES = {f.stem: f for f in PYS if f.name!='__init__.py'}
-NUMBER = {m[2]: int(m[1]) for f in NBS if (m := re.match(r'(\d\d)_(\w+)$', f.stem))}      # module: number of its notebook
+PYS = sorted(f for f in (ROOT/'fastldm').rglob('*.py') if f.name!='_modidx.py')
+MODULES = {'.'.join(f.relative_to(ROOT/'fastldm').with_suffix('').parts): f for f in PYS if f.name!='__init__.py'}     # 'diffusion.samplers': its file
+PARTS = 'core data diffusion codes control metrics recipes ui'.split()                   # each uses only those before it
+NUMBERED = [f for f in NBS if f.stem[:2].isdigit()]                                      # the notebooks that export
 
 def fresh(program, **env):
     "What a program prints in a new process."
@@ -52,21 +53,46 @@ def test_import_is_quick():
     print(f'import torch {torch:.2f} s, import fastldm {ours:.2f} s')
     assert ours < 2+torch
 
-def imports_of(f):
-    "Modules of fastldm that a module imports, at its top or inside a function."
-    for n in ast.walk(ast.parse(f.read_text(encoding='utf-8'))):
+def imports_of(mod):
+    "Modules of fastldm that a module imports, at its top or inside a function, e.g. 'core.models'."
+    here = mod.split('.')
+    for n in ast.walk(ast.parse(MODULES[mod].read_text(encoding='utf-8'))):
+        found = []
+        if isinstance(n, ast.Import): found = [a.name.removeprefix('fastldm.') for a in n.names if a.name.startswith('fastldm.')]
         if isinstance(n, ast.ImportFrom):
-            mod = n.module or ''
-            if n.level: mod = f'fastldm.{mod}'.rstrip('.')
-            yield from ([mod] if mod!='fastldm' else [f'fastldm.{a.name}' for a in n.names])
-        elif isinstance(n, ast.Import): yield from (a.name for a in n.names)
+            at = '.'.join(here[:len(here)-n.level]) if n.level else (n.module or '')
+            name = '.'.join(filter(None, (at, n.module))) if n.level else at.removeprefix('fastldm').lstrip('.')
+            if n.level or at.split('.')[0]=='fastldm': found = [name] if name in MODULES else [f'{name}.{a.name}'.lstrip('.') for a in n.names]
+        yield from (m for m in found if m in MODULES)
 
 @pytest.mark.parametrize('mod', MODULES)
 def test_imports_go_down(mod):
-    "A module uses only lower-numbered ones, so that the notebooks can be read in order."
-    assert mod in NUMBER, f'fastldm/{mod}.py has no notebook of its number and name'
-    used = {m.split('.')[1] for m in imports_of(MODULES[mod]) if m.startswith('fastldm.')} & NUMBER.keys()
-    assert not [m for m in used if NUMBER[m]>=NUMBER[mod]]
+    "A module uses its own part and those before it."
+    part = PARTS.index(mod.split('.')[0])
+    assert not [m for m in imports_of(mod) if PARTS.index(m.split('.')[0])>part]
+
+def test_no_circles():
+    "Modules can be read in an order in which each uses only those before."
+    graph = {m: {*imports_of(m)} for m in MODULES}
+    assert sum(map(len, graph.values()))>len(MODULES)        # the imports were found
+    while ready := [m for m,used in graph.items() if not used & graph.keys()]:
+        for m in ready: del graph[m]
+    assert not graph
+
+@pytest.mark.parametrize('part', PARTS)
+def test_a_part_has_all_its_names(part):
+    "`from fastldm.PART import *` gives what its modules export."
+    names = vars(import_module(f'fastldm.{part}'))
+    missing = [n for mod in MODULES if mod.startswith(f'{part}.') for n in import_module(f'fastldm.{mod}').__all__ if n not in names]
+    assert not missing
+
+@pytest.mark.parametrize('nb', NUMBERED, ids=name)
+def test_notebook_and_module_have_one_name(nb):
+    "nbs/diffusion/05_samplers.ipynb is fastldm/diffusion/samplers.py; no two notebooks of a part have one number."
+    module = f'{nb.parent.name}.{nb.stem[3:]}'
+    assert module in MODULES
+    assert f'default_exp {module}\n' in ''.join(src(c)+'\n' for c in code(nb))
+    assert len([*nb.parent.glob(f'{nb.stem[:3]}*.ipynb')])==1
 
 @pytest.mark.parametrize('mod', MODULES)
 def test_nothing_is_unpickled(mod):
@@ -86,12 +112,13 @@ def test_nothing_is_unpickled(mod):
 def test_exported_and_clean(tmp_path):
     "nbdev_export and nbdev_clean change nothing, and no module is left without its notebook."
     shutil.copytree(ROOT/'nbs', tmp_path/'nbs')
-    (tmp_path/'fastldm').mkdir()
-    for f in ('settings.ini','pyproject.toml','fastldm/__init__.py'): shutil.copy(ROOT/f, tmp_path/f)
+    for f in ('settings.ini','pyproject.toml',*(f.relative_to(ROOT) for f in PYS if f.name=='__init__.py')):
+        (tmp_path/f).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT/f, tmp_path/f)
     env = {k:v for k,v in os.environ.items() if k!='IN_TEST'}
     for call in ('nbdev.doclinks import nbdev_export as f','nbdev.clean import nbdev_clean as f'):
         subprocess.run([sys.executable,'-c',f'from {call}; f.__wrapped__()'], cwd=tmp_path, env=env, check=True, capture_output=True)
-    def files(root): return {f.relative_to(root).as_posix(): f.read_bytes() for p in ('nbs/**/*.ipynb','fastldm/*.py','pyproject.toml')
+    def files(root): return {f.relative_to(root).as_posix(): f.read_bytes() for p in ('nbs/**/*.ipynb','fastldm/**/*.py','pyproject.toml')
                              for f in root.glob(p) if '.ipynb_checkpoints' not in f.parts}
     was,now = files(ROOT),files(tmp_path)
     assert not [f for f in was.keys()|now.keys() if was.get(f)!=now.get(f)], 'run nbdev_export and nbdev_clean'
@@ -120,7 +147,7 @@ def statements(src):
         if ast.get_docstring(d) and first.lineno>d.lineno: skip |= {*range(first.lineno, first.end_lineno+1)}
     return sum(bool(l.strip()) and l.strip()[0]!='#' and i not in skip for i,l in enumerate(src.splitlines(), 1))
 
-@pytest.mark.parametrize('nb', [f for f in NBS if f.stem[:2].isdigit()], ids=name)
+@pytest.mark.parametrize('nb', NUMBERED, ids=name)
 def test_cells_are_short(nb):
     long = {src(c)[:160]: n for c in code(nb) if re.match(r'#\s*\|\s*export', src(c)) and (n := statements(src(c)))>MAX_CELL}
     assert not long, f'exported cells of more than {MAX_CELL} lines'

@@ -9,7 +9,7 @@ from test_playground import CHROMIUM
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT/'scripts'))
 from run_nbs import checker
-QUICK = {'09_cond','12_ldm'}
+QUICK = {'03_cond','06_ldm'}
 NBS = sorted(f.relative_to(ROOT).as_posix() for f in (ROOT/'nbs').rglob('*.ipynb') if not any(p[0] in '._' for p in f.relative_to(ROOT).parts))
 if CHROMIUM: NBS = [f for f in NBS if not f.endswith('_playground.ipynb')]       # run whole, in a browser, by test_playground
 

@@ -1,7 +1,7 @@
 "The weights that ship: what they must still be able to do, scored by the evaluators that ship with them."
 import pytest, time, torch
 from fastldm import available, load
-from fastldm.metrics import Reference, fid, image_features, label_accuracy
+from fastldm.metrics.images import Reference, fid, image_features, label_accuracy
 
 # pictures of each model (ten steps, guidance 1.5), least label accuracy, largest FID in the evaluator's features: a little worse than measured
 FLOORS = dict(mnist=(1000,.985,.15), fashion=(1000,.93,.35))
@@ -48,7 +48,7 @@ SEEN = {'codes':(.38,.31,.29), 'diffusion':(.80,.72,.78)}
 @pytest.mark.parametrize('prior', SEEN)
 def test_scenes_show_what_was_asked(prior):
     "By a judge that took no part in their training; combinations of thing, colour and place that training left out."
-    from fastldm.synthetic import SyntheticScenes
+    from fastldm.data.synthetic import SyntheticScenes
     m,judge = load('scenes'),load('scenes_judge')
     asked = SyntheticScenes(100, 'test').caption
     found = judge.agreement(m.sample(asked, prior=prior, seed=1)*2-1, asked)
@@ -59,7 +59,7 @@ def test_scenes_show_what_was_asked(prior):
 @pytest.mark.parametrize('name', ['clipart','paintings'])
 def test_pictures_find_their_prompts(name, prior):
     "Of held-out captions, the model's reader finds that which was asked for at least five times as often as by chance."
-    from fastldm.recipes import held_out_prompts
+    from fastldm.recipes.recipes import held_out_prompts
     m = load(name); asked = held_out_prompts(m)
     found = m.reader.similarity(m.sample([p for p in asked for _ in range(3)], prior=prior, seed=1)*2-1, asked).argmax(1)
     assert (found==torch.arange(len(asked)).repeat_interleave(3)).float().mean() >= 5/len(asked)
@@ -83,7 +83,7 @@ def test_eight_pictures_in_seconds(name, prior):
 def avatars():
     "The model, its judge, and a hundred held-out faces."
     pytest.importorskip('python_avatars'); pytest.importorskip('resvg_py')
-    from fastldm.faces import Avatars
+    from fastldm.data.faces import Avatars
     return load('avatars'),load('avatars_judge'),Avatars(n=100, split='test')[:]
 
 @pytest.mark.slow

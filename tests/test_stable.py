@@ -3,10 +3,10 @@ import json
 from contextlib import nullcontext
 import pytest, torch
 diffusers,transformers = pytest.importorskip('diffusers'),pytest.importorskip('transformers')
-from fastldm.control import ControlAdapter, control, control_loss
-from fastldm.core import set_seed
-from fastldm.samplers import ddim_step, sample_generators
-from fastldm.stable import StableVAE, T2I, Tabulated, feature_shapes, from_diffusers, local_features, scheduler_times
+from fastldm.control.adapter import ControlAdapter, control, control_loss
+from fastldm.core.models import set_seed
+from fastldm.diffusion.samplers import ddim_step, sample_generators
+from fastldm.control.stable import StableVAE, T2I, Tabulated, feature_shapes, from_diffusers, local_features, scheduler_times
 
 pytestmark = pytest.mark.slow
 BETAS = dict(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear')

@@ -3,9 +3,9 @@ import subprocess, sys
 from itertools import product
 import pytest, torch
 from fastcore.test import test_eq as eq
-from fastldm.data import Pictures, dataloader, get_dataset
-from fastldm.synthetic import *
-from fastldm.synthetic import ROLES
+from fastldm.data.images import Pictures, dataloader, get_dataset
+from fastldm.data.synthetic import *
+from fastldm.data.synthetic import ROLES
 
 @pytest.mark.parametrize('kw,says', [(dict(colour='crimson',kind='ship'),"colour is 'crimson'; it can be red"), (dict(colour='red',kind='ship',background='moon'),"background is 'moon'"),
     (dict(colour='red',kind='ship',relation='beside',colour2='red',kind2='sun'),"relation is 'beside'"), (dict(colour='red',kind='ship',relation='above'),"second colour is None"),
@@ -59,7 +59,7 @@ def test_twice_as_near_is_twice_as_large():
 @pytest.mark.slow
 def test_another_process_draws_the_same():
     here = SyntheticScenes(3, 'test', seed=5)[:]
-    there = subprocess.run([sys.executable,'-c',"from fastldm.synthetic import *; b = SyntheticScenes(9, 'test', seed=5)[:3]; print(b['caption'], b['image'].sum().item(), b['mask'].sum().item())"],
+    there = subprocess.run([sys.executable,'-c',"from fastldm.data.synthetic import *; b = SyntheticScenes(9, 'test', seed=5)[:3]; print(b['caption'], b['image'].sum().item(), b['mask'].sum().item())"],
         capture_output=True, text=True, check=True).stdout.strip()
     eq(there, f"{here['caption']} {here['image'].sum().item()} {here['mask'].sum().item()}")
 

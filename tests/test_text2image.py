@@ -3,9 +3,9 @@ import json, shutil, subprocess, sys, warnings
 from pathlib import Path
 import pytest, torch
 from PIL import Image
-from fastldm.ldm import load
-from fastldm.perceptual import perceptual
-from fastldm.recipes import codes_cli, eval_cli, evaluate_texts, reconstruction_texts, sample_cli, text_to_image, train_cli
+from fastldm.diffusion.ldm import load
+from fastldm.core.perceptual import perceptual
+from fastldm.recipes.recipes import codes_cli, eval_cli, evaluate_texts, reconstruction_texts, sample_cli, text_to_image, train_cli
 
 pytest.importorskip('transformers'); pytest.importorskip('lmdb')
 COLOURS = dict(red=(220,30,30), green=(30,160,40), blue=(30,60,220), yellow=(240,220,40))
@@ -79,7 +79,7 @@ def test_bad_input(trained, args, kw, says):
     with pytest.raises(ValueError, match=says.replace('(','.')): trained[0].sample(*args, **kw)
 
 def test_priors_of_another_map(trained):
-    from fastldm.text2image import TextToImage
+    from fastldm.codes.text2image import TextToImage
     m,_ = trained
     with pytest.raises(ValueError, match='train priors on the codes of this VQ-VAE'): TextToImage(m.reader, m.vqvae, list(m.priors), size=64)
 
@@ -115,8 +115,8 @@ def test_scores_of_texts(trained):
 
 def test_scores_that_are_known(trained, monkeypatch):
     "A model that draws the real pictures, read by somebody who knows them, scores like them, and as high as can be; a judge is asked for all."
-    from fastldm import recipes
-    from fastldm.captioned import Captioned
+    from fastldm.recipes import recipes
+    from fastldm.data.captioned import Captioned
     model,d = trained
     ds = Captioned(d/'set', 'test', size=32)
     real = dict(zip(ds.caption, ds.__getitems__(range(len(ds)))['image']))
@@ -134,7 +134,7 @@ def test_scores_that_are_known(trained, monkeypatch):
 
 def test_the_prompts_are_always_the_same(trained):
     "Fewer prompts are the first of more, one a picture, with all the captions that it has."
-    from fastldm.recipes import _held_out
+    from fastldm.recipes.recipes import _held_out
     model,d = trained
     shutil.copytree(d/'set', d/'twice', dirs_exist_ok=True)
     t = d/'twice'/'captions.csv'; rows = t.read_text().splitlines()
@@ -156,7 +156,7 @@ def test_scores_of_codes(trained):
     for l,m in enumerate((4*4*4,4*8*8)): assert 1<=res[f'perplexity_{l}']<=res[f'codes_used_{l}']*model.vqvae.n_codes+1e-3<=m+1
 
 def test_scores_refuse_before_work(trained, monkeypatch, tmp_path):
-    from fastldm.text2image import TextToImage
+    from fastldm.codes.text2image import TextToImage
     model,d = trained
     worked = []
     monkeypatch.setattr(TextToImage, '_by_codes', lambda *a, **kw: worked.append(1))
@@ -204,7 +204,7 @@ def test_each_prompt_its_picture(trained, prior):
 
 def test_settings_a_level(trained):
     "A pair of settings is one for each level, the coarser first."
-    from fastldm.pixelsnail import sample_codes
+    from fastldm.codes.pixelsnail import sample_codes
     model,_ = trained
     text = model.reader.text_features(['a red square']*3)
     top = sample_codes(model.priors[0], 3, None, text, seed=1, temperature=0., guidance_scale=2.)
@@ -213,9 +213,9 @@ def test_settings_a_level(trained):
     assert model.sample('a red square', 3, seed=1, temperature=(0.,.5), top_k=(None,3), guidance_scale=(2.,1.)).equal(x)
 
 def test_latents_of_codes_are_those_of_pictures(trained):
-    from fastldm.captioned import Captioned
-    from fastldm.codes import CodeDataset
-    from fastldm.text2image import CodeLatents
+    from fastldm.data.captioned import Captioned
+    from fastldm.codes.store import CodeDataset
+    from fastldm.codes.text2image import CodeLatents
     model,d = trained
     b = CodeLatents(CodeDataset(d/'run'/'codes_test', model.vqvae), model.vqvae).__getitems__(range(4))
     ds = Captioned(d/'set', 'test', size=32)
@@ -242,7 +242,7 @@ def test_another_vqvae_under_the_same_codes(trained, tmp_path):
 
 def test_codes_of_anything(trained, tmp_path, capsys):
     "By a VQ-VAE alone, with another reader, by worker processes; and what cannot be."
-    from fastldm.codes import CodeDataset
+    from fastldm.codes.store import CodeDataset
     _,d = trained
     kw = dict(size=32, split='test')
     codes_cli(str(d/'set'), str(d/'run'/'vqvae'), str(tmp_path/'a'), workers=1, **kw)

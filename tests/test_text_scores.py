@@ -3,7 +3,7 @@ import math, random
 import numpy as np, pytest, torch
 from fastcore.test import test_close as close, test_eq as eq
 for m in ('nltk','rouge_score','sacrebleu'): pytest.importorskip(m)
-from fastldm.text_scores import *
+from fastldm.metrics.text import *
 
 REAL = ['a red ship left of a yellow sun on the sea','two white flowers in a blue vase','a green bird above the brown house','there is a red fish at night','in a storm, an orange ship']
 FAKE = ['a red ship on the right of the sun','two flowers in a vase','a green bird above a house','a picture of a red fish in the night','an orange ships in the storm']
@@ -55,7 +55,7 @@ def test_meteor_by_hand():
         close(meteor([b],[a],synonyms=False)['meteor_exact_stem'], by_formula(a,b), eps=1e-9)
 
 def test_meteor_says_which_it_is(monkeypatch):
-    import fastldm.text_scores as t
+    import fastldm.metrics.text as t
     monkeypatch.setattr(t, '_wordnet', lambda: None)
     eq([*meteor(REAL, FAKE)], ['meteor_exact_stem'])
     with pytest.raises(FileNotFoundError, match="nltk.download"): meteor(REAL, FAKE, synonyms=True)
@@ -69,7 +69,7 @@ def test_meteor_says_which_it_is(monkeypatch):
     eq(meteor(['vessel'], ['ship'], synonyms=False), dict(meteor_exact_stem=0.))
 
 def test_meteor_with_wordnet():
-    import fastldm.text_scores as t
+    import fastldm.metrics.text as t
     if t._wordnet() is None: pytest.skip("WordNet is not installed: python -c \"import nltk; nltk.download('wordnet')\"")
     assert meteor(['a cat sat on the mat'],['a kitten was sitting on the carpet'])['meteor']>meteor(['a cat sat on the mat'],['a kitten was sitting on the carpet'],synonyms=False)['meteor_exact_stem']
 

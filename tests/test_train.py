@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from torch import nn
 from safetensors import safe_open
-import fastldm.train as train
-from fastldm.core import set_seed
-from fastldm.train import *
+import fastldm.core.train as train
+from fastldm.core.models import set_seed
+from fastldm.core.train import *
 
 HERE = Path(__file__).parent
 

@@ -1,0 +1,3 @@
+"A mask painted with the mouse."
+
+from .paint import *
