@@ -5,7 +5,7 @@ for k,v in dict(OMP_NUM_THREADS='2', MPLBACKEND='Agg', TOKENIZERS_PARALLELISM='f
     os.environ.setdefault(k, v)                     # before torch is imported
 
 import pytest, torch
-from fastldm.core.models import set_seed
+from fastldm.core import set_seed
 
 
 def pytest_collection_modifyitems(items):
@@ -23,7 +23,7 @@ def seeded():
 @pytest.fixture
 def real():
     "`real('mnist', 'test')`: a data set of this computer; the test is skipped, with what to do, where there is none."
-    from fastldm.data.images import get_dataset
+    from fastldm.data import get_dataset
     def get(name, split='train', **kw):
         try: return get_dataset(name, split=split, download=False, **kw)
         except FileNotFoundError as e: pytest.skip(f'{name} is not on this computer: {e}')

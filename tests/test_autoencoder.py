@@ -3,8 +3,8 @@ import importlib.util, sys, types, warnings
 import pytest, torch
 from fastcore.test import test_close as close, test_eq as eq
 from fastldm.diffusion.autoencoder import *
-from fastldm.core.models import load_model, save_model
-from fastldm.data.images import Digits, Pictures, to_uint8
+from fastldm.core import load_model, save_model
+from fastldm.data import Digits, Pictures, to_uint8
 from fastldm.core.perceptual import *
 
 @pytest.fixture
@@ -43,8 +43,8 @@ def test_wrong_data_is_told_before_the_cache_is_made(ae, tmp_path):
 def test_scale_is_exact_for_a_known_encoder(ds):
     "Of an encoder that only folds pixels, mean and variance are those of the pixels."
     class Fold(FirstStage):
-        def moments(self, x): return torch.nn.functional.pixel_unshuffle(x,2),None
-        def paint(self, z): return torch.nn.functional.pixel_shuffle(z,2)
+        def encode_params(self, x): return torch.nn.functional.pixel_unshuffle(x,2),None
+        def decode_raw(self, z): return torch.nn.functional.pixel_shuffle(z,2)
     x = ds[:]['image']
     f = Fold(1,4,2).fit_scale(ds, batch_size=100)
     u = torch.nn.functional.pixel_unshuffle(x,2)

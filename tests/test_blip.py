@@ -5,8 +5,8 @@ from fastcore.test import test_close as close, test_eq as eq
 T = pytest.importorskip('transformers')
 pytest.importorskip('tokenizers')
 from fastldm.codes.blip import *
-from fastldm.core.models import fingerprint, load_model, n_params, save_model, set_seed
-from fastldm.core.train import Learner
+from fastldm.core import fingerprint, load_model, n_params, save_model, set_seed
+from fastldm.core import Learner
 
 CAPTIONS = ['a red ship on the sea','a yellow sun','two flowers in a vase','a ship in a storm']
 x = torch.rand(4,3,32,32, generator=torch.Generator().manual_seed(0))*2-1
@@ -167,19 +167,19 @@ def test_losses_against_plain_formulas(blip):
     close(out['lm'], nll/n, eps=1e-4); close(out['loss'], out['itc']+out['lm'], eps=1e-5)
 
 def test_equal_captions_are_no_mistake(blip):
-    from fastldm.codes.blip import hard_negatives
+    from fastldm.codes import sample_hard_negatives
     same = ['a ship','a ship','A  SHIP!'.rstrip('!'),'a ship']
     out = blip_loss()(blip, dict(image=x, caption=same))
     close(out['itc'], math.log(4), eps=2.); assert out['itm'].isfinite()
     close(out['itm'], F.cross_entropy(torch.stack([1-blip.match(x,same),blip.match(x,same)],1).log(), torch.ones(4).long()), eps=1e-4)   # nothing wrong to draw
-    eq(hard_negatives(torch.zeros(4,4), torch.ones(4,4).bool()), torch.full((4,),-1))
+    eq(sample_hard_negatives(torch.zeros(4,4), torch.ones(4,4).bool()), torch.full((4,),-1))
     eq(contrastive_loss(torch.zeros(1,1)), torch.tensor(0.))
 
 def test_hard_negatives_follow_the_softmax():
     "With two to choose from, the odds are those of the similarities."
     g = torch.tensor([[0.,2.,0.],[0.,0.,0.],[0.,0.,0.]]); same = torch.eye(3).bool()
     set_seed(0)
-    first = torch.stack([hard_negatives(g, same) for _ in range(4000)])
+    first = torch.stack([sample_hard_negatives(g, same) for _ in range(4000)])
     assert ((first>=0).sum(1)>=2).all() and (first!=torch.arange(3)).all()
     assert (first[:,0]==1).float().mean()>.6                        # the tempting one
 

@@ -8,9 +8,9 @@ lmdb = pytest.importorskip('lmdb')
 from fastcore.test import test_close as close, test_eq as eq
 from fastldm.codes.store import *
 from fastldm.codes.store import _close, _env, _key, _mark_data, _read, _start
-from fastldm.core.models import load_model, save_model, set_seed
+from fastldm.core import load_model, save_model, set_seed
 from fastldm.data.images import Digits, Pictures, _collate, dataloader
-from fastldm.codes.vqvae import VQVAE
+from fastldm.codes import VQVAE
 
 HERE = Path(__file__).parent
 def child(program, *args, wait=True, **kw):
@@ -89,14 +89,14 @@ def test_half_precision(tmp_path):
 def test_names_of_files(tmp_path):
     from PIL import Image
     for i in range(3): (tmp_path/'p').mkdir(exist_ok=True); Image.new('L', (16,16), 60*i).save(tmp_path/'p'/f'picture {i}.png')
-    from fastldm.data.images import ImageFolder
+    from fastldm.data import ImageFolder
     cs = CodeDataset(write(ImageFolder(tmp_path/'p', size=16, channels=1), tmp_path/'c'))
     eq(cs[:]['name'], [f'picture {i}.png' for i in range(3)])
 
 def test_training_on_codes(tmp_path):
     "The Learner takes it, with its list of levels."
     from torch import nn
-    from fastldm.core.train import Learner
+    from fastldm.core import Learner
     cs = CodeDataset(write(Lazy(100), tmp_path/'c', text_features=Words()))
     net = nn.Embedding(300, 4)
     def loss(m, b): eq((len(b['codes']),b['text'].shape), (2,(16,9,6))); return dict(loss=m(b['codes'][1]).square().mean())

@@ -4,12 +4,12 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from fastldm import load
-from fastldm.diffusion.cond import Cond
-from fastldm.control.adapter import ControlAdapter, ControlData, control, control_loss, local, picture_control, random_region
-from fastldm.metrics.control import edge_f1, leakage
-from fastldm.core.models import set_seed
-from fastldm.recipes.recipes import control_data, evaluate_control, sample_cli, train_adapter, train_cli
-from fastldm.data.synthetic import SyntheticScenes
+from fastldm.diffusion import Cond
+from fastldm.control import ControlAdapter, ControlData, control, control_loss, local, picture_control, random_region
+from fastldm.metrics import edge_f1, leakage
+from fastldm.core import set_seed
+from fastldm.recipes import control_data, evaluate_control, sample_cli, train_adapter, train_cli
+from fastldm.data import SyntheticScenes
 
 BIN = Path(sys.executable).parent
 
@@ -51,16 +51,16 @@ def bits(x, path): Image.fromarray((np.asarray(x)*255).astype(np.uint8)).save(pa
 ])
 def test_bad_controls(model, adapter, picture, region, says):
     "Another size, odd sizes, bytes, colours, numbers that are none: refused before work starts."
-    with pytest.raises(ValueError, match=says): model.sample('a red ship', 2, given=control(adapter, picture, region), seed=0, steps=2)
+    with pytest.raises(ValueError, match=says): model.sample('a red ship', 2, constraint=control(adapter, picture, region), seed=0, steps=2)
 
 def test_an_empty_region_is_the_base_model(model, adapter, scene):
     free = model.sample('a red ship on the sea', 2, prior='diffusion', seed=0, steps=3)
-    assert torch.equal(model.sample('a red ship on the sea', 2, given=control(adapter, scene[1][:2], torch.zeros(64,64)), seed=0, steps=3), free)
+    assert torch.equal(model.sample('a red ship on the sea', 2, constraint=control(adapter, scene[1][:2], torch.zeros(64,64)), seed=0, steps=3), free)
 
 def test_what_lies_outside_cannot_be_known(model, adapter, scene, middle):
     "A sealed control: bit for bit the same picture, whatever it says outside of the region; left open, another one."
     edges = scene[1][:2]; other = torch.where(middle>0, edges, 1-edges)
-    draw = lambda e, **kw: model.sample(scene[0]['caption'][:2], given=control(adapter, e, middle, **kw), seed=0, steps=4)
+    draw = lambda e, **kw: model.sample(scene[0]['caption'][:2], constraint=control(adapter, e, middle, **kw), seed=0, steps=4)
     assert torch.equal(draw(edges), draw(other)) and not torch.equal(draw(edges, sealed=False), draw(other, sealed=False))
 
 def test_a_kind_it_was_not_trained_for(adapter):
@@ -68,26 +68,26 @@ def test_a_kind_it_was_not_trained_for(adapter):
 
 def test_an_adapter_of_another_model(model, scene):
     other = load('clipart')
-    with pytest.raises(ValueError, match='trained for another model'): other.sample('a cat', 1, given=control(load('local_scenes'), scene[1][0]), steps=2)
-    with pytest.raises(ValueError, match='this model has'): model.sample('a cat', 1, given=control(ControlAdapter(['edges'], 1, (8,16)), scene[1][0]), steps=2)
+    with pytest.raises(ValueError, match='trained for another model'): other.sample('a cat', 1, constraint=control(load('local_scenes'), scene[1][0]), steps=2)
+    with pytest.raises(ValueError, match='this model has'): model.sample('a cat', 1, constraint=control(ControlAdapter(['edges'], 1, (8,16)), scene[1][0]), steps=2)
 
 def test_codes_cannot_be_controlled(model, adapter, scene):
-    with pytest.raises(ValueError, match='given'): model.sample('a red ship', 1, prior='codes', given=control(adapter, scene[1][0]))
+    with pytest.raises(ValueError, match='constraint'): model.sample('a red ship', 1, prior='codes', constraint=control(adapter, scene[1][0]))
 
 def test_regions_one_a_sample(model, adapter, scene, middle):
     "A batch of controls and regions gives what they give one by one."
     regions = torch.cat([middle,middle.roll(9, -1)]); edges = scene[1][:2]
-    x = model.sample(scene[0]['caption'][:2], given=control(adapter, edges, regions), seed=0, steps=4)
-    y = model.sample(scene[0]['caption'][:2], given=control(adapter, edges, regions), seed=0, steps=4, batch_size=1)
+    x = model.sample(scene[0]['caption'][:2], constraint=control(adapter, edges, regions), seed=0, steps=4)
+    y = model.sample(scene[0]['caption'][:2], constraint=control(adapter, edges, regions), seed=0, steps=4, batch_size=1)
     assert torch.allclose(x, y, atol=1e-4)
 
 @pytest.mark.parametrize('edges', [None,'z0','sobel','laplacian'])
 def test_half_precision_near_the_noise(model, adapter, scene, middle, edges):
     "The foreseen latent is finite where 1/alpha is large, and so are the gradients."
     z = model.vqvae.encode(scene[0]['image'][:4])
-    batch = dict(latent=z, control=scene[1][:4], region=middle.expand(4,-1,-1,-1), text=model.reader.text_features(scene[0]['caption'][:4]))
+    batch = dict(latent=z, control=scene[1][:4], region=middle.expand(4,-1,-1,-1), text=model.text_encoder.text_features(scene[0]['caption'][:4]))
     net = ControlAdapter(['edges'], 1, (48,96))
-    with torch.autocast('cpu', torch.bfloat16): loss = control_loss(model.denoiser, edges, times=lambda s,n,d: torch.full((n,), .9999))(net, batch)
+    with torch.autocast('cpu', torch.bfloat16): loss = control_loss(model.denoiser, edges, sample_t=lambda s,n,d: torch.full((n,), .9999))(net, batch)
     loss['loss'].backward()
     assert all(torch.isfinite(v).all() for v in loss.values()) and all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
 
@@ -102,7 +102,7 @@ def test_each_control_at_its_own_times(model, adapter, scene, middle):
     "An adapter heard early and the same heard late are together the adapter heard always, guided or not (no step is at the half itself)."
     from copy import copy
     def heard(lo, hi): a = copy(adapter); a.interval = (lo,hi); return control(a, scene[1][:2], middle)
-    draw = lambda given, **how: model.sample(scene[0]['caption'][:2], prior='diffusion', seed=0, steps=5, given=given, **how)
+    draw = lambda constraint, **how: model.sample(scene[0]['caption'][:2], prior='diffusion', seed=0, steps=5, constraint=constraint, **how)
     for how in ({},dict(guidance_scale=1.)):
         always,early = draw(heard(0.,1.), **how),draw(heard(.5,1.), **how)
         assert torch.allclose(draw(heard(.5,1.)+heard(0.,.5), **how), always, atol=1e-4) and not torch.allclose(early, always, atol=1e-2)
@@ -121,7 +121,7 @@ def test_train(tmp_path, model):
     b = train_adapter('scenes', tmp_path/'b', kinds='edges+depth', pictures=data, **how)
     assert all(torch.equal(p, q) for p,q in zip(a.parameters(), b.parameters())) and data.regions=='box'
     res = evaluate_control(model, a, n=4, steps=2, progress=False)
-    assert 0<=res['edge_f1']<=1 and {'leakage','lfmse_total','judge_all'}<={*res}
+    assert 0<=res['edge_f1']<=1 and {'leakage','lfmse_total','classifier_all'}<={*res}
     with pytest.raises(ValueError, match="did you mean 'features'"): evaluate_control(model, a, 'feature', n=4)
 
 @pytest.mark.slow
@@ -146,7 +146,7 @@ def test_commands(tmp_path, scene, middle):
 def test_it_obeys_inside_and_invents_outside(model, adapter, scene, middle):
     b,edges = scene
     seen = lambda **how: picture_control('edges', dict(image=model.sample(b['caption'], prior='diffusion', seed=0, steps=10, precision='bf16', **how)*2-1))
-    ours,free,everywhere = seen(given=control(adapter, edges, middle)),seen(),seen(given=control(adapter, edges))
+    ours,free,everywhere = seen(constraint=control(adapter, edges, middle)),seen(),seen(constraint=control(adapter, edges))
     assert edge_f1(ours, edges, middle)>max(.72, edge_f1(free, edges, middle)+.3)
     assert leakage(ours, edges, middle)<leakage(everywhere, edges, middle)-.05      # what the square cuts is finished as it was begun: not all of it is chance
 
@@ -154,7 +154,7 @@ def test_it_obeys_inside_and_invents_outside(model, adapter, scene, middle):
 @pytest.mark.parametrize('name', ['clipart','avatars'])
 def test_other_models(name):
     "The adapters of clip art and avatars follow held-out edges in a square that they would not draw by themselves (an avatar whose mask is told draws them anyway)."
-    try: f1 = {way:evaluate_control(load(name), load(f'local_{name}'), way, n=12, told=name=='clipart', steps=8, precision='bf16', progress=False)['edge_f1'] for way in ('features','nothing')}
+    try: f1 = {method:evaluate_control(load(name), load(f'local_{name}'), method, n=12, told=name=='clipart', steps=8, precision='bf16', progress=False)['edge_f1'] for method in ('features','nothing')}
     except FileNotFoundError as e: pytest.skip(str(e))
     assert f1['features']>f1['nothing']+.15
 
@@ -165,11 +165,11 @@ def test_what_it_costs(model, adapter, scene, middle):
     seconds = lambda f: (lambda t: (f(), time.perf_counter()-t)[1])(time.perf_counter())
     best = lambda a, b, n: map(min, zip(*[(seconds(a),seconds(b)) for _ in range(n)]))   # in turn: what else the machine does slows both
     draw = lambda **how: lambda: model.sample(scene[0]['caption'][:8], prior='diffusion', seed=0, steps=10, **how)
-    given = control(adapter, scene[1][:8], middle)
-    led,free = best(draw(given=given), draw(), 8); assert led<1.15*free
+    constraint = control(adapter, scene[1][:8], middle)
+    led,free = best(draw(constraint=constraint), draw(), 8); assert led<1.15*free
     n = 16; set_seed(0); den = model.denoiser
     with torch.no_grad(): z = model.vqvae.encode(scene[0]['image'][:n])
-    batch = dict(latent=z, control=scene[1][:n], region=random_region(n, 64), text=model.reader.text_features(scene[0]['caption'][:n]))
+    batch = dict(latent=z, control=scene[1][:n], region=random_region(n, 64), text=model.text_encoder.text_features(scene[0]['caption'][:n]))
     net = ControlAdapter(['edges'], 1, (48,96)); loss = control_loss(den)
     def bare(): den(z, torch.full((n,), .5), den.conditioner(batch)+Cond(features=net(batch['control']))).square().mean().backward()
     exact,ours = best(bare, lambda: loss(net, batch)['loss'].backward(), 12); assert exact>.85*ours

@@ -5,7 +5,7 @@ from PIL import Image
 from torch import nn
 import fastldm
 from fastldm.core import models as core
-from fastldm.core.models import Module, Recorded, fingerprint, from_config, image_grid, load_model, save_figure, save_model, set_seed, show_images, write_atomic
+from fastldm.core import Module, Recorded, fingerprint, from_config, image_grid, load_model, save_figure, save_model, set_seed, show_images, write_atomic
 from safetensors.torch import load_file, save_file
 
 

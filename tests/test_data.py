@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from fastldm.data.images import *
-from fastldm.data.images import PublicSet
+from fastldm.data import PublicSet
 
 
 @pytest.fixture(autouse=True)
@@ -253,8 +253,8 @@ def test_edges_of_a_batch_are_those_of_each():
 
 def test_shards_with_workers_and_resume(tmp_path):
     "Loader processes and a fresh object give the very batches that one object gives."
-    from fastldm.data.images import Shards, write_shards
-    from fastldm.core.train import Batches
+    from fastldm.data import Shards, write_shards
+    from fastldm.core import Batches
     files = write_shards(Digits(), tmp_path, per_shard=200)
     make = lambda: Batches(Shards(files, size=16, channels=1, keep=2), 64, seed=5)
     whole = make(); a = [whole[m]['image'] for m in range(30)]
@@ -263,7 +263,7 @@ def test_shards_with_workers_and_resume(tmp_path):
 
 def test_shards_say_what_is_wrong(tmp_path):
     import io, tarfile
-    from fastldm.data.images import Shards
+    from fastldm.data import Shards
     with tarfile.open(tmp_path/'a.tar','w') as t: info = tarfile.TarInfo('0.txt'); info.size = 2; t.addfile(info, io.BytesIO(b'hi'))
     (tmp_path/'b.tar').write_bytes(b'not a tar file at all'*40)
     with pytest.raises(ValueError, match='entries without a picture'): Shards([tmp_path/'a.tar'])

@@ -3,7 +3,7 @@ import os
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
-from fastldm.diffusion.cond import AttributeEmbedder, MaskEmbedder, unpack_rows
+from fastldm.diffusion import AttributeEmbedder, MaskEmbedder, unpack_rows
 from fastldm.data.faces import *
 from fastldm.data.faces import _choices, _pile, _tops
 
@@ -159,21 +159,21 @@ def test_avatars_of_the_two_sides():
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-    "A model of small drawn faces and its judge, trained for a few steps, in the folder where `load` looks first."
-    from fastldm.data.images import DATASETS
-    from fastldm.recipes.recipes import face_ldm, train_face_judge
+    "A model of small drawn faces and its classifier, trained for a few steps, in the folder where `load` looks first."
+    from fastldm.data import DATASETS
+    from fastldm.recipes import face_ldm, train_face_classifier
     d = tmp_path_factory.mktemp('faces')
     with pytest.MonkeyPatch.context() as m:
         m.setenv('FASTLDM_CACHE', str(d/'cache')); m.setenv('FASTLDM_WEIGHTS', str(d))
         m.setitem(DATASETS, 'few', lambda root=None, split='train', size=32, download=True: SyntheticFaces(n=64, split=split, parts=PARTS8, size=size))
-        train_face_judge('few', d/'few_judge', size=32, steps=6, channels=(8,16), d=16, n_blocks=1, hidden=16, progress=False)
+        train_face_classifier('few', d/'few_classifier', size=32, steps=6, channels=(8,16), d=16, n_blocks=1, hidden=16, progress=False)
         face_ldm('few', d/'few', size=32, ae_channels=(8,16), ae_steps=6, steps=6, channels=(16,32), d_context=16, progress=False)
         yield d
 
 @pytest.mark.slow
 def test_a_model_of_faces(trained):
     "The model comes back from its folder, and takes any part of the conditions, alone or in either order."
-    from fastldm.diffusion.ldm import load
+    from fastldm.diffusion import load
     ldm,b = load('few'),SyntheticFaces(n=2, parts=PARTS8, size=32)[:]
     for said in (dict(), dict(attrs=dict(Smiling=True)), dict(mask=b['mask']), dict(attrs=b['attrs'], mask=b['mask'])):
         x = ldm.sample(2, steps=3, seed=0, guidance_scale=2. if said else 1., **said)
@@ -188,10 +188,10 @@ def test_a_model_of_faces(trained):
 @pytest.mark.slow
 def test_new_conditions_for_a_trained_model(trained, monkeypatch):
     "`start` keeps the autoencoder and every weight that the new model has too, and adds embedders for what is new."
-    from fastldm.data.images import DATASETS
-    from fastldm.data.faces import Described
-    from fastldm.diffusion.ldm import load
-    from fastldm.recipes.recipes import face_ldm
+    from fastldm.data import DATASETS
+    from fastldm.data import Described
+    from fastldm.diffusion import load
+    from fastldm.recipes import face_ldm
     monkeypatch.setitem(DATASETS, 'saidfew', lambda *args, **kw: Described(DATASETS['few'](*args, **kw)))
     small = dict(size=32, channels=(16,32), d_context=16, progress=False, text='context')
     ldm = face_ldm('said_few', trained/'said', steps=1, start='few', **small)
@@ -207,17 +207,17 @@ def test_new_conditions_for_a_trained_model(trained, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize('given', [('attrs','mask'),('attrs',),()])
 def test_scores_of_faces(trained, given):
-    from fastldm.diffusion.ldm import load
-    from fastldm.recipes.recipes import evaluate_faces
+    from fastldm.diffusion import load
+    from fastldm.recipes import evaluate_faces
     res = evaluate_faces(load('few'), 'few', 40, given, steps=2, progress=False)
     assert res['given']==[*given] and res['n']==40 and 0<=res['accuracy_mean']<=1 and 0<=res['iou_mean']<=1 and {*res['accuracy']}=={*DRAWN} and {*res['iou']}=={*PARTS8}
     assert res['fid']>0 and res['real_accuracy_mean']>0 and res['nearest']>0
-    with pytest.raises(ValueError, match="unknown judge 'fashion_judge'"): evaluate_faces(load('few'), 'fashion')
+    with pytest.raises(ValueError, match="unknown classifier 'fashion_classifier'"): evaluate_faces(load('few'), 'fashion')
 
 @pytest.mark.slow
 def test_slots_of_the_ablation(trained):
     "Conditions reach the U-Net by tokens, planes or one vector, or not at all."
-    from fastldm.recipes.recipes import face_denoiser
+    from fastldm.recipes import face_denoiser
     ds = SyntheticFaces(n=4, parts=PARTS8, size=32); b = ds[:]; b['latent'] = torch.randn(4,3,8,8)
     for attrs,mask in (('context','context'),('vector','vector'),('context','concat'),(None,'concat'),('context',None),(None,None)):
         net = face_denoiser(ds, 3, channels=(16,32), d_context=16, attrs=attrs, mask=mask).eval()
@@ -228,8 +228,8 @@ def test_slots_of_the_ablation(trained):
 
 def test_sentences_as_a_condition():
     "A `Described` set has a sentence to each face, and a network can be told it, alone or beside a mask."
-    from fastldm.data.faces import Described, describe_face, word_ids
-    from fastldm.recipes.recipes import face_denoiser
+    from fastldm.data import Described, describe_face, word_ids
+    from fastldm.recipes import face_denoiser
     ds = Described(SyntheticFaces(n=4, parts=PARTS8, size=32)); b = ds[:]; b['latent'] = torch.randn(4,3,8,8)
     said = [describe_face([a for a,v in zip(ds.attributes,row) if v]) for row in b['attrs']]
     assert torch.equal(b['text'], word_ids(said, ds.words)) and len(ds)==4
@@ -242,13 +242,13 @@ def test_sentences_as_a_condition():
 
 @pytest.mark.slow
 def test_faces_from_the_command_line(trained, tmp_path, monkeypatch):
-    from fastldm.diffusion.ldm import load
+    from fastldm.diffusion import load
     from fastldm.recipes.recipes import _save_grid, sample_cli
     monkeypatch.chdir(tmp_path)
     ldm = load('few'); e = ldm.denoiser.conditioner.embedders['attrs']
     assert torch.equal(unpack_rows(e.seen, e.n_attrs), SyntheticFaces(n=64, parts=PARTS8, size=32)[:]['attrs'].long())
     sample_cli('few', n=3, steps=2, seed=4, attributes='Smiling')                     # alone: the rest is drawn, too
-    _save_grid(ldm.sample(3, steps=2, seed=4, attrs=e.complete(dict(Smiling=True), 3, 4)), 'whole.png', 8); assert Path('samples.png').read_bytes()==Path('whole.png').read_bytes()
+    _save_grid(ldm.sample(3, steps=2, seed=4, attrs=e.sample_missing(dict(Smiling=True), 3, 4)), 'whole.png', 8); assert Path('samples.png').read_bytes()==Path('whole.png').read_bytes()
     Image.fromarray(SyntheticFaces(n=1, parts=PARTS8, size=32)[0]['mask'].numpy()).save('mask.png')
     sample_cli('few', n=2, steps=2, attributes='Smiling, Eyeglasses=0', mask='mask.png'); assert Image.open('samples.png').size[0]>32
     Image.new('RGB', (32,32)).save('colours.png'); open('text.png','w').write('no picture')

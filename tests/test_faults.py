@@ -3,10 +3,10 @@ import json, os, random, shutil, signal, struct, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from torch import nn
-from fastldm.diffusion.autoencoder import Autoencoder, LatentDataset
-from fastldm.core.models import Module, load_model, save_model, set_seed
-from fastldm.data.images import Digits
-from fastldm.core.train import Learner
+from fastldm.diffusion import Autoencoder, LatentDataset
+from fastldm.core import Module, load_model, save_model, set_seed
+from fastldm.data import Digits
+from fastldm.core import Learner
 
 ROOT = Path(__file__).parents[1]
 def run(program, *args, **env):
@@ -15,8 +15,8 @@ def run(program, *args, **env):
 # ---- training
 
 DEADLY = """
-import os, signal, sys, torch; from torch import nn; from fastldm.core.train import Learner
-from fastldm.core.models import set_seed
+import os, signal, sys, torch; from torch import nn; from fastldm.core import Learner
+from fastldm.core import set_seed
 class Deadly: # its worker is killed, as by the system when memory runs out, at the 30th item
     n = 0
     def __len__(self): return 64
@@ -38,8 +38,8 @@ def test_a_data_worker_that_dies(tmp_path):
     assert 'then 12 12' in p.stdout, p.stdout+p.stderr
 
 FULL = """
-import resource, sys, torch; from torch import nn; from fastldm.core.train import Learner
-from fastldm.core.models import set_seed
+import resource, sys, torch; from torch import nn; from fastldm.core import Learner
+from fastldm.core import set_seed
 set_seed(0); loss = lambda m,b: dict(loss=m(b['x']).square().mean())
 data = [dict(x=torch.ones(256)*i/64) for i in range(64)]
 def make(steps): return Learner(nn.Linear(256,256), data, loss, steps=steps, schedule='constant', batch_size=8, save_every=5, folder=sys.argv[1], progress=False)

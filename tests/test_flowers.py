@@ -1,7 +1,7 @@
 "Flowers: the real sets, where they are on this computer."
 import pytest, torch
 from fastldm import load
-from fastldm.metrics.images import EfficientNetLite, label_accuracy
+from fastldm.metrics import EfficientNetLite, label_accuracy
 
 @pytest.mark.parametrize('name,n,classes', [('flowers5',4317,5), ('flowers17',1190,17)])
 def test_real_flowers(name, n, classes, real):

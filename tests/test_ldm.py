@@ -3,7 +3,7 @@ import json, shutil
 import pytest, torch
 from safetensors.torch import load_file, save_file
 from fastldm import available, load, save
-from fastldm.diffusion.ldm import push_to_hub
+from fastldm.diffusion import push_to_hub
 from fastldm.diffusion import ldm as ldm_module
 
 @pytest.fixture(scope='module')

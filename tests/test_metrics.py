@@ -1,8 +1,8 @@
 "Our scores against those of torch-fidelity and torchmetrics, from pictures to number; and what happens to pictures that cannot be scored."
 import json, pickle
 import pytest, torch
-from fastldm.core.models import save_model, set_seed
-from fastldm.data.images import Digits, Pictures, to_image
+from fastldm.core import save_model, set_seed
+from fastldm.data import Digits, Pictures, to_image
 from fastldm.metrics.images import *
 
 @pytest.fixture(scope='module')

@@ -1,9 +1,9 @@
 "Our numbers against somebody else's: whole trajectories of diffusers' schedulers on the same network, step by step."
 import pytest, torch
-from fastldm.diffusion.schedules import SqrtLinear, VP
-from fastldm.diffusion.denoiser import Denoiser
-from fastldm.diffusion.samplers import sample, ddim_step, euler_step, heun_step, DPMSolver2M, UniPC
-from fastldm.diffusion.unet import UNet
+from fastldm.diffusion import SqrtLinear, VP
+from fastldm.diffusion import Denoiser
+from fastldm.diffusion import sample, ddim_step, euler_step, heun_step, DPMSolver2M, UniPC
+from fastldm.diffusion import UNet
 
 diffusers = pytest.importorskip('diffusers')
 T,N = 1000,20

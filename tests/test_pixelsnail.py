@@ -2,10 +2,10 @@
 import math
 import pytest, torch
 from fastcore.test import test_close as close, test_eq as eq
-from fastldm.core.models import load_model, save_model
+from fastldm.core import load_model, save_model
 from fastldm.codes.pixelsnail import *
 from fastldm.codes.pixelsnail import _whole
-from fastldm.core.train import Callback, Learner, StopTraining
+from fastldm.core import Callback, Learner, StopTraining
 
 kinds = dict(plain={}, convs=dict(attention=False), wide=dict(kernel=(2,5)), text=dict(d_text=6), text_convs=dict(d_text=6, attention=False),
              above=dict(above=(4,(2,3))), all=dict(above=(4,(2,3)), d_text=6, kernel=(3,3)), all_convs=dict(above=(4,(2,3)), d_text=6, attention=False))

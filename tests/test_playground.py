@@ -93,7 +93,7 @@ def test_faces_playground(lab):
     with notebook(lab, 'howto/faces_playground.ipynb') as page:
         glasses = page.get_by_role('button', name='Eyeglasses')
         said = after(page, glasses.click)
-        assert '✓' in glasses.inner_text() and 'The judge reads' in said
+        assert '✓' in glasses.inner_text() and 'The classifier reads' in said
         page.locator('.widget-toggle-button', has_text='hair').first.click()
         box = page.locator('canvas').first.bounding_box()
         said = after(page, lambda: drag(page, [(.24,.40),(.28,.24),(.38,.15),(.5,.12),(.62,.15),(.72,.24),(.76,.40)]))

@@ -1,7 +1,7 @@
 "The weights that ship: what they must still be able to do, scored by the evaluators that ship with them."
 import pytest, time, torch
 from fastldm import available, load
-from fastldm.metrics.images import Reference, fid, image_features, label_accuracy
+from fastldm.metrics import Reference, fid, image_features, label_accuracy
 
 # pictures of each model (ten steps, guidance 1.5), least label accuracy, largest FID in the evaluator's features: a little worse than measured
 FLOORS = dict(mnist=(1000,.985,.15), fashion=(1000,.93,.35))
@@ -39,7 +39,7 @@ def test_more_guidance_more_label():
     assert p[0] < .3 < p[1] < p[2]
 
 def test_names():
-    assert {'mnist','fashion','mnist_tutorial','scenes'} <= set(available()) and {'scenes','clipart','paintings'} <= set(available('TextToImage')) and {'mnist_evaluator','fashion_evaluator'} <= set(available('Evaluator')) and 'avatars' in available() and 'avatars_judge' in available('FaceJudge')
+    assert {'mnist','fashion','mnist_tutorial','scenes'} <= set(available()) and {'scenes','clipart','paintings'} <= set(available('TextToImage')) and {'mnist_evaluator','fashion_evaluator'} <= set(available('Evaluator')) and 'avatars' in available() and 'avatars_classifier' in available('FaceClassifier')
 
 # of a hundred held-out scenes, the least share with each thing named (object), in its colour, where it should be (relation): a little less than measured
 SEEN = {'codes':(.38,.31,.29), 'diffusion':(.80,.72,.78)}
@@ -47,11 +47,11 @@ SEEN = {'codes':(.38,.31,.29), 'diffusion':(.80,.72,.78)}
 @pytest.mark.slow
 @pytest.mark.parametrize('prior', SEEN)
 def test_scenes_show_what_was_asked(prior):
-    "By a judge that took no part in their training; combinations of thing, colour and place that training left out."
-    from fastldm.data.synthetic import SyntheticScenes
-    m,judge = load('scenes'),load('scenes_judge')
+    "By a classifier that took no part in their training; combinations of thing, colour and place that training left out."
+    from fastldm.data import SyntheticScenes
+    m,classifier = load('scenes'),load('scenes_classifier')
     asked = SyntheticScenes(100, 'test').caption
-    found = judge.agreement(m.sample(asked, prior=prior, seed=1)*2-1, asked)
+    found = classifier.score(m.sample(asked, prior=prior, seed=1)*2-1, asked)
     for k,least in zip(('object','colour','relation'), SEEN[prior]): assert found[k].float().mean()>=least, k
 
 @pytest.mark.slow
@@ -59,9 +59,9 @@ def test_scenes_show_what_was_asked(prior):
 @pytest.mark.parametrize('name', ['clipart','paintings'])
 def test_pictures_find_their_prompts(name, prior):
     "Of held-out captions, the model's reader finds that which was asked for at least five times as often as by chance."
-    from fastldm.recipes.recipes import held_out_prompts
+    from fastldm.recipes import held_out_prompts
     m = load(name); asked = held_out_prompts(m)
-    found = m.reader.similarity(m.sample([p for p in asked for _ in range(3)], prior=prior, seed=1)*2-1, asked).argmax(1)
+    found = m.text_encoder.similarity(m.sample([p for p in asked for _ in range(3)], prior=prior, seed=1)*2-1, asked).argmax(1)
     assert (found==torch.arange(len(asked)).repeat_interleave(3)).float().mean() >= 5/len(asked)
 
 @pytest.mark.slow
@@ -81,18 +81,18 @@ def test_eight_pictures_in_seconds(name, prior):
 
 @pytest.fixture(scope='module')
 def avatars():
-    "The model, its judge, and a hundred held-out faces."
+    "The model, its classifier, and a hundred held-out faces."
     pytest.importorskip('python_avatars'); pytest.importorskip('resvg_py')
-    from fastldm.data.faces import Avatars
-    return load('avatars'),load('avatars_judge'),Avatars(n=100, split='test')[:]
+    from fastldm.data import Avatars
+    return load('avatars'),load('avatars_classifier'),Avatars(n=100, split='test')[:]
 
 @pytest.mark.slow
 @pytest.mark.parametrize('told,least', [(('attrs','mask'),(.97,.90)),(('attrs',),(.97,0)),(('mask',),(0,.90)),((),(0,0))])
 def test_avatars_obey(avatars, told, least):
     "Combinations that training left out; read by a network that saw real pictures only. What is not told is not obeyed."
-    ldm,judge,b = avatars
+    ldm,classifier,b = avatars
     x = ldm.sample(100, seed=1, steps=10, guidance_scale=2. if told else 1., **{k:b[k] for k in told})
-    found = judge.agreement(x*2-1, b['attrs'], b['mask'])
+    found = classifier.score(x*2-1, b['attrs'], b['mask'])
     print(told, found['accuracy_mean'], found['iou_mean'])
     assert found['accuracy_mean']>=least[0] and found['iou_mean']>=least[1]
     if 'attrs' not in told: assert found['accuracy_mean']<.95
@@ -101,13 +101,13 @@ def test_avatars_obey(avatars, told, least):
 @pytest.mark.slow
 def test_a_part_of_the_conditions(avatars):
     "Two attributes said, the others as they come; the upper half of a mask, the lower open."
-    ldm,judge,b = avatars
+    ldm,classifier,b = avatars
     x = ldm.sample(48, seed=1, steps=10, guidance_scale=2., attrs=dict(Eyeglasses=True, Blond_Hair=True))
-    seen = judge.look(x*2-1)['attrs']>.5
-    for a in ('Eyeglasses','Blond_Hair'): assert seen[:,judge.attributes.index(a)].float().mean()>=.9, a
+    seen = classifier.predict(x*2-1)['attrs']>.5
+    for a in ('Eyeglasses','Blond_Hair'): assert seen[:,classifier.attributes.index(a)].float().mean()>=.9, a
     assert (seen.float().mean(0)-.5).abs().min()<.35 and len(seen.unique(dim=0))>24                  # the rest differs
-    half = b['mask'][:48].clone(); half[:,36:] = len(judge.classes)
-    assert judge.agreement(ldm.sample(48, seed=1, steps=10, guidance_scale=2., mask=half)*2-1, mask=half)['iou_mean']>=.65
+    half = b['mask'][:48].clone(); half[:,36:] = len(classifier.classes)
+    assert classifier.score(ldm.sample(48, seed=1, steps=10, guidance_scale=2., mask=half)*2-1, mask=half)['iou_mean']>=.65
 
 @pytest.mark.slow
 @pytest.mark.bench

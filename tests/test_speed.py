@@ -2,7 +2,7 @@
 import ast, json, pytest, torch
 from contextlib import nullcontext
 from pathlib import Path
-from fastldm.core.models import n_params, set_seed
+from fastldm.core import n_params, set_seed
 pytest.importorskip('pytest_benchmark')
 pytestmark = [pytest.mark.slow, pytest.mark.bench]
 

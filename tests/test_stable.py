@@ -3,10 +3,10 @@ import json
 from contextlib import nullcontext
 import pytest, torch
 diffusers,transformers = pytest.importorskip('diffusers'),pytest.importorskip('transformers')
-from fastldm.control.adapter import ControlAdapter, control, control_loss
-from fastldm.core.models import set_seed
-from fastldm.diffusion.samplers import ddim_step, sample_generators
-from fastldm.control.stable import StableVAE, T2I, Tabulated, feature_shapes, from_diffusers, local_features, scheduler_times
+from fastldm.control import ControlAdapter, control, control_loss
+from fastldm.core import set_seed
+from fastldm.diffusion import ddim_step, sample_generators
+from fastldm.control import StableVAE, T2I, Tabulated, feature_shapes, from_diffusers, local_features, scheduler_times
 
 pytestmark = pytest.mark.slow
 BETAS = dict(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear')
@@ -121,9 +121,9 @@ def test_sdxl_adapter(tokenizer):
     plain,free = drawn(pipe, **ask),drawn(base, **size)
     assert torch.equal(drawn(pipe, LEFT*0+1, **ask), plain) and torch.equal(drawn(pipe, LEFT*0, **ask), free)
     some = drawn(pipe, LEFT, **ask); assert apart(some, plain)>1e-3 and apart(some, free)>1e-3 and torch.equal(drawn(pipe, **ask), plain)
-    ldm = from_diffusers(pipe); mine = ours(ldm, 3, given=control(T2I(pipe.adapter), EDGES, LEFT, where='both', sealed=False))
+    ldm = from_diffusers(pipe); mine = ours(ldm, 3, constraint=control(T2I(pipe.adapter), EDGES, LEFT, where='both', sealed=False))
     print(f'differs by {apart(mine, drawn(pipe, LEFT, latents=start(ldm, 3), **ask)):.1e}'); assert apart(mine, drawn(pipe, LEFT, latents=start(ldm, 3), **ask))<1e-4
-    assert torch.equal(ours(ldm, 3, given=control(T2I(pipe.adapter), EDGES, LEFT*0)), ours(ldm, 3))
+    assert torch.equal(ours(ldm, 3, constraint=control(T2I(pipe.adapter), EDGES, LEFT*0)), ours(ldm, 3))
 
 @pytest.mark.parametrize('scale', [1.,5.])
 def test_controlnet(tokenizer, scale):
@@ -165,8 +165,8 @@ def test_hooks_are_gone_after_an_error(tokenizer):
 def test_light_adapter_and_ours(tokenizer):
     "A light one of diffusers, and an adapter of this library, which starts at zero and changes nothing."
     ldm = from_diffusers(sd(tokenizer)); light = T2I(adapter(channels=(16,32), adapter_type='light_adapter'))
-    assert light.widths==[16,32,32] and apart(ours(ldm, given=control(light, EDGES)), ours(ldm))>1e-4
-    mine = ControlAdapter(['edges'], 1, (16,32,32), factor=4); assert torch.equal(ours(ldm, given=control(mine, EDGES, LEFT)), ours(ldm))
+    assert light.widths==[16,32,32] and apart(ours(ldm, constraint=control(light, EDGES)), ours(ldm))>1e-4
+    mine = ControlAdapter(['edges'], 1, (16,32,32), factor=4); assert torch.equal(ours(ldm, constraint=control(mine, EDGES, LEFT)), ours(ldm))
 
 def test_gradient_reaches_the_adapter_only(tokenizer):
     for make,a in ((sd,adapter()),(sdxl,xl_adapter())):
@@ -194,8 +194,8 @@ def test_half_precision(tokenizer, dtype):
         with torch.no_grad(): x0 = ldm.denoiser(100*NOISE, torch.tensor(t), cond)
         assert x0.dtype==torch.float32 and x0.isfinite().all()
     assert pipe.vae.dtype==dtype and ldm.autoencoder.vae.dtype==torch.float32
-    assert ldm.sample(1, prompt='a cat', guidance_scale=5., steps=2, given=control(a, EDGES, LEFT)).isfinite().all()
-    loss = control_loss(ldm.denoiser, times=lambda s, n, device: torch.ones(n))(T2I(xl_adapter()), dict(latent=NOISE, control=EDGES, region=LEFT, prompt=ldm.denoiser.conditioner.embedders['prompt'].parse('a cat', 1)))
+    assert ldm.sample(1, prompt='a cat', guidance_scale=5., steps=2, constraint=control(a, EDGES, LEFT)).isfinite().all()
+    loss = control_loss(ldm.denoiser, sample_t=lambda s, n, device: torch.ones(n))(T2I(xl_adapter()), dict(latent=NOISE, control=EDGES, region=LEFT, prompt=ldm.denoiser.conditioner.embedders['prompt'].parse('a cat', 1)))
     assert all(v.isfinite() for v in loss.values())
 
 def test_zero_terminal_snr():
@@ -229,9 +229,9 @@ def test_another_kind(tokenizer):
 def test_adapters_of_another_layout(tokenizer):
     "SDXL's on 1.x has the right widths and the wrong sizes; too few levels; too many."
     ldm = from_diffusers(sd(tokenizer))
-    with pytest.raises(ValueError, match='another layout'): ldm.sample(1, prompt='a', given=control(T2I(xl_adapter()), EDGES))
+    with pytest.raises(ValueError, match='another layout'): ldm.sample(1, prompt='a', constraint=control(T2I(xl_adapter()), EDGES))
     for c in ((16,32),(16,32,32,32,32),(16,16,32)):
-        with pytest.raises(ValueError, match='channels for a picture'): ldm.sample(1, prompt='a', given=control(T2I(adapter(channels=c)), EDGES))
+        with pytest.raises(ValueError, match='channels for a picture'): ldm.sample(1, prompt='a', constraint=control(T2I(adapter(channels=c)), EDGES))
     pipe = sd(tokenizer, 'StableDiffusionAdapterPipeline', adapter=xl_adapter())
     with pytest.raises(ValueError, match='another layout'): drawn(pipe, LEFT, image=EDGES, height=64, width=64)
     base = sd(tokenizer); deep = diffusers.UNet2DConditionModel(sample_size=16, block_out_channels=(16,32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=32, attention_head_dim=4,
@@ -252,7 +252,7 @@ def test_bad_regions(tokenizer, region, says):
     pipe = sd(tokenizer, 'StableDiffusionAdapterPipeline', adapter=adapter())
     with pytest.raises(ValueError, match=says): drawn(pipe, region, image=EDGES)
     ldm = from_diffusers(pipe)
-    with pytest.raises(ValueError): ldm.sample(2, prompt='a', given=control(T2I(pipe.adapter), EDGES, region))
+    with pytest.raises(ValueError): ldm.sample(2, prompt='a', constraint=control(T2I(pipe.adapter), EDGES, region))
 
 def test_bad_prompts(tokenizer):
     ldm = from_diffusers(sd(tokenizer))

@@ -3,9 +3,9 @@ import subprocess, sys
 from itertools import product
 import pytest, torch
 from fastcore.test import test_eq as eq
-from fastldm.data.images import Pictures, dataloader, get_dataset
+from fastldm.data import Pictures, dataloader, get_dataset
 from fastldm.data.synthetic import *
-from fastldm.data.synthetic import ROLES
+from fastldm.data import ROLES
 
 @pytest.mark.parametrize('kw,says', [(dict(colour='crimson',kind='ship'),"colour is 'crimson'; it can be red"), (dict(colour='red',kind='ship',background='moon'),"background is 'moon'"),
     (dict(colour='red',kind='ship',relation='beside',colour2='red',kind2='sun'),"relation is 'beside'"), (dict(colour='red',kind='ship',relation='above'),"second colour is None"),

@@ -3,9 +3,9 @@ import json, shutil, subprocess, sys, warnings
 from pathlib import Path
 import pytest, torch
 from PIL import Image
-from fastldm.diffusion.ldm import load
-from fastldm.core.perceptual import perceptual
-from fastldm.recipes.recipes import codes_cli, eval_cli, evaluate_texts, reconstruction_texts, sample_cli, text_to_image, train_cli
+from fastldm.diffusion import load
+from fastldm.core import perceptual
+from fastldm.recipes import codes_cli, eval_cli, evaluate_texts, reconstruction_texts, sample_cli, text_to_image, train_cli
 
 pytest.importorskip('transformers'); pytest.importorskip('lmdb')
 COLOURS = dict(red=(220,30,30), green=(30,160,40), blue=(30,60,220), yellow=(240,220,40))
@@ -22,7 +22,7 @@ def make_set(folder, n=24):
     (folder/'captions.csv').write_text('\n'.join(rows)+'\n', encoding='utf-8')
     return folder
 
-SMALL = dict(size=32, reader_steps=4, ae_steps=4, prior_steps=(4,4), steps=4, channels=(8,16), prior_channels=(16,16), progress=False)
+SMALL = dict(size=32, text_encoder_steps=4, ae_steps=4, prior_steps=(4,4), steps=4, channels=(8,16), prior_channels=(16,16), progress=False)
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
@@ -39,7 +39,7 @@ def run(command, *args, ok=True):
 
 def test_every_stage_is_there(trained):
     model,d = trained
-    assert {'reader','vqvae','codes_train','codes_test','prior_0','prior_1','denoiser','samples.png','config.json','model.safetensors','README.md'} <= {f.name for f in (d/'run').iterdir()}
+    assert {'text_encoder','vqvae','codes_train','codes_test','prior_0','prior_1','denoiser','samples.png','config.json','model.safetensors','README.md'} <= {f.name for f in (d/'run').iterdir()}
     card = json.loads((d/'run'/'config.json').read_text())
     assert card['n_pictures']==20 and all(card['stages'][f'prior_{l}']['bits_per_code']>0 for l in (0,1))
     assert not list((d/'run').rglob('*.p[kt]*'))
@@ -79,9 +79,9 @@ def test_bad_input(trained, args, kw, says):
     with pytest.raises(ValueError, match=says.replace('(','.')): trained[0].sample(*args, **kw)
 
 def test_priors_of_another_map(trained):
-    from fastldm.codes.text2image import TextToImage
+    from fastldm.codes import TextToImage
     m,_ = trained
-    with pytest.raises(ValueError, match='train priors on the codes of this VQ-VAE'): TextToImage(m.reader, m.vqvae, list(m.priors), size=64)
+    with pytest.raises(ValueError, match='train priors on the codes of this VQ-VAE'): TextToImage(m.text_encoder, m.vqvae, list(m.priors), size=64)
 
 def test_commands(trained, tmp_path, capsys):
     "Each once as a program; again, and what goes wrong, as the function behind it."
@@ -114,21 +114,21 @@ def test_scores_of_texts(trained):
     assert evaluate_texts(model, str(d/'set'), 2, prior='diffusion', steps=2, candidates=2, progress=False)['prior']=='diffusion'
 
 def test_scores_that_are_known(trained, monkeypatch):
-    "A model that draws the real pictures, read by somebody who knows them, scores like them, and as high as can be; a judge is asked for all."
+    "A model that draws the real pictures, read by somebody who knows them, scores like them, and as high as can be; a classifier is asked for all."
     from fastldm.recipes import recipes
-    from fastldm.data.captioned import Captioned
+    from fastldm.data import Captioned
     model,d = trained
     ds = Captioned(d/'set', 'test', size=32)
     real = dict(zip(ds.caption, ds.__getitems__(range(len(ds)))['image']))
     def said(x):
         assert x.min()<-.5                                              # pictures in [-1,1]
         return [min(real, key=lambda c: (real[c].mean((1,2))-p.mean((1,2))).abs().sum()) for p in x]
-    monkeypatch.setattr(model.reader, 'caption', lambda x, batch_size: said(x), raising=False)
+    monkeypatch.setattr(model.text_encoder, 'caption', lambda x, batch_size: said(x), raising=False)
     monkeypatch.setattr(model, 'sample', lambda asked, **kw: torch.stack([(real[c]+1)/2 for c in asked]), raising=False)
-    class Judge:
-        def agreement(self, x, asked): return dict(colour=torch.tensor([a==b for a,b in zip(said(x), asked)]), all=torch.tensor([a==asked[0] for a in asked]))
-    monkeypatch.setattr(recipes, 'available', lambda cls: [f"{d/'set'}_judge"])
-    monkeypatch.setattr(recipes, 'load', lambda name, device: Judge())
+    class Classifier:
+        def score(self, x, asked): return dict(colour=torch.tensor([a==b for a,b in zip(said(x), asked)]), all=torch.tensor([a==asked[0] for a in asked]))
+    monkeypatch.setattr(recipes, 'available', lambda cls: [f"{d/'set'}_classifier"])
+    monkeypatch.setattr(recipes, 'load', lambda name, device: Classifier())
     res = evaluate_texts(model, str(d/'set'), batch_size=3, progress=False)
     assert res['bleu3']==res['real_bleu3']==res['rougeL']==1 and res['colour']==res['real_colour']==1 and .25<=res['all']<1
 
@@ -156,12 +156,12 @@ def test_scores_of_codes(trained):
     for l,m in enumerate((4*4*4,4*8*8)): assert 1<=res[f'perplexity_{l}']<=res[f'codes_used_{l}']*model.vqvae.n_codes+1e-3<=m+1
 
 def test_scores_refuse_before_work(trained, monkeypatch, tmp_path):
-    from fastldm.codes.text2image import TextToImage
+    from fastldm.codes import TextToImage
     model,d = trained
     worked = []
     monkeypatch.setattr(TextToImage, '_by_codes', lambda *a, **kw: worked.append(1))
     class Deaf: text_features = None
-    m = TextToImage.__new__(TextToImage); torch.nn.Module.__init__(m); m.reader = Deaf()
+    m = TextToImage.__new__(TextToImage); torch.nn.Module.__init__(m); m.text_encoder = Deaf()
     for kw,says in ((dict(n=0),'n=0'), (dict(prior='magic'),'codes and diffusion'), (dict(steps=3),"unknown setting 'steps'"), (dict(candidates=0),'candidates=0'), (dict(data='mnist'),'give a captioned set'), (dict(data=str(tmp_path)),'no table of captions'), (dict(model=m),'cannot describe')):
         with pytest.raises((ValueError,FileNotFoundError), match=says): evaluate_texts(**{**dict(model=model, data=str(d/'set'), progress=False), **kw})
     for package in ('sacrebleu','rouge_score','nltk'):
@@ -190,7 +190,7 @@ def test_candidates_are_what_the_reader_likes_best(trained):
     model,_ = trained
     prompts = ['a red square','a blue square']
     every = model.sample([p for p in prompts for _ in range(4)], seed=5)
-    best = [model.reader.match(every[4*i:4*i+4]*2-1, p).argmax().item()+4*i for i,p in enumerate(prompts)]
+    best = [model.text_encoder.match(every[4*i:4*i+4]*2-1, p).argmax().item()+4*i for i,p in enumerate(prompts)]
     assert model.sample(prompts, candidates=4, seed=5).equal(every[best])
 
 @pytest.mark.parametrize('prior', ['codes','diffusion'])
@@ -204,18 +204,18 @@ def test_each_prompt_its_picture(trained, prior):
 
 def test_settings_a_level(trained):
     "A pair of settings is one for each level, the coarser first."
-    from fastldm.codes.pixelsnail import sample_codes
+    from fastldm.codes import sample_codes
     model,_ = trained
-    text = model.reader.text_features(['a red square']*3)
+    text = model.text_encoder.text_features(['a red square']*3)
     top = sample_codes(model.priors[0], 3, None, text, seed=1, temperature=0., guidance_scale=2.)
     fine = sample_codes(model.priors[1], 3, top, text, seed=1, temperature=.5, top_k=3)
     x = (model.vqvae.decode_codes([top,fine])+1)/2
     assert model.sample('a red square', 3, seed=1, temperature=(0.,.5), top_k=(None,3), guidance_scale=(2.,1.)).equal(x)
 
 def test_latents_of_codes_are_those_of_pictures(trained):
-    from fastldm.data.captioned import Captioned
-    from fastldm.codes.store import CodeDataset
-    from fastldm.codes.text2image import CodeLatents
+    from fastldm.data import Captioned
+    from fastldm.codes import CodeDataset
+    from fastldm.codes import CodeLatents
     model,d = trained
     b = CodeLatents(CodeDataset(d/'run'/'codes_test', model.vqvae), model.vqvae).__getitems__(range(4))
     ds = Captioned(d/'set', 'test', size=32)
@@ -228,7 +228,7 @@ def test_goes_on_from_where_it_was(trained, tmp_path):
     before = load(run).sample('a red square', 2, seed=0)
     for gone in ('prior_1','denoiser','codes_test'): shutil.rmtree(run/gone)
     (run/'config.json').unlink(); (run/'model.safetensors').unlink()
-    kept = {f:f.stat().st_mtime_ns for s in ('reader','vqvae','prior_0') for f in (run/s).glob('*.*')}
+    kept = {f:f.stat().st_mtime_ns for s in ('text_encoder','vqvae','prior_0') for f in (run/s).glob('*.*')}
     model = text_to_image(str(d/'set'), run, **SMALL)
     assert model.sample('a red square', 2, seed=0).equal(before) and kept=={f:f.stat().st_mtime_ns for f in kept}
 
@@ -242,11 +242,11 @@ def test_another_vqvae_under_the_same_codes(trained, tmp_path):
 
 def test_codes_of_anything(trained, tmp_path, capsys):
     "By a VQ-VAE alone, with another reader, by worker processes; and what cannot be."
-    from fastldm.codes.store import CodeDataset
+    from fastldm.codes import CodeDataset
     _,d = trained
     kw = dict(size=32, split='test')
     codes_cli(str(d/'set'), str(d/'run'/'vqvae'), str(tmp_path/'a'), workers=1, **kw)
-    codes_cli(str(d/'set'), str(d/'run'/'vqvae'), str(tmp_path/'b'), reader=str(d/'run'/'reader'), **kw)
+    codes_cli(str(d/'set'), str(d/'run'/'vqvae'), str(tmp_path/'b'), text_encoder=str(d/'run'/'text_encoder'), **kw)
     a,b,c = (CodeDataset(p)[:] for p in (tmp_path/'a',tmp_path/'b',d/'run'/'codes_test'))
     assert 'text' not in a and b['text'].equal(c['text']) and all(x.equal(y) and y.equal(z) for x,y,z in zip(a['codes'],b['codes'],c['codes']))
     def fails(says, *args, **more):

@@ -6,7 +6,7 @@ import numpy as np, pytest, torch
 from torch import nn
 from safetensors import safe_open
 import fastldm.core.train as train
-from fastldm.core.models import set_seed
+from fastldm.core import set_seed
 from fastldm.core.train import *
 
 HERE = Path(__file__).parent

@@ -3,10 +3,10 @@ import os, subprocess, sys
 from pathlib import Path
 import pytest, torch, torch.nn.functional as F
 from fastcore.test import test_close as close, test_eq as eq
-from fastldm.diffusion.autoencoder import LatentDataset
-from fastldm.core.models import from_config, load_model, save_model, set_seed
-from fastldm.data.images import Digits
-from fastldm.core.train import Callback, Learner, StopTraining
+from fastldm.diffusion import LatentDataset
+from fastldm.core import from_config, load_model, save_model, set_seed
+from fastldm.data import Digits
+from fastldm.core import Callback, Learner, StopTraining
 from fastldm.codes.vqvae import *
 
 HERE = Path(__file__).parent
@@ -218,10 +218,10 @@ def test_saved_and_loaded(tmp_path):
 
 def test_latents_for_diffusion(tmp_path):
     "LatentDiffusion and LatentDataset take it unchanged; what they decode is pictures of codes."
-    from fastldm.diffusion.denoiser import Denoiser
-    from fastldm.diffusion.ldm import LatentDiffusion
-    from fastldm.diffusion.schedules import Cosine
-    from fastldm.diffusion.unet import UNet
+    from fastldm.diffusion import Denoiser
+    from fastldm.diffusion import LatentDiffusion
+    from fastldm.diffusion import Cosine
+    from fastldm.diffusion import UNet
     m,ds = learner().fit().ema_model,Digits(split='test')
     m.fit_scale(ds)
     lds = LatentDataset(ds, m, cache=tmp_path, progress=False)

@@ -10,19 +10,19 @@ import inspect
 import torch
 from fastcore.basics import patch
 from ..core.models import *
-from ..diffusion.ldm import Given, LatentDiffusion
+from ..diffusion.ldm import Constraint, LatentDiffusion
 from .pixelsnail import sample_codes
 
 # %% ../../nbs/codes/04_text2image.ipynb #4db68baa
 class TextToImage(Module):
-    "A reader of texts, a `VQVAE`, and priors: a `PixelSNAIL` for each level of codes, a `Denoiser` of the same latents, or both."
-    def __init__(self, reader, vqvae, # has `text_features(captions)`, as `Blip` and `MiniLM`; the model of the codes
+    "A text encoder, a `VQVAE`, and priors: a `PixelSNAIL` for each level of codes, a `Denoiser` of the same latents, or both."
+    def __init__(self, text_encoder, vqvae, # has `text_features(captions)`, as `Blip` and `MiniLM`; the model of the codes
                  priors=(), denoiser=None, # a `PixelSNAIL` a level, coarsest first; a `Denoiser` conditioned on `text`
                  size:int=64, # side of the pictures
                  codes=None, diffusion=None): # settings to draw with by each prior, as in `sample`
         if not priors and denoiser is None: raise ValueError('TextToImage needs a prior: a PixelSNAIL for each level of codes, a Denoiser, or both')
         super().__init__()
-        self.reader,self.vqvae,self.priors,self.denoiser,self.size = reader,vqvae,torch.nn.ModuleList(priors),denoiser,size
+        self.text_encoder,self.vqvae,self.priors,self.denoiser,self.size = text_encoder,vqvae,torch.nn.ModuleList(priors),denoiser,size
         self.settings = dict(codes=dict(codes or {}), diffusion=dict(diffusion or {}))
         shapes = vqvae.code_shapes(size)
         if priors and [(p.n_codes,*p.shape) for p in priors]!=[(vqvae.n_codes,*s) for s in shapes]:
@@ -63,8 +63,8 @@ def _by_codes(self:TextToImage, text, seed, first, progress, temperature=1., top
     return (self.vqvae.decode_codes(codes)+1)/2
 
 @patch
-def _by_diffusion(self:TextToImage, text, seed, first, progress, steps=20, step=None, times=None, guidance_scale=1., interval=(0.,1.), precision=None, given=Given(), batch_size=64):
-    kw = dict(steps=steps, step=step, times=times, guidance_scale=guidance_scale, interval=interval, precision=precision, given=given, batch_size=batch_size)
+def _by_diffusion(self:TextToImage, text, seed, first, progress, steps=20, step=None, times=None, guidance_scale=1., interval=(0.,1.), precision=None, constraint=Constraint(), batch_size=64):
+    kw = dict(steps=steps, step=step, times=times, guidance_scale=guidance_scale, interval=interval, precision=precision, constraint=constraint, batch_size=batch_size)
     return self.diffusion.sample(len(text), seed=seed, first=first, progress=progress, text=text, **kw)
 
 # %% ../../nbs/codes/04_text2image.ipynb #8453adf4
@@ -74,27 +74,27 @@ def sample(self:TextToImage,
     prompt=None, # a text for all pictures, or a list with one a picture; None: of anything
     n:int=None, # number of pictures; 1, or one a prompt, if not given
     *,
-    prior:str=None, # 'codes' or 'diffusion'; None: the first that the model has, diffusion where something is given
+    prior:str=None, # 'codes' or 'diffusion'; None: the first that the model has, diffusion where there is a constraint
     seed:int=None, # whole number: the same seed gives the same pictures; None: new ones each time
-    candidates:int=1, # pictures drawn for each one kept; the reader chooses
+    candidates:int=1, # pictures drawn for each one kept; the text encoder chooses
     batch_size:int=64, # pictures at a time
     progress:bool=False, # show bars
-    **how, # codes: temperature, top_k, top_p, guidance_scale (a number, or one a level); diffusion: steps, step, times, guidance_scale, interval, precision, given
+    **how, # codes: temperature, top_k, top_p, guidance_scale (a number, or one a level); diffusion: steps, step, times, guidance_scale, interval, precision, constraint
 )->torch.Tensor: # (n,C,H,W) in [0,1]
     "Draw what a text says. `ValueError` says what is wrong with it or with a setting, before work starts."
-    prompts,kind = _prompts(prompt, n),prior or ('diffusion' if 'given' in how and self.denoiser is not None else self.kinds[0])
+    prompts,kind = _prompts(prompt, n),prior or ('diffusion' if 'constraint' in how and self.denoiser is not None else self.kinds[0])
     if kind not in self.kinds: raise ValueError(f'prior={prior!r}: this model has {" and ".join(self.kinds)}')
     draw = getattr(self, f'_by_{kind}')
     takes = [*inspect.signature(draw).parameters][4:]
     if unknown := [k for k in how if k not in takes]: raise ValueError(f'unknown setting {unknown[0]!r}: drawing by {kind} takes {", ".join(takes)}')
-    if candidates!=1 and (candidates<1 or not hasattr(self.reader,'match')): raise ValueError(f'candidates={candidates}: expected 1 or more, and a reader that can match (a `Blip`)')
+    if candidates!=1 and (candidates<1 or not hasattr(self.text_encoder,'match')): raise ValueError(f'candidates={candidates}: expected 1 or more, and a text_encoder that can match (a `Blip`)')
     prompts = [p for p in prompts for _ in range(candidates)]
     unique = [*dict.fromkeys(prompts)]
-    text = self.reader.text_features(unique)[[unique.index(p) for p in prompts]].to(self.device)
+    text = self.text_encoder.text_features(unique)[[unique.index(p) for p in prompts]].to(self.device)
     seed = torch.randint(2**31,()).item() if seed is None else seed
     x = torch.cat([draw(t, seed, i*batch_size, progress, **{**self.settings[kind], **how, **(dict(batch_size=batch_size) if kind=='diffusion' else {})}) for i,t in enumerate(text.split(batch_size if kind=='codes' else len(text)))])
     if candidates==1: return x
-    best = self.reader.match(x*2-1, prompts).view(-1,candidates).argmax(1)
+    best = self.text_encoder.match(x*2-1, prompts).view(-1,candidates).argmax(1)
     return x[torch.arange(len(best), device=x.device)*candidates+best.to(x.device)]
 
 # %% ../../nbs/codes/04_text2image.ipynb #8ad6c3ad

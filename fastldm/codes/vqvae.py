@@ -213,12 +213,12 @@ def codes_to_latent(self:VQVAE, codes:list)->torch.Tensor: # (B,levels*d,h,w)
     return (_stack(self.embed_codes(codes))-self.shift)/self.scale
 
 @patch
-def moments(self:VQVAE, x):
+def encode_params(self:VQVAE, x):
     "The vectors of all levels on the finest grid; no variance."
     return _stack(self.quantize(x)[0]),None
 
 @patch
-def paint(self:VQVAE, z):
+def decode_raw(self:VQVAE, z):
     "Each level averaged back to its grid, every vector to its nearest code (the gradient goes straight through), then decoded."
     qs = []
     for l,(q,o) in enumerate(zip(self.quantizers, z.float().split(self.d_code, 1))):

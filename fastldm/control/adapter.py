@@ -12,13 +12,13 @@ import numpy as np, torch, torch.nn.functional as F
 from copy import copy
 from PIL import Image
 from torch import nn
-from ..core.models import Module, fingerprint, known
+from ..core.models import Module, fingerprint, check_choice
 from ..data.images import edges, from_image
 from ..diffusion.autoencoder import LatentDataset
 from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Guided, scales, uniform_weight
 from ..data.faces import read_mask
-from ..diffusion.ldm import Given
+from ..diffusion.ldm import Constraint
 from ..diffusion.schedules import uniform_t
 
 # %% ../../nbs/control/00_adapter.ipynb #91ecafb3
@@ -61,20 +61,20 @@ class ControlAdapter(Module):
 # %% ../../nbs/control/00_adapter.ipynb #856a8480
 def resize_region(region:torch.Tensor, # (B,1,H,W) in [0,1]: where the control counts
                   size, # (h,w)
-                  how:str='nearest', # or 'max', 'area'
+                  mode:str='nearest', # or 'max', 'area'
                  )->torch.Tensor: # (B,1,h,w)
     "A region at the size of a feature map. `ValueError` for another way."
-    if how=='nearest': return F.interpolate(region, size, mode='nearest')
-    if how=='max': return F.adaptive_max_pool2d(region, size)
-    if how=='area': return F.adaptive_avg_pool2d(region, size)
-    raise ValueError(f"how={how!r}: expected 'nearest', 'max' or 'area'")
+    if mode=='nearest': return F.interpolate(region, size, mode='nearest')
+    if mode=='max': return F.adaptive_max_pool2d(region, size)
+    if mode=='area': return F.adaptive_avg_pool2d(region, size)
+    raise ValueError(f"mode={mode!r}: expected 'nearest', 'max' or 'area'")
 
 def local(features:list, # one map a level
           region:torch.Tensor, # (B,1,H,W) in [0,1]
-          how:str='nearest', # as in `resize_region`
+          mode:str='nearest', # as in `resize_region`
          )->list: # the same, zero outside of the region
     "Features where they are wanted. `ValueError` as `resize_region`."
-    return [f*resize_region(region, f.shape[2:], how).to(f) for f in features]
+    return [f*resize_region(region, f.shape[2:], mode).to(f) for f in features]
 
 # %% ../../nbs/control/00_adapter.ipynb #2588b033
 class Controlled:
@@ -85,7 +85,7 @@ class Controlled:
         where:str='both', # which answers of a guided denoiser see them: 'both', 'conditional' or 'unconditional'
         interval=(0.,1.), # times at which they do
     ):
-        known(where, ('both','conditional','unconditional'), 'place of the features')
+        check_choice(where, ('both','conditional','unconditional'), 'place of the features')
         self.plain,self.told,self.schedule,self.interval = denoise,_seeing(denoise, features, where),denoise.schedule,interval
     def __call__(self, x, t, cond=None):
         lo,hi = self.interval
@@ -114,28 +114,28 @@ def _planes(x, c, what):
 # %% ../../nbs/control/00_adapter.ipynb #9199620e
 def _heard(adapter): return tuple(getattr(adapter, 'interval', (0.,1.)))                       # one of diffusers' has none
 
-class Control(Given):
+class Control(Constraint):
     "What `control` makes; several add up with `+`."
-    def __init__(self, parts, where): self.parts,self.where = parts,where # (adapter, control, region, weight, how, sealed) each; as in `Controlled`
+    def __init__(self, parts, where): self.parts,self.where = parts,where # (adapter, control, region, weight, mode, sealed) each; as in `Controlled`
     def __add__(self, other): return Control(self.parts+other.parts, self.where)
     @property
     def intervals(self): return [*dict.fromkeys(_heard(a) for a,*_ in self.parts)]
 
-    def rows(self, ldm, n):
+    def prepare(self, ldm, n):
         "The features, computed once, and added up where they are heard at the same times; `ValueError` where they are not for this model, or for another number of samples."
         maps,net = {k:None for k in self.intervals},ldm.denoiser.net
-        for adapter,picture,region,weight,how,sealed in self.parts:
+        for adapter,picture,region,weight,mode,sealed in self.parts:
             if (made := getattr(adapter, 'meta', {}).get('base_fingerprint')) and made not in (fingerprint(ldm.denoiser),getattr(ldm, 'meta', {}).get('start_fingerprint')): raise ValueError('this adapter was trained for another model: load the one that it names on its card, or train it again')
             takes,side = getattr(net, 'widths', [None]),[s*adapter.factor for s in ldm.shape[1:]]
             if adapter.widths not in takes or [*picture.shape[2:]]!=side: raise ValueError(f'the adapter gives {adapter.widths} channels for a picture of {tuple(picture.shape[2:])}: this model has {takes[0]} and takes {tuple(side)}')
             if bad := next((len(v) for v in (picture,region) if len(v) not in (1,n)), None): raise ValueError(f'{bad} controls or regions were given for {n} samples: give one, or one a sample')
             m = region.to(ldm.device)
-            with torch.no_grad(): f = local(adapter.to(ldm.device).eval()(picture.to(ldm.device)*(m>0 if sealed else 1)), m, how)
+            with torch.no_grad(): f = local(adapter.to(ldm.device).eval()(picture.to(ldm.device)*(m>0 if sealed else 1)), m, mode)
             f = [weight*o.expand(n, -1, -1, -1) for o in f]
             k = _heard(adapter)
             maps[k] = f if maps[k] is None else [a+b for a,b in zip(maps[k],f)]
         return sum(maps.values(), [])
-    def begin(self, ldm, denoise, x, ts, data):
+    def start(self, ldm, denoise, x, ts, data):
         levels = len(data)//len(self.intervals)
         for i,k in enumerate(self.intervals): denoise = Controlled(denoise, [*data[i*levels:(i+1)*levels]], self.where, k)
         return denoise,x,ts
@@ -147,18 +147,18 @@ def control(
     region=None, # where it counts: (H,W), or (n,1,H,W) with one a sample, in [0,1]; None: everywhere
     weight:float=1., # of its features
     where:str='conditional', # as in `Controlled`
-    how:str='max', # as in `resize_region`
+    mode:str='max', # as in `resize_region`
     sealed:bool=True, # erase the control outside of the region first, so that nothing of it can pass
     kind:str=None, # which control the picture is; `ValueError` where the adapter does not know it
-)->Control: # for `sample(given=...)`
+)->Control: # for `sample(constraint=...)`
     "Follow a picture in a region. `ValueError` for a control or a region of another size or range, or a kind that the adapter was not trained for."
-    if kind is not None: known(kind, adapter.kinds, 'control')
-    known(where, ('both','conditional','unconditional'), 'place of the features')
+    if kind is not None: check_choice(kind, adapter.kinds, 'control')
+    check_choice(where, ('both','conditional','unconditional'), 'place of the features')
     picture = _planes(picture, adapter.c_in, 'control')
     region = torch.ones(1,1,*picture.shape[2:]) if region is None else _planes(region, 1, 'region')
     if region.shape[2:]!=picture.shape[2:]: raise ValueError(f'the region is {tuple(region.shape[2:])}, the control {tuple(picture.shape[2:])}: give both in the size of the picture')
-    resize_region(region, (1,1), how)
-    return Control([(adapter,picture,region,weight,how,sealed)], where)
+    resize_region(region, (1,1), mode)
+    return Control([(adapter,picture,region,weight,mode,sealed)], where)
 
 # %% ../../nbs/control/00_adapter.ipynb #6b0259c8
 def cubic_t(
@@ -205,24 +205,24 @@ def control_loss(
     scale:float=1e-3, # λ of the second term
     when:str='constant', # its weight over time: a name of `WHEN`
     weight=uniform_weight, # of the noise's squared error, a function of the SNR
-    times=cubic_t, # draws the times
+    sample_t=cubic_t, # draws the times
     drop:float=.5, # rate at which the base's conditions are left out
     by_area:bool=False, # means over the region, so that small ones count as much
-    how:str='nearest', # as in `resize_region`
+    mode:str='nearest', # as in `resize_region`
     sealed:bool=True, # erase the control outside of the region first, as `control` does
 ): # `loss_fn(adapter, batch)` for the `Learner`; needs `latent`, `control`, `region` and the base's conditions
     "Noise and edges (Domingo-Gregorio and Ruiz-Hidalgo 2026). `ValueError` for an unknown name."
-    if edges is not None: known(edges, EDGES, 'comparison')
-    known(when, WHEN, 'weight'); base.eval().requires_grad_(False)
+    if edges is not None: check_choice(edges, EDGES, 'comparison')
+    check_choice(when, WHEN, 'weight'); base.eval().requires_grad_(False)
     def loss_fn(adapter, batch):
         z,region = batch['latent'],batch['region']
-        t = times(base.schedule, len(z), z.device); a,σ = scales(base, t, z)
+        t = sample_t(base.schedule, len(z), z.device); a,σ = scales(base, t, z)
         noisy = a*z+σ*torch.randn_like(z)
-        guess = base(noisy, t, _said(base, batch, drop)+Cond(features=local(adapter(batch['control']*(region>0 if sealed else 1)), region, how))).float()
+        guess = base(noisy, t, _said(base, batch, drop)+Cond(features=local(adapter(batch['control']*(region>0 if sealed else 1)), region, mode))).float()
         snr = (a/σ)**2; abar = a**2/(a**2+σ**2)
         res = dict(noise=(weight(snr)*snr*(guess-z)**2).mean())
         if edges is not None:
-            m = resize_region(region, z.shape[2:], how).to(z)
+            m = resize_region(region, z.shape[2:], mode).to(z)
             err = (m*(EDGES[edges](guess)-EDGES[edges](z))**2).mean((1,2,3))/(m.mean((1,2,3)).clamp(min=1e-6) if by_area else 1.)
             res['edges'] = (WHEN[when](t.view_as(abar[:,0,0,0]), abar[:,0,0,0])*err).mean()
         return dict(loss=res['noise']+scale*res.get('edges', 0.), **res)
@@ -244,7 +244,7 @@ def random_region(
 )->torch.Tensor: # (n,1,size,size) of 0 and 1
     "Regions at random, from the global generator. `ValueError` for another kind."
     if '+' in kind: return torch.stack([random_region(n, size, k, least) for k in kind.split('+')])[torch.randint(kind.count('+')+1, (n,)),torch.arange(n)]
-    known(kind, ('box','shapes','all'), 'kind of region')
+    check_choice(kind, ('box','shapes','all'), 'kind of region')
     if kind=='all': return torch.ones(n,1,size,size)
     y,x = torch.meshgrid(*[(torch.arange(size)+.5)/size]*2, indexing='ij')
     if kind=='box':
@@ -298,7 +298,7 @@ def picture_control(
     "Controls of pictures. `ValueError` for an unknown kind, or a batch without what it needs."
     kinds,needs = [kinds] if isinstance(kinds, str) else kinds,dict(segmentation='mask', depth='depth')
     for k in kinds:
-        known(k, CONTROLS, 'control')
+        check_choice(k, CONTROLS, 'control')
         if needs.get(k,'image') not in batch: raise ValueError(f'the control {k!r} is made of `{needs[k]}`, but these pictures have {", ".join(batch)}')
     return torch.cat([CONTROLS[k](batch, n_classes) for k in kinds], 1)
 
@@ -317,7 +317,7 @@ def read_control(
     n_classes:int=0, # of a segmentation
 )->torch.Tensor: # (c,H,W) in [0,1]
     "A control from a file. `ValueError` for a file that cannot be read, is in colour where it should be grey, or has dark lines on white."
-    known(kind, CONTROLS, 'control')
+    check_choice(kind, CONTROLS, 'control')
     if kind=='segmentation':
         ids = read_mask(path).long()
         if ids.max()>=n_classes: raise ValueError(f'{path} has the class {int(ids.max())}, this adapter knows 0 to {n_classes-1}')
@@ -372,9 +372,9 @@ class Blended:
     def __call__(self, x, t, cond=None): return torch.lerp(self.control.plain(x, t, cond), self.control(x, t, cond), resize_region(self.region, x.shape[2:]).to(x))
 
 class BlendedControl(Control):
-    "A control, blended: `BlendedControl(control(adapter, picture, region))`, for `sample(given=...)`. `ValueError` for several: a picture has one inside."
+    "A control, blended: `BlendedControl(control(adapter, picture, region))`, for `sample(constraint=...)`. `ValueError` for several: a picture has one inside."
     def __init__(self, c:Control): # what `control` made
         if len(c.parts)>1: raise ValueError(f'given {len(c.parts)} controls: expected one')
-        super().__init__([(a,p,torch.ones_like(r),w,how,False) for a,p,r,w,how,_ in c.parts], c.where); self.region = c.parts[0][2]
-    def rows(self, ldm, n): return [*super().rows(ldm, n), self.region.to(ldm.device).expand(n,-1,-1,-1)]
-    def begin(self, ldm, denoise, x, ts, data): return Blended(super().begin(ldm, denoise, x, ts, data[:-1])[0], data[-1]),x,ts
+        super().__init__([(a,p,torch.ones_like(r),w,mode,False) for a,p,r,w,mode,_ in c.parts], c.where); self.region = c.parts[0][2]
+    def prepare(self, ldm, n): return [*super().prepare(ldm, n), self.region.to(ldm.device).expand(n,-1,-1,-1)]
+    def start(self, ldm, denoise, x, ts, data): return Blended(super().start(ldm, denoise, x, ts, data[:-1])[0], data[-1]),x,ts

@@ -42,12 +42,12 @@ def _fit(features, room, spare=0):
     if got!=room[:len(got)] or len(got)<len(room)-spare: raise ValueError(f'features of {got} for a U-Net that takes {room}{" (the last is optional)" if spare else ""}: the adapter is of another layout (SD 1.x and 2.x, or SDXL), or its picture of another size')
 
 # %% ../../nbs/control/01_stable.ipynb #717fc13e
-def _mask(net, args, out, region, how, twice):
+def _mask(net, args, out, region, mode, twice):
     "Features times the region; under guidance a ControlNet's are there twice."
-    if not torch.is_tensor(out): return type(out)(_mask(net, args, o, region, how, twice) for o in out)
+    if not torch.is_tensor(out): return type(out)(_mask(net, args, o, region, mode, twice) for o in out)
     k = 2 if twice() and len(out)==2*len(region) else 1
     if len(region)!=1 and len(out)!=k*len(region): raise ValueError(f'{len(region)} regions were given for features of {len(out)} rows: give one region, or one a control picture')
-    return out*resize_region(region, out.shape[2:], how).to(out).repeat(k, 1, 1, 1)
+    return out*resize_region(region, out.shape[2:], mode).to(out).repeat(k, 1, 1, 1)
 
 def _same_size(net, args, kwargs, region):
     "`ValueError` for a control of another size than the region."
@@ -73,7 +73,7 @@ def _tell(unet, args, kwargs, guided, where):
 def local_features(
     pipe, # a pipeline of diffusers with one or several adapters or ControlNets
     region, # where the control counts: (H,W), or (n,1,H,W) with one a control picture, in [0,1]; a list with one for each adapter
-    how:str='nearest', # as in `resize_region`
+    mode:str='nearest', # as in `resize_region`
     where:str='both', # which answers of guidance see the features: 'both', 'conditional' or 'unconditional'
 ): # a context, in which calls of `pipe` are local
     "The control counts in the region only. `ValueError` for a pipeline without control, a region of another size or range, or features that the U-Net has no room for."
@@ -85,12 +85,12 @@ def local_features(
     if len(regions)!=len(nets): raise ValueError(f'{len(regions)} regions for {len(nets)} adapters or ControlNets: give one for all, or one each')
     unit,guided,hooks = getattr(net, 'downscale_factor', pipe.vae_scale_factor),lambda: bool(pipe.do_classifier_free_guidance),[]
     for r in regions:
-        resize_region(r, (1,1), how)
+        resize_region(r, (1,1), mode)
         if any(s%unit for s in r.shape[2:]): raise ValueError(f'a region of {tuple(r.shape[2:])}: expected sides that are multiples of {unit}, in the size of the picture')
     try:
         for n,r in zip(nets,regions):
             hooks.append(n.register_forward_pre_hook(partial(_same_size, region=r), with_kwargs=True))
-            hooks.append(n.register_forward_hook(partial(_mask, region=r, how=how, twice=guided if hasattr(pipe, 'controlnet') else lambda: False)))
+            hooks.append(n.register_forward_hook(partial(_mask, region=r, mode=mode, twice=guided if hasattr(pipe, 'controlnet') else lambda: False)))
         hooks.append(pipe.unet.register_forward_pre_hook(partial(_tell, guided=guided, where=where), with_kwargs=True))
         yield pipe
     finally:
@@ -122,10 +122,10 @@ class StableVAE(FirstStage):
         half = vae.dtype in (torch.float16,torch.bfloat16) and c.get('force_upcast', False)
         self.vae = deepcopy(vae).float() if half else vae
         self.scale.fill_(1/c.scaling_factor); self.shift.fill_(c.get('shift_factor') or 0.)
-    def moments(self, x):
+    def encode_params(self, x):
         q = self.vae.encode(x.to(self.vae.dtype)).latent_dist
         return q.mean.float(),q.logvar.float()
-    def paint(self, z): return self.vae.decode(z.to(self.vae.dtype)).sample.float()
+    def decode_raw(self, z): return self.vae.decode(z.to(self.vae.dtype)).sample.float()
 
 class StableUNet(nn.Module):
     "A `UNet2DConditionModel` of diffusers as the network of a `Denoiser`."
@@ -163,17 +163,17 @@ class PromptEmbedder(Embedder):
         self.tokenizers,self.encoders = [t for t,_ in both],nn.ModuleList([e for _,e in both])
         self.xl,self.zeros = pipe.unet.config.addition_embed_type=='text_time',negative is None and pipe.config.get('force_zeros_for_empty_prompt', False)
         self.length = min(t.model_max_length for t in self.tokenizers)
-        self.takes = f'a prompt of at most {self.length} tokens, one a sample, their tokens (n,{len(both)},{self.length}), or None for no prompt'
+        self.expects = f'a prompt of at most {self.length} tokens, one a sample, their tokens (n,{len(both)},{self.length}), or None for no prompt'
         self.register_buffer('empty', _tokens(self.tokenizers, [negative or ''], self.length), persistent=False)
 
     def forward(self, ids):
-        said = ids[:,:1,:1]>=0; ids = torch.where(said, ids, self.empty)
+        said = ids[:,:1,:1]>=0; ids = torch.where(said, ids, self.empty_prompt)
         outs = [e(i, output_hidden_states=self.xl) for e,i in zip(self.encoders, ids.unbind(1))]
         if not self.xl: return Cond(context=outs[0][0])
         context,whole = torch.cat([o.hidden_states[-2] for o in outs], -1),outs[-1][0]
         return Cond(vector=whole*said[:,0], context=context*said) if self.zeros else Cond(vector=whole, context=context)
     def null(self, ids): return torch.full_like(ids, -1)
-    def blank(self, n): return torch.full((n,*self.empty.shape[1:]), -1)
+    def empty(self, n): return torch.full((n,*self.empty_prompt.shape[1:]), -1)
 
     def parse(self,
         value, # a prompt, one a sample, their tokens, or None
@@ -181,10 +181,10 @@ class PromptEmbedder(Embedder):
         name:str='prompt', # for the error message
     )->torch.Tensor: # (n,encoders,length)
         "`ValueError` for a prompt that is too long, or a wrong count."
-        if value is None: return self.blank(n)
+        if value is None: return self.empty(n)
         said = [value] if isinstance(value, str) else value; rows = 1 if isinstance(value, str) else n
         if isinstance(said, (list,tuple)) and len(said)==rows and all(isinstance(p, str) for p in said): said = _tokens(self.tokenizers, [*said], self.length)
-        if not torch.is_tensor(said) or said.shape!=(rows,*self.empty.shape[1:]): raise ValueError(f'{name}={value!r:.60} for {n} samples: it takes {self.takes}')
+        if not torch.is_tensor(said) or said.shape!=(rows,*self.empty_prompt.shape[1:]): raise ValueError(f'{name}={value!r:.60} for {n} samples: it takes {self.expects}')
         return said.expand(n, -1, -1)
 
 # %% ../../nbs/control/01_stable.ipynb #9432be2c

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from PIL import Image,ImageDraw
 from fastcore.basics import patch
-from ..core.models import check_named,known,write_atomic
+from ..core.models import check_flags,check_choice,write_atomic
 from .images import DATASETS,FashionMNIST,ImageFolder,Pictures,_check_split,_places,from_image,to_image,to_uint8
 from .synthetic import _disc
 from tqdm.auto import tqdm
@@ -97,7 +97,7 @@ def word_ids(sentences, # one, or a list of them
     rows = [_split(s) for s in ([sentences] if isinstance(sentences, str) else sentences)]
     if long := next((r for r in rows if len(r)>length), None): raise ValueError(f"a sentence of {len(long)} words and commas, which begins '{' '.join(long[:6])}': at most {length} can be read")
     place = {w:i+1 for i,w in enumerate(words)}
-    return torch.tensor([[place[known(w, place, 'word')] for w in r]+[0]*(length-len(r)) for r in rows])
+    return torch.tensor([[place[check_choice(w, place, 'word')] for w in r]+[0]*(length-len(r)) for r in rows])
 
 # %% ../../nbs/data/03_faces.ipynb #54c29d53
 class Faces(ImageFolder):
@@ -285,7 +285,7 @@ def check_attributes(given:dict, # {name: true or false}
                      names:list=ATTRIBUTES, # that there are
                     )->set: # those that are true
     "`ValueError` for an unknown name, with the nearest spelling, and for attributes that no face has together."
-    return check_named(given, names, EXCLUSIVE)
+    return check_flags(given, names, EXCLUSIVE)
 
 def _flags(rng, given={}):
     "The attributes of a face that can be: as given, the others at random."

@@ -56,7 +56,7 @@ class FirstStage(Module):
               )->torch.Tensor: # (B,c,h,w), unit variance once `fit_scale` was called
         "Pictures to latents; `ValueError` for pictures of the wrong size, channels, type or range."
         self.check(x)
-        with _evaluating(self): mean,logvar = self.moments(x.to(self.shift))
+        with _evaluating(self): mean,logvar = self.encode_params(x.to(self.shift))
         if sample and logvar is not None: mean = mean+(logvar/2).exp()*torch.randn(mean.shape, generator=generator, device=generator.device if generator else mean.device).to(mean)
         return (mean-self.shift)/self.scale
 
@@ -64,7 +64,7 @@ class FirstStage(Module):
         "Latents to pictures; `ValueError` for latents of another shape."
         if not torch.is_tensor(z) or z.dim()!=4 or z.shape[1]!=self.c_latent:
             raise ValueError(f"given latents of {tuple(z.shape) if torch.is_tensor(z) else type(z).__name__}, expected (B,{self.c_latent},h,w)")
-        with _evaluating(self): return self.paint(z.to(self.shift)*self.scale+self.shift).clamp(-1,1)
+        with _evaluating(self): return self.decode_raw(z.to(self.shift)*self.scale+self.shift).clamp(-1,1)
 
 # %% ../../nbs/diffusion/00_autoencoder.ipynb #a524748a
 @torch.no_grad()
@@ -77,7 +77,7 @@ def latent_stats(ae:FirstStage, data, # an autoencoder; a data set, or pictures 
     with _evaluating(ae):
         for i in idx.split(batch_size):
             x = _fetch(data, i.tolist())['image']; ae.check(x)
-            mean,logvar = (o if o is None else o.double().cpu() for o in ae.moments(x.to(ae.shift)))
+            mean,logvar = (o if o is None else o.double().cpu() for o in ae.encode_params(x.to(ae.shift)))
             s += torch.stack([mean.sum((0,2,3)), (mean**2+(0 if logvar is None else logvar.exp())).sum((0,2,3))])
             count += mean[:,0].numel()
     m = s[0]/count
@@ -140,18 +140,18 @@ class Autoencoder(FirstStage):
         self.encoder = Encoder(c_in, c_latent*(1+kl), channels, n_blocks, patch)
         self.decoder = Decoder(c_in, c_latent, channels, n_blocks, patch)
 
-    def moments(self, x):
+    def encode_params(self, x):
         "Mean and logarithm of the variance (None unless KL) of the raw latent."
         if not self.kl: return self.encoder(x),None
         mean,logvar = self.encoder(x).float().chunk(2, 1)
         return mean,logvar.clamp(-20,10)
 
-    def paint(self, z): return self.decoder(z)
+    def decode_raw(self, z): return self.decoder(z)
 
     def forward(self, x): # for training: (picture, mean, logvar), the picture not clamped
-        mean,logvar = self.moments(x)
+        mean,logvar = self.encode_params(x)
         draw = logvar is not None and self.training
-        return self.paint(mean+(logvar/2).exp()*torch.randn_like(mean) if draw else mean),mean,logvar
+        return self.decode_raw(mean+(logvar/2).exp()*torch.randn_like(mean) if draw else mean),mean,logvar
 
 # %% ../../nbs/diffusion/00_autoencoder.ipynb #d7c1da38
 def autoencoder_loss(perceptual=None, # a distance `(a, b) -> (B,)`, e.g. `FeatureDistance(net)`
@@ -188,9 +188,9 @@ class TutorialAutoencoder(FirstStage):
         if min(x.shape[2:])<10: raise ValueError(f"given pictures of {x.shape[2]}×{x.shape[3]}, expected at least 10×10: its convolutions have no padding")
 
     def latent_shape(self, h, w=None): return self.c_latent,h//2-4,(w or h)//2-4
-    def moments(self, x): return self.encoder((x+1)/2),None
-    def paint(self, z): return self.decoder(z)*2-1
-    def forward(self, x): mean,_ = self.moments(x); return self.paint(mean),mean,None
+    def encode_params(self, x): return self.encoder((x+1)/2),None
+    def decode_raw(self, z): return self.decoder(z)*2-1
+    def forward(self, x): mean,_ = self.encode_params(x); return self.decode_raw(mean),mean,None
 
 # %% ../../nbs/diffusion/00_autoencoder.ipynb #c325396c
 def _digest(*parts)->str:
@@ -246,7 +246,7 @@ def _encode(self:LatentDataset, ds, ae, batch_size, progress):
     for i in tqdm(range(0, len(ds), batch_size), desc='encoding', disable=not progress, leave=False):
         b = _fetch(ds, [*range(i, min(i+batch_size,len(ds)))])
         x = b.pop('image'); ae.check(x)
-        with _evaluating(ae): ms = [ae.moments(o.to(ae.shift)) for o in ((x,x.flip(-1)) if self.flip else (x,))]
+        with _evaluating(ae): ms = [ae.encode_params(o.to(ae.shift)) for o in ((x,x.flip(-1)) if self.flip else (x,))]
         out.append([torch.stack([(m-ae.shift)/ae.scale for m,_ in ms]).cpu(), None if ms[0][1] is None else torch.stack([(l/2).exp()/ae.scale for _,l in ms]).cpu()])
         for k,v in b.items(): fields.setdefault(k,[]).append(v)
     self.latent,self.std = (None if o[0] is None else torch.cat(o, 1).float() for o in zip(*out))

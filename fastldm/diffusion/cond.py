@@ -11,7 +11,7 @@ import math, numpy as np, torch, torch.nn.functional as F
 from torch import nn
 from dataclasses import dataclass, fields
 from fastcore.basics import patch
-from ..core.models import Module, check_named
+from ..core.models import Module, check_flags
 from ..data.faces import word_ids
 from .unet import SpatialTransformer, grid_features
 
@@ -45,11 +45,11 @@ def stack_conds(
 # %% ../../nbs/diffusion/03_cond.ipynb #fd28ca7a
 class Embedder(Module):
     "One kind of condition: `forward(raw) -> Cond`, `null(raw) -> raw`, and `parse` for what a user gives."
-    takes = 'a tensor with one row a sample'
+    expects = 'a tensor with one row a sample'
     def forward(self, raw): raise NotImplementedError
     def null(self, raw): raise NotImplementedError
-    def thin(self, raw): return raw # for training: now and then a raw field that says less
-    def blank(self, n): raise ValueError(f'{type(self).__name__} has no `blank(n)`: give this condition a value')
+    def drop_part(self, raw): return raw # for training: now and then a raw field that says less
+    def empty(self, n): raise ValueError(f'{type(self).__name__} has no `empty(n)`: give this condition a value')
 
     def parse(self,
         value, # what the user gave; None: nothing
@@ -57,9 +57,9 @@ class Embedder(Module):
         name:str='condition', # for the error message
     )->torch.Tensor: # the raw field, one row a sample
         "One row a sample; `ValueError` when the count is wrong."
-        if value is None: return self.blank(n)
+        if value is None: return self.empty(n)
         raw = torch.as_tensor(value)
-        if len(raw)!=n: raise ValueError(f'{name}: got {len(raw)} rows for {n} samples; it takes {self.takes}')
+        if len(raw)!=n: raise ValueError(f'{name}: got {len(raw)} rows for {n} samples; it takes {self.expects}')
         return raw
 
 # %% ../../nbs/diffusion/03_cond.ipynb #d62d411a
@@ -72,12 +72,12 @@ class LabelEmbedder(Embedder):
     ):
         super().__init__(); self.n_classes,self.token = n_classes,token
         self.table = nn.Embedding(n_classes+1, dim)
-        self.takes = f'a label from 0 to {n_classes-1}, or a list with one a sample, or None for no label'
+        self.expects = f'a label from 0 to {n_classes-1}, or a list with one a sample, or None for no label'
     def forward(self, label):
         v = self.table(label)
         return Cond(context=v[:,None]) if self.token else Cond(vector=v)
     def null(self, label): return torch.full_like(label, self.n_classes)
-    def blank(self, n): return torch.full((n,), self.n_classes)
+    def empty(self, n): return torch.full((n,), self.n_classes)
 
     def parse(self,
         value, # a label, one a sample, or None
@@ -85,17 +85,17 @@ class LabelEmbedder(Embedder):
         name:str='label', # for the error message
     )->torch.Tensor: # (n,) int64
         "`ValueError` for a label out of range, a wrong count or a number that is not whole."
-        if value is None: return self.blank(n)
+        if value is None: return self.empty(n)
         raw = torch.as_tensor(value)
-        if raw.is_floating_point() or raw.dtype==torch.bool or raw.ndim>1: raise ValueError(f'{name}={value!r}: expected {self.takes}')
-        if raw.ndim==1 and len(raw)!=n: raise ValueError(f'{name}: got {len(raw)} labels for {n} samples; it takes {self.takes}')
-        if len(bad:=raw[(raw<0)|(raw>=self.n_classes)].flatten()): raise ValueError(f'{name}={bad[0].item()} is out of range; it takes {self.takes}')
+        if raw.is_floating_point() or raw.dtype==torch.bool or raw.ndim>1: raise ValueError(f'{name}={value!r}: expected {self.expects}')
+        if raw.ndim==1 and len(raw)!=n: raise ValueError(f'{name}: got {len(raw)} labels for {n} samples; it takes {self.expects}')
+        if len(bad:=raw[(raw<0)|(raw>=self.n_classes)].flatten()): raise ValueError(f'{name}={bad[0].item()} is out of range; it takes {self.expects}')
         return raw.long().expand(n)
 
 # %% ../../nbs/diffusion/03_cond.ipynb #59e29964
-def _rows(raw, n, width, name, takes):
+def _rows(raw, n, width, name, expects):
     "(n,width) of one row for all or one a sample; `ValueError` for another shape."
-    if raw.shape not in ((width,),(n,width)): raise ValueError(f'{name}: shape {tuple(raw.shape)} for {n} samples; it takes {takes}')
+    if raw.shape not in ((width,),(n,width)): raise ValueError(f'{name}: shape {tuple(raw.shape)} for {n} samples; it takes {expects}')
     return raw.expand(n, -1)
 
 class AttributeEmbedder(Embedder):
@@ -107,19 +107,19 @@ class AttributeEmbedder(Embedder):
         exclusive=(), # lists of names of which one at most can be true
         token:bool=True, # a token an attribute; False: one vector
         partial:float=0., # rate at which training leaves out some attributes, a random share of them
-        seen:str='', # attributes of faces that were seen, for `complete`, as `pack_rows` writes them
+        seen:str='', # attributes of faces that were seen, for `sample_missing`, as `pack_rows` writes them
     ):
         super().__init__(); self.n_attrs,self.token,self.exclusive,self.partial,self.seen = n_attrs,token,exclusive,partial,seen
         self.names = list(names or map(str, range(n_attrs)))
         if len(self.names)!=n_attrs: raise ValueError(f'{len(self.names)} names for {n_attrs} attributes: give one each')
         self.table = nn.Embedding(3*n_attrs, dim)
-        self.takes = f'{n_attrs} numbers that are 0 or 1 (or -1 and 1, or booleans), a dict of some by name (such as {self.names[0]}), one of these a sample, or None for no attributes'
+        self.expects = f'{n_attrs} numbers that are 0 or 1 (or -1 and 1, or booleans), a dict of some by name (such as {self.names[0]}), one of these a sample, or None for no attributes'
     def forward(self, attrs):
         rows = self.table(attrs.long() + 3*torch.arange(self.n_attrs, device=attrs.device))
         return Cond(context=rows) if self.token else Cond(vector=rows.sum(1)/math.sqrt(self.n_attrs))
     def null(self, attrs): return torch.full_like(attrs, 2)
-    def thin(self, attrs): return torch.where(_some(attrs, self.n_attrs, self.partial), 2, attrs)
-    def blank(self, n): return torch.full((n,self.n_attrs), 2)
+    def drop_part(self, attrs): return torch.where(_some(attrs, self.n_attrs, self.partial), 2, attrs)
+    def empty(self, n): return torch.full((n,self.n_attrs), 2)
 
 def _some(raw, n, rate):
     "(B,n) booleans: at that rate a row has a random share of true values, else none."
@@ -130,7 +130,7 @@ def _some(raw, n, rate):
 @patch
 def _named(self:AttributeEmbedder, given):
     "A row of what was said, 2 for the rest."
-    check_named(given, self.names, self.exclusive)
+    check_flags(given, self.names, self.exclusive)
     return torch.tensor([2 if given.get(k) is None else int(bool(given[k])) for k in self.names])
 
 @patch
@@ -140,12 +140,12 @@ def parse(self:AttributeEmbedder,
     name:str='attrs', # for the error message
 )->torch.Tensor: # (n,n_attrs) of 0, 1, and 2 for what was not said
     "`ValueError` for a wrong count, an unknown name, names that cannot both be true, or a value other than 0 and 1 (-1 and 1, booleans)."
-    if value is None: return self.blank(n)
+    if value is None: return self.empty(n)
     if isinstance(value, dict): return self._named(value).expand(n, -1)
     if isinstance(value, (list,tuple)) and value and isinstance(value[0], dict): value = torch.stack([self._named(v) for v in value])
     raw = torch.as_tensor(value)
-    rows = _rows(raw.long(), n, self.n_attrs, name, self.takes)
-    if not (rows==raw).all() or rows.min()<-1 or rows.max()>2 or (rows==-1).any() and (rows!=-1).logical_and(rows!=1).any(): raise ValueError(f'{name}: a value outside {{0,1}}; it takes {self.takes}')
+    rows = _rows(raw.long(), n, self.n_attrs, name, self.expects)
+    if not (rows==raw).all() or rows.min()<-1 or rows.max()>2 or (rows==-1).any() and (rows!=-1).logical_and(rows!=1).any(): raise ValueError(f'{name}: a value outside {{0,1}}; it takes {self.expects}')
     return torch.where(rows==-1, 0, rows)
 
 # %% ../../nbs/diffusion/03_cond.ipynb #09b71302
@@ -162,7 +162,7 @@ def unpack_rows(packed:str, n:int, # as `pack_rows` writes them; bits a row
     return torch.from_numpy(np.unpackbits(rows.reshape(-1,width), axis=1)[:,:n].astype(np.int64))
 
 @patch
-def complete(self:AttributeEmbedder,
+def sample_missing(self:AttributeEmbedder,
     value, # what is said, as in `parse`
     n:int, # number of samples
     seed:int=0, # of the choice
@@ -191,17 +191,17 @@ class MaskEmbedder(Embedder):
         super().__init__(); self.classes,self.size,self.patch,self.slot,self.anything,self.partial = list(classes),size,patch,slot,len(classes),partial
         if slot not in ('context','concat','vector'): raise ValueError(f"slot is {slot!r}; it can be 'context', 'concat' or 'vector'")
         if slot!='concat': self.patches,self.place = nn.Sequential(nn.Conv2d(len(classes)+1, dim, patch, stride=patch), nn.GELU(), nn.Conv2d(dim, dim, 1)),nn.Linear(32, dim, bias=False)
-        self.takes = f'class ids from 0 to {self.anything} ({", ".join(self.classes)}, anything), ({size},{size}) for all or one a sample, or None for no mask'
+        self.expects = f'class ids from 0 to {self.anything} ({", ".join(self.classes)}, anything), ({size},{size}) for all or one a sample, or None for no mask'
     def forward(self, mask):
         planes = F.one_hot(mask.long(), self.anything+1).movedim(-1,1).float()
         if self.slot=='concat': return Cond(concat=F.avg_pool2d(planes, self.patch))
         maps = self.patches(planes); rows = maps.flatten(2).mT
         return Cond(vector=rows.mean(1)) if self.slot=='vector' else Cond(context=rows+self.place(grid_features(*maps.shape[2:], 32, maps.device).to(rows.dtype)))
     def null(self, mask): return torch.full_like(mask, self.anything)
-    def thin(self, mask):
+    def drop_part(self, mask):
         open_to = _some(mask, self.anything+1, self.partial).gather(1, mask.long().flatten(1)).view_as(mask)
         return torch.where(open_to, self.anything, mask)
-    def blank(self, n): return torch.full((n,self.size,self.size), self.anything)
+    def empty(self, n): return torch.full((n,self.size,self.size), self.anything)
 
     def parse(self,
         value, # a mask, one a sample, or None
@@ -209,11 +209,11 @@ class MaskEmbedder(Embedder):
         name:str='mask', # for the error message
     )->torch.Tensor: # (n,size,size) int64
         "`ValueError` for a mask of another size or count, a soft one, or one with a class that there is not."
-        if value is None: return self.blank(n)
+        if value is None: return self.empty(n)
         raw = torch.as_tensor(value)
-        if raw.is_floating_point() or raw.dtype==torch.bool: raise ValueError(f'{name}: {raw.dtype}; it takes {self.takes}: of a soft mask, take argmax over its classes first')
-        if raw.shape not in ((self.size,)*2,(n,self.size,self.size)): raise ValueError(f'{name}: shape {tuple(raw.shape)} for {n} samples; it takes {self.takes}; `resize_mask` makes a mask of another size')
-        if len(bad := raw[(raw<0)|(raw>self.anything)]): raise ValueError(f'{name}: class {bad[0].item()}; it takes {self.takes}')
+        if raw.is_floating_point() or raw.dtype==torch.bool: raise ValueError(f'{name}: {raw.dtype}; it takes {self.expects}: of a soft mask, take argmax over its classes first')
+        if raw.shape not in ((self.size,)*2,(n,self.size,self.size)): raise ValueError(f'{name}: shape {tuple(raw.shape)} for {n} samples; it takes {self.expects}; `resize_mask` makes a mask of another size')
+        if len(bad := raw[(raw<0)|(raw>self.anything)]): raise ValueError(f'{name}: class {bad[0].item()}; it takes {self.expects}')
         return raw.long().expand(n, -1, -1)
 
 # %% ../../nbs/diffusion/03_cond.ipynb #eb65c8db
@@ -226,10 +226,10 @@ class WordEmbedder(Embedder):
     ):
         super().__init__(); self.words,self.length = list(words),length
         self.table,self.place = nn.Embedding(len(self.words)+1, dim),nn.Embedding(length, dim)
-        self.takes = f'a sentence of at most {length} words out of {len(self.words)} ({", ".join(self.words[:4])}, ...), one a sample, or None for no sentence'
+        self.expects = f'a sentence of at most {length} words out of {len(self.words)} ({", ".join(self.words[:4])}, ...), one a sample, or None for no sentence'
     def forward(self, ids): return Cond(context=self.table(ids)+self.place.weight)
     def null(self, ids): return torch.zeros_like(ids)
-    def blank(self, n): return torch.zeros(n, self.length).long()
+    def empty(self, n): return torch.zeros(n, self.length).long()
 
     def parse(self,
         value, # a sentence, one a sample, their `word_ids`, or None
@@ -237,10 +237,10 @@ class WordEmbedder(Embedder):
         name:str='text', # for the error message
     )->torch.Tensor: # (n,length)
         "`ValueError` for an unknown word, a sentence that is too long, or a wrong count."
-        if value is None: return self.blank(n)
+        if value is None: return self.empty(n)
         ids = value if torch.is_tensor(value) else word_ids(value, self.words, self.length)
         if ids.ndim==1 or len(ids)==1: ids = ids.reshape(1, -1).expand(n, -1)
-        if ids.shape!=(n,self.length) or ids.min()<0 or ids.max()>len(self.words): raise ValueError(f'{name}: {tuple(ids.shape)} for {n} samples; it takes {self.takes}')
+        if ids.shape!=(n,self.length) or ids.min()<0 or ids.max()>len(self.words): raise ValueError(f'{name}: {tuple(ids.shape)} for {n} samples; it takes {self.expects}')
         return ids.long()
 
 # %% ../../nbs/diffusion/03_cond.ipynb #2230d468
@@ -252,10 +252,10 @@ class VectorEmbedder(Embedder):
     ):
         super().__init__(); self.n = n
         self.proj = nn.Linear(n, dim, bias=False)
-        self.takes = f'{n} numbers, or one such row a sample, or None for zeros'
+        self.expects = f'{n} numbers, or one such row a sample, or None for zeros'
     def forward(self, v): return Cond(vector=self.proj(v.float()))
     def null(self, v): return torch.zeros_like(v)
-    def blank(self, n): return torch.zeros(n, self.n)
+    def empty(self, n): return torch.zeros(n, self.n)
 
     def parse(self,
         value, # one row of numbers, one a sample, or None
@@ -263,8 +263,8 @@ class VectorEmbedder(Embedder):
         name:str='vector', # for the error message
     )->torch.Tensor: # (n,self.n)
         "`ValueError` for a wrong count."
-        if value is None: return self.blank(n)
-        return _rows(torch.as_tensor(value).float(), n, self.n, name, self.takes)
+        if value is None: return self.empty(n)
+        return _rows(torch.as_tensor(value).float(), n, self.n, name, self.expects)
 
 # %% ../../nbs/diffusion/03_cond.ipynb #d982a8df
 class TextEmbedder(Embedder):
@@ -278,13 +278,13 @@ class TextEmbedder(Embedder):
         super().__init__(); self.d_text,self.d_context,width = d_text,d_context,d_context or dim
         self.rows,self.whole = nn.Linear(d_text, width),nn.Linear(width, dim, bias=False)
         self.layers = nn.Sequential(*(SpatialTransformer(width, n_heads=max(1,width//32), mlp=2) for _ in range(n_layers)))
-        self.takes = f'an encoded text (1+L,{d_text}) for all, or (B,1+L,{d_text}), or None for no text'
+        self.expects = f'an encoded text (1+L,{d_text}) for all, or (B,1+L,{d_text}), or None for no text'
     def forward(self, text):
         rows = self.rows(torch.cat([text[:,:1]*math.sqrt(self.d_text), text[:,1:]], 1).float())     # the whole has length one
         rows = self.layers(rows.transpose(1,2)[...,None])[...,0].transpose(1,2)
         return Cond(vector=self.whole(rows[:,0]), context=rows[:,1:] if self.d_context else None)
     def null(self, text): return torch.zeros_like(text)
-    def blank(self, n): return torch.zeros(n, 2, self.d_text)
+    def empty(self, n): return torch.zeros(n, 2, self.d_text)
 
     def parse(self,
         value, # an encoded text, one a sample, or None
@@ -292,10 +292,10 @@ class TextEmbedder(Embedder):
         name:str='text', # for the error message
     )->torch.Tensor: # (n,1+L,d_text)
         "`ValueError` for a wrong count, width, or for words where numbers belong."
-        if value is None: return self.blank(n)
-        if not torch.is_tensor(value): raise ValueError(f'{name}={value!r:.60}: it takes {self.takes}; words are encoded first, by `text_features` of a reader')
+        if value is None: return self.empty(n)
+        if not torch.is_tensor(value): raise ValueError(f'{name}={value!r:.60}: it takes {self.expects}; words are encoded first, by `text_features` of a reader')
         if value.ndim not in (2,3) or value.shape[-1]!=self.d_text or value.shape[-2]<2 or (value.ndim==3 and len(value)!=n):
-            raise ValueError(f'{name}: shape {tuple(value.shape)} for {n} samples; it takes {self.takes}')
+            raise ValueError(f'{name}: shape {tuple(value.shape)} for {n} samples; it takes {self.expects}')
         return value.expand(n, -1, -1)
 
 # %% ../../nbs/diffusion/03_cond.ipynb #123e22df
@@ -320,7 +320,7 @@ class Conditioner(Module):
             raw = batch[k]
             if k in without: raw = emb.null(raw)
             elif self.training:
-                raw,out = emb.thin(raw),torch.rand(len(raw), device=raw.device) < self.drop[k] if self.drop[k] else None
+                raw,out = emb.drop_part(raw),torch.rand(len(raw), device=raw.device) < self.drop[k] if self.drop[k] else None
                 if out is not None: raw = torch.where(out.view(-1,*[1]*(raw.ndim-1)), emb.null(raw), raw)
             cond = cond + emb(raw)
         return cond
@@ -331,6 +331,6 @@ class Conditioner(Module):
         **conditions, # what the user gave, by name
     )->dict: # a batch with a field for each condition
         "From `label=3` to a batch; `ValueError` lists what the model takes when a name is unknown."
-        takes = '; '.join(f'{k}: {e.takes}' for k,e in self.embedders.items())
-        if unknown := [k for k in conditions if k not in self.embedders]: raise ValueError(f'this model has no condition {unknown[0]!r}. It takes {takes or "none"}')
+        expects = '; '.join(f'{k}: {e.expects}' for k,e in self.embedders.items())
+        if unknown := [k for k in conditions if k not in self.embedders]: raise ValueError(f'this model has no condition {unknown[0]!r}. It takes {expects or "none"}')
         return {k:e.parse(conditions.get(k), n, k).to(device) for k,e in self.embedders.items()}

@@ -154,12 +154,12 @@ def diffusion_loss(
     model, # a `Denoiser`
     batch:dict, # with `latent` (B,C,H,W) and the fields of the model's conditions
     weight=uniform_weight, # weight of the noise's squared error, a function of the SNR
-    times=uniform_t, # draws the times: `(schedule, n, device) -> (n,)`
+    sample_t=uniform_t, # draws the times: `(schedule, n, device) -> (n,)`
     total:bool=False, # sum over the latent's elements, as the tutorial does, not their mean
 )->dict: # `loss`, a scalar
     "Denoising score matching (Vincent 2011; Ho et al. 2020) in terms of the predicted latent."
     x0 = batch['latent']
-    t = times(model.schedule, len(x0), x0.device)
+    t = sample_t(model.schedule, len(x0), x0.device)
     a,σ = scales(model,t,x0)
     cond = model.conditioner(batch) if model.conditioner is not None else None
     x0_hat = model(a*x0 + σ*torch.randn_like(x0), t, cond)

@@ -9,7 +9,7 @@ __all__ = ['Kept', 'Edit', 'edit', 'ddim_inverse_step', 'Inverted', 'invert']
 import torch, torch.nn.functional as F
 from .denoiser import eps_of,scales
 from .constraints import Vary, _pictures
-from .ldm import Given
+from .ldm import Constraint
 
 # %% ../../nbs/diffusion/08_edit.ipynb #e7e207ed
 class Kept:
@@ -27,11 +27,11 @@ class Edit(Vary):
     def __init__(self, images, region, strength): # pictures (1 or n,C,H,W) in [-1,1]; (1 or n,1,H,W); time up to which they are noised
         super().__init__(images, strength); self.data,self.measure = (images,region.float()),lambda p, *_: p
 
-    def begin(self, ldm, denoise, x, ts, data):
+    def start(self, ldm, denoise, x, ts, data):
         "Start from the noised latent of the picture, and hold what lies outside."
         image,region = data
         inner = F.adaptive_max_pool2d(region, ldm.shape[1:])>0
-        denoise,x,ts = super().begin(ldm, denoise, x, ts, (image,))
+        denoise,x,ts = super().start(ldm, denoise, x, ts, (image,))
         return Kept(denoise, ldm.encode(image), inner),x,ts
     def finish(self, pictures, image, region): return torch.where(region>0, pictures, image)
 
@@ -39,7 +39,7 @@ def edit(
     images:torch.Tensor, # (C,H,W), or (n,C,H,W) with one a sample, in [-1,1]
     region:torch.Tensor, # (H,W), or (n,1,H,W) with one a sample: true where the picture may change
     strength:float=.8, # time up to which it is noised: near 0 little changes, 1 redraws the region
-)->Given: # for `sample(given=...)`, with the conditions of the new picture
+)->Constraint: # for `sample(constraint=...)`, with the conditions of the new picture
     "Redraw a region under other conditions, and keep the rest. `ValueError` for pictures that are not in [-1,1], a region of another shape, or a strength outside (0,1]."
     x,region = _pictures(images, 'edit'),torch.as_tensor(region).bool()
     if region.shape[-2:]!=x.shape[-2:] or region.ndim not in (2,4) or region.ndim==4 and len(region) not in (1,len(x)):
@@ -64,20 +64,20 @@ def ddim_inverse_step(
     return guess
 
 # %% ../../nbs/diffusion/08_edit.ipynb #26d77785
-class Inverted(Given):
+class Inverted(Constraint):
     "What `invert` makes."
     step,steps = 'ddim_step',40                                # what is undone must be redone in the same way
     def __init__(self, images, source, rounds): # pictures (1 or n,C,H,W) in [-1,1]; {condition: value} of these; as in `ddim_inverse_step`
         self.data,self.source,self.rounds = images,source,rounds
 
-    def rows(self, ldm, n):
+    def prepare(self, ldm, n):
         "`ValueError` where there is not one picture a sample, or where the conditions make no sense."
         if len(self.data) not in (1,n): raise ValueError(f'{len(self.data)} pictures were given for {n} samples: give one, or one a sample')
         z = ldm.encode(self.data)
         self.fields = ldm.denoiser.conditioner.parse(n, ldm.device, **self.source) if ldm.denoiser.conditioner is not None else {}
         return [z.expand(n, *z.shape[1:]),*self.fields.values()]
 
-    def begin(self, ldm, denoise, x, ts, data):
+    def start(self, ldm, denoise, x, ts, data):
         "The noise that the picture would have come from."
         z,*fields = data
         model = ldm.denoiser.eval()
@@ -91,6 +91,6 @@ def invert(
     images:torch.Tensor, # (C,H,W), or (n,C,H,W) with one a sample, in [-1,1]
     rounds:int=2, # of `ddim_inverse_step`
     **source, # the conditions of the picture as it is
-)->Given: # for `sample(given=...)`, with the conditions of the new picture
+)->Constraint: # for `sample(constraint=...)`, with the conditions of the new picture
     "Back to the noise under the picture's own conditions, to be drawn again under others (Song et al. 2021a). `ValueError` for pictures that are not in [-1,1]."
     return Inverted(_pictures(images, 'invert'), source, rounds)

@@ -102,11 +102,11 @@ class SpatialTransformer(Module):
         project:bool=True, # output projections in the attention
         mlp:int=0, # expansion of the MLP; 0: none
         twice:bool=False, # add the input of the block once more, as the tutorial does
-        placed:bool=False, # tell the cross-attention where each position is, for tokens that have a place
+        position_embedding:bool=False, # tell the cross-attention where each position is, for tokens that have a place
         itself:bool=True, # with self-attention
     ):
         super().__init__(); self.twice = twice
-        self.place = nn.Linear(32, dim, bias=False) if placed and d_context else None
+        self.place = nn.Linear(32, dim, bias=False) if position_embedding and d_context else None
         self.norm1,self.attn = (nn.LayerNorm(dim),SelfAttention(dim, n_heads, project)) if itself else (None,None)
         if d_context: self.norm2,self.cross = nn.LayerNorm(dim),CrossAttention(dim, d_context, n_heads, project)
         self.cross_on = bool(d_context)
@@ -168,14 +168,14 @@ class UNet(Module):
         c_concat:int=0, # channels of `concat` planes
         head_dim:int=32, # width of one attention head
         dropout:float=0., # in the residual blocks
-        placed:bool=False, # as in `SpatialTransformer`
+        position_embedding:bool=False, # as in `SpatialTransformer`
     ):
         super().__init__()
         self.d_emb,self.widths = d_emb or 4*channels[0],[list(channels)]         # widths that `features` may have, a list for each way
         self.emb = nn.Sequential(nn.Linear(channels[0],self.d_emb), nn.SiLU(), nn.Linear(self.d_emb,self.d_emb))
         self.d_time,self.n_blocks = channels[0],n_blocks
         res = lambda i,o: ResBlock(i, o, self.d_emb, dropout)
-        att = lambda c,on: SpatialTransformer(c, d_context, max(1,c//head_dim), placed=placed, itself=on!='cross') if on else None
+        att = lambda c,on: SpatialTransformer(c, d_context, max(1,c//head_dim), position_embedding=position_embedding, itself=on!='cross') if on else None
         self.stem = nn.Conv2d(c_in+c_concat, channels[0], 3, padding=1)
         self.down,self.up,c = nn.ModuleList(),nn.ModuleList(),channels[0]
         for i,(width,on) in enumerate(zip(channels,attention)):

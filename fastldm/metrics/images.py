@@ -326,7 +326,7 @@ def evaluate(samples, labels=None, # pictures in [0,1] or bytes; what each shoul
     net = evaluator if isinstance(evaluator, nn.Module) else load_shipped(evaluator)
     ref = reference or Reference.load(net_name(net) if net is evaluator else evaluator)
     x = _bytes(samples, 'samples')
-    if list(x.shape[1:])!=list(ref.shape): raise ValueError(f"samples have shape {tuple(x.shape[1:])}, the real pictures {tuple(ref.shape)}: {net_name(net)} judges only these")
+    if list(x.shape[1:])!=list(ref.shape): raise ValueError(f"samples have shape {tuple(x.shape[1:])}, the real pictures {tuple(ref.shape)}: {net_name(net)} classifiers only these")
     f = image_features(x, net)
     res = [fid(ref, f, net), kid(ref, f, net), *precision_recall(ref, f, net)]
     if labels is not None: res.insert(0, label_accuracy(f, labels, net))
