@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RENAMED_CLASSES', 'RENAMED_ARGUMENTS', 'RENAMED_WEIGHTS', 'Recorded', 'Module', 'upgrade_record', 'upgrade_weights',
            'from_config', 'write_atomic', 'fingerprint', 'n_params', 'save_model', 'load_model', 'default_device',
-           'set_seed', 'check_choice', 'check_flags', 'image_grid', 'show_image', 'show_images', 'Diagram',
-           'figures_path', 'save_figure']
+           'set_seed', 'should_run', 'check_choice', 'check_flags', 'image_grid', 'show_image', 'show_images',
+           'Diagram', 'figures_path', 'save_figure']
 
 # %% ../../nbs/core/00_models.ipynb #c0a18586
 import difflib,hashlib,importlib,inspect,json,math,os,pkgutil,random,sys,tempfile
@@ -246,6 +246,17 @@ def default_device()->torch.device: # cuda where there is one, else cpu
 def set_seed(seed:int): # any whole number
     "Seed Python's, numpy's and torch's generators."
     random.seed(seed); np.random.seed(seed%2**32); torch.manual_seed(seed)
+
+# %% ../../nbs/core/00_models.ipynb #866c97c6
+def should_run(flag:str, # what the cell needs: 'slow', 'net' or 'gpu'
+               what:str  # what it does, for the line that is printed where it does not
+              )->bool:   # true where `FASTLDM_RUN` names the flag, or there is a GPU and it needs one
+    "Whether a cell that is slow, or needs a GPU or the network, should run here; where not, it says so."
+    allowed = os.environ.get('FASTLDM_RUN', '').split()
+    if flag in allowed or flag=='gpu' and torch.cuda.is_available(): return True
+    print(f'skipped: {what} (FASTLDM_RUN={flag} runs it)')
+    return False
+
 
 # %% ../../nbs/core/00_models.ipynb #e172d400
 def check_choice(name:str, # what was asked for
