@@ -1,3 +1,10 @@
-"Every shipped model as a recipe; training, sampling, evaluation and figures as commands."
+"Every shipped model as a recipe of stages; training, sampling, evaluation and figures as commands."
 
-from .recipes import *
+from .stages import *
+from .labels import *
+from .faces import *
+from .text import *
+from .control import *
+from .evaluate import *
+from .commands import *
+from .figures import *
