@@ -53,7 +53,7 @@ def run(path, skip=(), timeout=600):
     nbdev_clean.__wrapped__(path)
     return path, time.time()-start, None
 
-PRELOAD = ['fastldm.recipes.recipes', 'fastldm.control.stable', 'diffusers', 'transformers.models.blip.modeling_blip', 'seaborn', 'lpips', 'torch_fidelity', 'sklearn.manifold', 'nbdev.showdoc']
+PRELOAD = ['fastldm.recipes', 'fastldm.control.stable', 'diffusers', 'transformers.models.blip.modeling_blip', 'seaborn', 'lpips', 'torch_fidelity', 'sklearn.manifold', 'nbdev.showdoc']
 
 def _cells(path, skip, report):
     "The cells of a notebook, up to the first error, which is reported."

@@ -243,12 +243,12 @@ def test_sentences_as_a_condition():
 @pytest.mark.slow
 def test_faces_from_the_command_line(trained, tmp_path, monkeypatch):
     from fastldm.diffusion import load
-    from fastldm.recipes.recipes import _save_grid, sample_cli
+    from fastldm.recipes import save_grid, sample_cli
     monkeypatch.chdir(tmp_path)
     ldm = load('few'); e = ldm.denoiser.conditioner.embedders['attrs']
     assert torch.equal(unpack_rows(e.seen, e.n_attrs), SyntheticFaces(n=64, parts=PARTS8, size=32)[:]['attrs'].long())
     sample_cli('few', n=3, steps=2, seed=4, attributes='Smiling')                     # alone: the rest is drawn, too
-    _save_grid(ldm.sample(3, steps=2, seed=4, attrs=e.sample_missing(dict(Smiling=True), 3, 4)), 'whole.png', 8); assert Path('samples.png').read_bytes()==Path('whole.png').read_bytes()
+    save_grid(ldm.sample(3, steps=2, seed=4, attrs=e.sample_missing(dict(Smiling=True), 3, 4)), 'whole.png', 8); assert Path('samples.png').read_bytes()==Path('whole.png').read_bytes()
     Image.fromarray(SyntheticFaces(n=1, parts=PARTS8, size=32)[0]['mask'].numpy()).save('mask.png')
     sample_cli('few', n=2, steps=2, attributes='Smiling, Eyeglasses=0', mask='mask.png'); assert Image.open('samples.png').size[0]>32
     Image.new('RGB', (32,32)).save('colours.png'); open('text.png','w').write('no picture')

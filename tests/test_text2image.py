@@ -115,7 +115,7 @@ def test_scores_of_texts(trained):
 
 def test_scores_that_are_known(trained, monkeypatch):
     "A model that draws the real pictures, read by somebody who knows them, scores like them, and as high as can be; a classifier is asked for all."
-    from fastldm.recipes import recipes
+    from fastldm.recipes import evaluate
     from fastldm.data import Captioned
     model,d = trained
     ds = Captioned(d/'set', 'test', size=32)
@@ -127,20 +127,20 @@ def test_scores_that_are_known(trained, monkeypatch):
     monkeypatch.setattr(model, 'sample', lambda asked, **kw: torch.stack([(real[c]+1)/2 for c in asked]), raising=False)
     class Classifier:
         def score(self, x, asked): return dict(colour=torch.tensor([a==b for a,b in zip(said(x), asked)]), all=torch.tensor([a==asked[0] for a in asked]))
-    monkeypatch.setattr(recipes, 'available', lambda cls: [f"{d/'set'}_classifier"])
-    monkeypatch.setattr(recipes, 'load', lambda name, device: Classifier())
+    monkeypatch.setattr(evaluate, 'available', lambda cls: [f"{d/'set'}_classifier"])
+    monkeypatch.setattr(evaluate, 'load', lambda name, device: Classifier())
     res = evaluate_texts(model, str(d/'set'), batch_size=3, progress=False)
     assert res['bleu3']==res['real_bleu3']==res['rougeL']==1 and res['colour']==res['real_colour']==1 and .25<=res['all']<1
 
 def test_the_prompts_are_always_the_same(trained):
     "Fewer prompts are the first of more, one a picture, with all the captions that it has."
-    from fastldm.recipes.recipes import _held_out
+    from fastldm.recipes import held_out_pairs
     model,d = trained
     shutil.copytree(d/'set', d/'twice', dirs_exist_ok=True)
     t = d/'twice'/'captions.csv'; rows = t.read_text().splitlines()
     t.write_text('\n'.join(rows+[r.replace('a ','one ') for r in rows[1:]]+['5.png,...,test'])+'\n')
-    x,asked,refs = _held_out(model, str(d/'twice'), 99, None)
-    y,fewer,_ = _held_out(model, str(d/'twice'), 2, None)
+    x,asked,refs = held_out_pairs(model, str(d/'twice'), 99, None)
+    y,fewer,_ = held_out_pairs(model, str(d/'twice'), 2, None)
     assert len(asked)==4 and fewer==asked[:2] and y.equal(x[:2]) and x.abs().max()<=1
     assert all(r==[c,c.replace('a ','one ')] for r,c in zip(refs,asked))
 
