@@ -14,9 +14,9 @@ import torch, torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 from fastcore.basics import patch
-from ..core.models import Module,write_atomic
+from ..core.models import Module, evaluating, fetch_batch, write_atomic
 from ..core.train import Callback,StopTraining
-from ..diffusion.autoencoder import Residual,_evaluating,_fetch
+from ..diffusion.autoencoder import Residual
 from ..diffusion.samplers import sample_generators
 from ..diffusion.unet import attend
 
@@ -197,9 +197,9 @@ def bits_per_code(model:PixelSNAIL, ds, # a data set with `codes`, and `text` wh
                   batch_size:int=64)->float: # maps at a time
     "Mean bits a code over a data set, in eval mode; `ValueError` where no level has the model's shape."
     total,dev = 0.,next(model.parameters()).device
-    with _evaluating(model):
+    with evaluating(model):
         for i in range(0, len(ds), batch_size):
-            batch = _fetch(ds, [*range(i, min(i+batch_size,len(ds)))])
+            batch = fetch_batch(ds, [*range(i, min(i+batch_size,len(ds)))])
             shapes = [tuple(c.shape[1:]) for c in batch['codes']]
             if level is None and model.shape not in shapes: raise ValueError(f"the codes are {shapes}, expected a level of {model.shape} for this prior")
             k,batch = shapes.index(model.shape) if level is None else level,dict(codes=[c.to(dev) for c in batch['codes']], text=batch['text'].to(dev) if model.d_text else None)
@@ -277,7 +277,7 @@ def _sample(stepper, model, n, above, text, seed, first, temperature, top_k, top
     skip = 2*math.prod(model.above[1]) if model.above else 0
     u = torch.stack([torch.rand(skip+h*w, generator=g, dtype=torch.float64)[skip:] for g in sample_generators(seed, n, first)]).to(dev)
     if guided: above,text = None if above is None else torch.cat([above,above]),torch.cat([text,torch.zeros_like(text)])
-    with _evaluating(model),torch.autocast(dev.type, enabled=False):
+    with evaluating(model),torch.autocast(dev.type, enabled=False):
         codes,last = torch.zeros(n*(1+guided),h,w, dtype=torch.int64, device=dev),None
         step = stepper(model, *model.known(len(codes), above, text))
         for p in tqdm(range(h*w), desc='codes', disable=not progress, leave=False):

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from fastcore.basics import patch
 from ..core.models import *
 from ..data.images import dataloader
-from ..diffusion.autoencoder import data_fingerprint,_digest,_fetch
+from ..diffusion.autoencoder import data_fingerprint
 from .vqvae import VQVAE
 
 # %% ../../nbs/codes/01_store.ipynb #832935a0
@@ -88,8 +88,8 @@ def _read_header(folder):
 # %% ../../nbs/codes/01_store.ipynb #71561d0c
 def _mark_data(ds):
     if torch.is_tensor(getattr(ds,'image',None)): return data_fingerprint(ds)
-    some = _fetch(ds, torch.linspace(0, len(ds)-1, min(64,len(ds))).long().tolist())
-    return _digest(type(ds).__name__, len(ds), *(o for kv in sorted(some.items()) for o in kv))
+    some = fetch_batch(ds, torch.linspace(0, len(ds)-1, min(64,len(ds))).long().tolist())
+    return tensor_digest(type(ds).__name__, len(ds), *(o for kv in sorted(some.items()) for o in kv))
 
 def _mark_text(f):
     "Name and fingerprint of a text encoder: its own, or those of the object whose method it is."
@@ -108,7 +108,7 @@ def _features(f, captions, want=None):
 # %% ../../nbs/codes/01_store.ipynb #b227e93d
 def _named(ds, idxs):
     "A batch; where it has no `name`, and the data set a list of `files`, with the names of these."
-    b = _fetch(ds, idxs)
+    b = fetch_batch(ds, idxs)
     return b if 'name' in b or not hasattr(ds,'files') else dict(b, name=[Path(str(ds.files[i])).name for i in idxs])
 
 class _Named:

@@ -12,7 +12,7 @@ from torch import distributed as dist
 from tqdm.auto import tqdm
 from fastcore.basics import patch
 from ..core.models import *
-from ..diffusion.autoencoder import FirstStage,Encoder,Decoder,_evaluating,_fetch
+from ..diffusion.autoencoder import FirstStage, Encoder, Decoder
 
 # %% ../../nbs/codes/00_vqvae.ipynb #d6cc2d02
 class VectorQuantizer(Module):
@@ -179,13 +179,13 @@ def latent_shape(self:VQVAE, h:int, w:int=None)->tuple: # (c,h,w)
 def encode_codes(self:VQVAE, x:torch.Tensor)->list: # [(B,h,w), ...] int64, coarsest first
     "Pictures (B,C,H,W) in [-1,1] to codes; `ValueError` for pictures of the wrong size, channels, type or range."
     self.check(x)
-    with _evaluating(self): return self.quantize(x.to(self.shift))[2]
+    with evaluating(self): return self.quantize(x.to(self.shift))[2]
 
 @patch
 @torch.no_grad()
 def decode_codes(self:VQVAE, codes:list)->torch.Tensor: # (B,C,H,W) in [-1,1]
     "Codes to pictures; `ValueError` for another number of levels, other sizes, or a number that is no code."
-    with _evaluating(self): return self.decoder(self.mix(self.embed_codes(codes))).clamp(-1,1)
+    with evaluating(self): return self.decoder(self.mix(self.embed_codes(codes))).clamp(-1,1)
 
 # %% ../../nbs/codes/00_vqvae.ipynb #b94f7b5e
 @patch
@@ -254,7 +254,7 @@ def code_use(model:VQVAE, data, # a data set with `image` or `codes`
     "How a whole data set uses the codes: the share that occurs at all, the perplexity, and how often each occurs."
     counts = torch.zeros(model.levels, model.n_codes).long()
     for i in tqdm(range(0, len(data), batch_size), disable=not progress, leave=False):
-        b = _fetch(data, [*range(i, min(i+batch_size,len(data)))])
+        b = fetch_batch(data, [*range(i, min(i+batch_size,len(data)))])
         codes = model.check_codes(b['codes']) if 'codes' in b else model.encode_codes(b['image'])
         counts += torch.stack([torch.bincount(c.flatten(), minlength=model.n_codes) for c in codes]).cpu()
     return [dict(used=(c>0).float().mean().item(), perplexity=torch.special.entr(c/c.sum()).sum().exp().item(), counts=c) for c in counts]

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RENAMED_CLASSES', 'RENAMED_ARGUMENTS', 'RENAMED_WEIGHTS', 'Recorded', 'Module', 'upgrade_record', 'upgrade_weights',
-           'from_config', 'write_atomic', 'fingerprint', 'n_params', 'save_model', 'load_model', 'default_device',
-           'set_seed', 'should_run', 'check_choice', 'check_flags', 'image_grid', 'show_image', 'show_images',
-           'Diagram', 'figures_path', 'save_figure']
+           'from_config', 'write_atomic', 'fingerprint', 'n_params', 'tensor_digest', 'save_model', 'load_model',
+           'default_device', 'set_seed', 'should_run', 'evaluating', 'fetch_batch', 'check_choice', 'check_flags',
+           'image_grid', 'show_image', 'show_images', 'Diagram', 'figures_path', 'save_figure']
 
 # %% ../../nbs/core/00_models.ipynb #c0a18586
 import difflib,hashlib,importlib,inspect,json,math,os,pkgutil,random,sys,tempfile
@@ -14,6 +14,7 @@ from contextlib import ExitStack,contextmanager
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
+from torch.utils.data import default_collate
 from PIL import Image
 
 # %% ../../nbs/core/00_models.ipynb #c61c8587
@@ -77,6 +78,7 @@ def upgrade_weights(cls:str,    # name of a model's class
     return state
 
 
+
 # %% ../../nbs/core/00_models.ipynb #5742bc31
 def _modules():
     "Names of the library's modules."
@@ -137,6 +139,19 @@ def fingerprint(model # a module, or its state dict
 def n_params(m:nn.Module)->int: # number of trainable values
     "How many values an optimiser would change."
     return sum(p.numel() for p in m.parameters() if p.requires_grad)
+
+# %% ../../nbs/core/00_models.ipynb #e1498b09
+def tensor_digest(
+    *parts, # tensors on the CPU, text, numbers, lists of these
+)->str: # 16 hexadecimal digits
+    "SHA-256 of tensors and text, shortened: equal for equal content in equal order."
+    digest = hashlib.sha256()
+    for part in parts:
+        if torch.is_tensor(part):
+            header = f'{part.dtype}{tuple(part.shape)}'
+            digest.update(header.encode() + part.contiguous().numpy().tobytes())
+        else: digest.update(repr(part).encode())
+    return digest.hexdigest()[:16]
 
 # %% ../../nbs/core/00_models.ipynb #91d214b6
 def _parts(state, most):
@@ -257,6 +272,29 @@ def should_run(flag:str, # what the cell needs: 'slow', 'net' or 'gpu'
     print(f'skipped: {what} (FASTLDM_RUN={flag} runs it)')
     return False
 
+
+
+# %% ../../nbs/core/00_models.ipynb #ab2bb9fe
+@contextmanager
+def evaluating(
+    model:nn.Module, # whatever mode it is in
+):
+    "The model in eval mode inside the block, and in the mode that it had afterwards."
+    was_training = model.training
+    if was_training: model.eval()
+    try: yield model
+    finally:
+        if was_training: model.train()
+
+# %% ../../nbs/core/00_models.ipynb #459c8eec
+def fetch_batch(
+    data, # `data[i] -> dict`, or `data.__getitems__(indices)` -> the stacked dict, or a tensor of images (N,C,H,W)
+    indices:list, # whole numbers
+)->dict: # the fields, stacked
+    "Some items of a data set as one batch."
+    if torch.is_tensor(data): return dict(image=data[indices])
+    if hasattr(data, '__getitems__'): return data.__getitems__(indices)
+    return default_collate([data[i] for i in indices])
 
 # %% ../../nbs/core/00_models.ipynb #e172d400
 def check_choice(name:str, # what was asked for
