@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RENAMED_CLASSES', 'RENAMED_ARGUMENTS', 'RENAMED_WEIGHTS', 'Recorded', 'Module', 'upgrade_record', 'upgrade_weights',
            'from_config', 'write_atomic', 'fingerprint', 'n_params', 'tensor_digest', 'save_model', 'load_model',
-           'default_device', 'set_seed', 'should_run', 'evaluating', 'fetch_batch', 'check_choice', 'check_flags',
-           'image_grid', 'show_image', 'show_images', 'Diagram', 'figures_path', 'save_figure']
+           'default_device', 'set_seed', 'should_run', 'require_package', 'evaluating', 'fetch_batch', 'check_choice',
+           'check_flags', 'image_grid', 'show_image', 'show_images', 'Diagram', 'figures_path', 'save_figure']
 
 # %% ../../nbs/core/00_models.ipynb #c0a18586
 import difflib,hashlib,importlib,inspect,json,math,os,pkgutil,random,sys,tempfile
@@ -224,7 +224,7 @@ def _read_model(folder):
 def _build(folder, config):
     "The model of a record, with any weights; `ValueError` where it describes none."
     try: model = from_config(config)
-    except ValueError: raise
+    except (ValueError,ImportError): raise                             # says what is wrong with the record, or what to install
     except Exception as e: raise ValueError(f"{folder}: config.json describes a model that cannot be built ({type(e).__name__}: {e}): fetch or save it again") from e
     if not isinstance(model, Module): raise ValueError(f"{folder}: config.json does not describe a model: fetch or save it again")
     return model
@@ -273,6 +273,18 @@ def should_run(flag:str, # what the cell needs: 'slow', 'net' or 'gpu'
     return False
 
 
+
+# %% ../../nbs/core/00_models.ipynb #ab10e1f1
+def require_package(
+    name:str, # how it is imported, e.g. 'transformers'
+    purpose:str, # what needs it, as the subject of a sentence
+    install:str, # what brings it: the words after `pip install`
+): # the module
+    """Import a package that only part of the library needs.
+    Raises `ImportError` that says how to install it."""
+    try: return importlib.import_module(name)
+    except ImportError as e:
+        raise ImportError(f"{purpose} needs the package `{name}`: pip install {install}") from e
 
 # %% ../../nbs/core/00_models.ipynb #ab2bb9fe
 @contextmanager
