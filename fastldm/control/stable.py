@@ -11,9 +11,9 @@ import inspect, torch
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from torch import nn
+from ..core.models import require_package
 from ..diffusion.autoencoder import FirstStage
 from ..diffusion.cond import Cond, Conditioner, Embedder
 from .adapter import resize_region, _planes
@@ -188,13 +188,9 @@ class PromptEmbedder(Embedder):
         return said.expand(n, -1, -1)
 
 # %% ../../nbs/control/01_stable.ipynb #9432be2c
-def _need(name):
-    try: return import_module(name)
-    except ImportError as e: raise ImportError(f'Stable Diffusion needs the package `{name}`: pip install diffusers transformers') from e
-
 def _pipeline(name, kw):
     "From a folder or the hub, safetensors only unless one says otherwise."
-    load = _need('diffusers').DiffusionPipeline.from_pretrained; _need('transformers')
+    load = require_package('diffusers', 'Stable Diffusion', 'diffusers transformers').DiffusionPipeline.from_pretrained; require_package('transformers', 'Stable Diffusion', 'diffusers transformers')
     here = Path(name).expanduser()
     if here.is_file(): raise ValueError(f'{name} is a file: give a folder that `save_pretrained` wrote, or `user/name` on the hub (for a single file, load it with `StableDiffusionPipeline.from_single_file` and give that)')
     if here.is_dir() and not (here/'model_index.json').exists(): raise ValueError(f'{name} has no model_index.json, so it is no pipeline of diffusers: give a folder that `save_pretrained` wrote')
@@ -208,7 +204,7 @@ def _check(pipe):
     unet,vae = getattr(pipe, 'unet', None),getattr(pipe, 'vae', None)
     missing = [k for k in ('tokenizer','text_encoder') if getattr(pipe, k, None) is None]
     said = f'{type(pipe).__name__} is no Stable Diffusion 1.x, 2.x or SDXL base model'
-    if not isinstance(unet, _need('diffusers').UNet2DConditionModel) or vae is None or missing: raise ValueError(f'{said}: expected a UNet2DConditionModel, a VAE, a tokenizer and a text encoder; it has {", ".join(k for k,v in getattr(pipe, "components", {}).items() if v is not None) or "none of them"}')
+    if not isinstance(unet, require_package('diffusers', 'Stable Diffusion', 'diffusers transformers').UNet2DConditionModel) or vae is None or missing: raise ValueError(f'{said}: expected a UNet2DConditionModel, a VAE, a tokenizer and a text encoder; it has {", ".join(k for k,v in getattr(pipe, "components", {}).items() if v is not None) or "none of them"}')
     if unet.config.in_channels!=vae.config.latent_channels: raise ValueError(f'{said}: its U-Net takes {unet.config.in_channels} channels, its latents have {vae.config.latent_channels} (a model for inpainting or upscaling?)')
     if unet.config.addition_embed_type not in (None,'text_time') or pipe.config.get('requires_aesthetics_score'): raise ValueError(f'{said}: its U-Net wants more than a prompt (a refiner?)')
 

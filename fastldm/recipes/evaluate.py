@@ -10,7 +10,7 @@ __all__ = ['CONTROL_METHODS', 'evaluate_ldm', 'reconstruction', 'held_out_pairs'
 import time, torch
 from collections import Counter
 from functools import partial
-from ..core.models import check_choice, n_params
+from ..core.models import check_choice, n_params, require_package
 from ..data.images import get_dataset
 from ..codes.vqvae import perplexity
 from ..diffusion.ldm import Constraint, LatentDiffusion, available, load
@@ -18,7 +18,7 @@ from ..metrics.scenes import SceneClassifier
 from ..metrics.faces import FaceClassifier
 from ..control.adapter import BlendedControl, ControlAdapter, control, picture_control
 from ..metrics.control import edge_f1, leakage, lfmse
-from ..codes.blip import Blip, _need
+from ..codes.blip import Blip
 from ..codes.text2image import TextToImage
 from ..metrics.images import EfficientNetLite, Evaluator, Reference, evaluate, fid, image_features, kid, lpips_distance, memorisation, net_name, psnr, ssim
 from ..core.perceptual import perceptual
@@ -96,7 +96,7 @@ def evaluate_texts(
 )->dict: # numbers by name; `real_...`: the same of the real pictures
     "Draw held-out captions; BLEU to CIDEr of what the text encoder says of the pictures, retrieval, and the classifier's rates. `ImportError` for a package that is missing; raises what the set and `sample` raise, before work starts."
     if not (isinstance(getattr(model,'text_encoder',None), Blip) and model.text_encoder.encoder and model.text_encoder.decoder): raise ValueError("the text encoder of this model cannot describe pictures: expected a TextToImage with a `Blip` that has encoder and decoder")
-    for package in ('sacrebleu','rouge_score','nltk'): _need(package)
+    for package in ('sacrebleu','rouge_score','nltk'): require_package(package, 'scoring captions', "'fastldm[text]'")
     real,asked,refs = held_out_pairs(model, data, n, root)
     classifier = load(f'{data}_classifier', model.device) if f'{data}_classifier' in available('') else None
     start = time.perf_counter()
