@@ -1,5 +1,6 @@
-"Models that know how they were built, the Learner that trains them, and perceptual distances."
+"Models that know how they were built, pictures and figures, the Learner that trains, and perceptual distances."
 
 from .models import *
+from .show import *
 from .train import *
 from .perceptual import *

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RENAMED_CLASSES', 'RENAMED_ARGUMENTS', 'RENAMED_WEIGHTS', 'Recorded', 'Module', 'upgrade_record', 'upgrade_weights',
-           'from_config', 'write_atomic', 'fingerprint', 'n_params', 'tensor_digest', 'save_model', 'load_model',
-           'default_device', 'set_seed', 'should_run', 'require_package', 'evaluating', 'fetch_batch', 'check_choice',
-           'check_flags', 'image_grid', 'show_image', 'show_images', 'Diagram', 'figures_path', 'save_figure']
+           'from_config', 'write_atomic', 'json_text', 'fingerprint', 'n_params', 'tensor_digest', 'save_model',
+           'load_model', 'default_device', 'set_seed', 'should_run', 'require_package', 'evaluating', 'fetch_batch',
+           'check_choice', 'check_flags']
 
 # %% ../../nbs/core/00_models.ipynb #c0a18586
 import difflib,hashlib,importlib,inspect,json,math,os,pkgutil,random,sys,tempfile
@@ -126,6 +126,14 @@ def write_atomic(path): # the file that will exist, whole, when the block has en
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
+# %% ../../nbs/core/00_models.ipynb #29da6704
+def json_text(
+    value, # anything JSON can hold, and tensors, arrays (as lists) and paths (as text)
+)->str: # indented, with a line break at the end
+    "What this library writes into a JSON file."
+    def plain(other): return other.tolist() if hasattr(other, 'tolist') else str(other)
+    return json.dumps(value, indent=1, ensure_ascii=False, default=plain) + '\n'
+
 # %% ../../nbs/core/00_models.ipynb #5f9a986a
 def fingerprint(model # a module, or its state dict
                )->str: # 16 hexadecimal digits
@@ -178,19 +186,16 @@ def save_model(model:Module, # what to save
             raise ValueError(f"`{n}` has values that half precision cannot hold: save with half=False")
     folder,parts = Path(folder),_parts(state, max_file or math.inf)
     if len(parts)>1: meta['files'] = [*parts]
-    info = json.dumps(dict(config=config, config_fingerprint=_mark(config), fingerprint=fingerprint(model), **meta), indent=1, ensure_ascii=False, default=_number)
+    info = json_text(dict(config=config, config_fingerprint=_mark(config), fingerprint=fingerprint(model), **meta))
     with ExitStack() as whole:
         for name,part in parts.items(): save_file(part, whole.enter_context(write_atomic(folder/name)))
-        whole.enter_context(write_atomic(folder/'config.json')).write_text(info+'\n', encoding='utf-8')
+        whole.enter_context(write_atomic(folder/'config.json')).write_text(info, encoding='utf-8')
     for f in folder.glob('model-*.safetensors'):
         if f.name not in parts: f.unlink()                           # of a larger model that was here before
     return folder
 
 def _mark(config): return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
 
-def _number(o):
-    "Tensors, arrays, paths as JSON can hold them."
-    return o.tolist() if hasattr(o,'tolist') else str(o)
 
 # %% ../../nbs/core/00_models.ipynb #c5d378de
 _pickles = {'.pt','.pth','.bin','.ckpt','.pkl','.pickle'}
@@ -329,113 +334,3 @@ def check_flags(given:dict, # {name: true or false}, what a person said
     both = next((sorted(on&set(e)) for e in exclusive if len(on&set(e))>1), None)
     if both: raise ValueError(f"{' and '.join(both)} cannot both be true: leave one of them out")
     return on
-
-# %% ../../nbs/core/00_models.ipynb #f904ac10
-def _pixels(x, lo=None):
-    "Tensor (…,H,W), array or PIL pictures as uint8 (B,H,W,3); floats go from `lo` (-1, or 0 if none is negative) to 1."
-    if isinstance(x, (list,tuple)): return np.concatenate([_pixels(o, lo) for o in x])
-    if isinstance(x, Image.Image): return np.asarray(x.convert('RGB'))[None]
-    x = torch.as_tensor(x).detach().cpu()
-    if x.is_floating_point():
-        if lo is None: lo = -1 if x.min()<0 else 0
-        x = ((x.float()-lo)/(1-lo)*255).round().clamp(0,255).nan_to_num(0)
-    x = x.to(torch.uint8)
-    x = x[None,None] if x.dim()==2 else x[None] if x.dim()==3 else x
-    return x[:,[0,0,0] if x.shape[1]<3 else [0,1,2]].permute(0,2,3,1).numpy()
-
-def image_grid(x, # batch (B,C,H,W), or a list of pictures of one size
-               ncol:int=8, # pictures in a row
-               pad:int=1, # white pixels between them
-               lo:float=None, # value of black: -1 or 0
-               head:int=0 # white pixels above each
-              )->np.ndarray: # (H,W,3) uint8
-    "Many pictures as one."
-    x = np.pad(_pixels(x, lo), ((0,0),(head,pad),(0,pad),(0,0)), constant_values=255)
-    b,h,w,_ = x.shape; ncol = min(ncol,b)
-    x = np.pad(x, ((0,-b%ncol),(0,0),(0,0),(0,0)), constant_values=255).reshape(-1,ncol,h,w,3)
-    return x.swapaxes(1,2).reshape(-1,ncol*w,3)[:-pad or None,:-pad or None]
-
-# %% ../../nbs/core/00_models.ipynb #2db01dd6
-def show_image(x, # (C,H,W) or (H,W) tensor, array or PIL picture
-               ax=None, # axes to draw on; a new figure if not given
-               title=None, size:float=2., # inches
-               lo:float=None): # value of black: -1 or 0
-    "Draw one picture, return its axes."
-    if ax is None: ax = _figure(size, size).add_axes((0,0,1,.88 if title else 1))
-    ax.imshow(_pixels(x, lo)[0], interpolation='nearest')
-    if title is not None: ax.set_title(str(title), fontsize=8)
-    ax.axis('off')
-    return ax
-
-# %% ../../nbs/core/00_models.ipynb #f026abb7
-def show_images(x, # batch (B,C,H,W), or a list of pictures of one size
-                ncol:int=8, # pictures in a row
-                titles=(), # one above each picture
-                size:float=.8, # inches a picture
-                pad:int=1, lo:float=None): # pixels between pictures; value of black: -1 or 0
-    "Draw pictures as a grid, return the figure."
-    x = _pixels(x, lo).transpose(0,3,1,2)
-    (b,_,h,w),ncol,titles = x.shape,min(ncol,len(x)),[] if titles is None else list(titles)
-    head = math.ceil((.2+.11*max(str(t).count('\n') for t in titles))*max(h,w)/size) if titles else 0       # .2 inches of text, more where it has several lines
-    im = image_grid(x, ncol, pad, head=head)
-    fig = _figure(*(size*n/max(h,w) for n in im.shape[1::-1]))
-    ax = fig.add_axes((0,0,1,1)); ax.imshow(im, interpolation='nearest'); ax.axis('off')
-    for i,t in enumerate(titles):
-        ax.text(i%ncol*(w+pad)+(w-1)/2, i//ncol*(head+h+pad)+(head-1)/2, str(t), ha='center', va='center', fontsize=7)
-    return fig
-
-def _figure(w, h):
-    "A figure of `w` by `h` inches that is shown once, when it is the value of a cell."
-    import matplotlib.pyplot as plt
-    fig = plt.figure(figsize=(w,h), dpi=100); plt.close(fig)
-    return fig
-
-# %% ../../nbs/core/00_models.ipynb #29268796
-class Diagram:
-    "Tiles, boxes and arrows on a page; `fig` is the figure, `bg` the axes behind all, in inches."
-    def __init__(self, w:float, h:float): # of the page, in inches
-        self.w,self.h,self.fig = w,h,_figure(w, h)
-        self.bg = self.fig.add_axes((0,0,1,1)); self.bg.set(xlim=(0,w), ylim=(0,h)); self.bg.axis('off')
-
-    def tile(self, x, y, im, title='', w=1.25, h=None, **kw): # centre, picture, its words; size; for `imshow`
-        "A picture with words below; its axes."
-        h = h or w
-        ax = self.fig.add_axes(((x-w/2)/self.w,(y-h/2)/self.h,w/self.w,h/self.h)); ax.imshow(im, aspect='auto', interpolation='nearest', **kw); ax.set(xticks=[], yticks=[])
-        for s in ax.spines.values(): s.set(color='.6', linewidth=.6)
-        self.bg.text(x, y-h/2-.07, title, ha='center', va='top', fontsize=7.5, linespacing=1.25)
-        return ax
-
-    def box(self, x, y, text, colour, w=1.3, h=.95): # centre, words, colour; size
-        "A part of the system."
-        from matplotlib.patches import FancyBboxPatch
-        self.bg.add_patch(FancyBboxPatch((x-w/2,y-h/2), w, h, boxstyle='round,pad=0,rounding_size=.12', fc=colour, ec='.5', lw=.8))
-        self.bg.text(x, y, text, ha='center', va='center', fontsize=8, linespacing=1.3)
-
-    def arrow(self, x0, y0, x1, y1, **kw): # from, to; for the arrow
-        "What goes where."
-        self.bg.annotate('', (x1,y1), (x0,y0), arrowprops=dict(arrowstyle='-|>', color='.3', lw=1.1, shrinkA=0, shrinkB=0, **kw))
-
-# %% ../../nbs/core/00_models.ipynb #f0695975
-def figures_path()->Path: # the folder
-    "Where figures go: `FASTLDM_FIGURES`, else `figures` in the checkout one works in, else `figures` here."
-    up = (p for p in (Path.cwd(),*Path.cwd().parents) if (p/'settings.ini').exists())
-    return Path(os.environ.get('FASTLDM_FIGURES') or next(up, Path.cwd())/'figures')
-
-# %% ../../nbs/core/00_models.ipynb #9852819c
-def save_figure(name:str, # e.g. 'a3_mnist'
-                fig, # a matplotlib figure or a PIL picture
-                folder=None, # where NAME.png and NAME.json go; `figures_path()` if not given
-                seed:int=None, # the seed the figure was made with
-                weights=None, # a module, its fingerprint, or a dict of these by name
-                **numbers # what the figure says, in numbers
-               )->Path: # of the picture
-    "Write the figure and a JSON of its numbers, seed, weights and version."
-    import fastldm
-    mark = lambda w: {k:mark(o) for k,o in w.items()} if isinstance(w, dict) else fingerprint(w) if isinstance(w, nn.Module) else w
-    info = json.dumps(dict(numbers=numbers, seed=seed, weights=mark(weights), version=fastldm.__version__), indent=1, ensure_ascii=False, default=_number)
-    folder = Path(folder or figures_path())
-    with write_atomic(folder/f'{name}.png') as p, write_atomic(folder/f'{name}.json') as j:
-        if isinstance(fig, Image.Image): fig.save(p)
-        else: fig.savefig(p, dpi=150, bbox_inches='tight', metadata={'Software':None})
-        j.write_text(info+'\n', encoding='utf-8')
-    return folder/f'{name}.png'

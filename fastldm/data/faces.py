@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from PIL import Image,ImageDraw
 from fastcore.basics import patch
-from ..core.models import check_flags,check_choice,write_atomic
+from ..core.models import check_flags, check_choice, write_atomic
 from .images import DATASETS,FashionMNIST,ImageFolder,Pictures,_check_split,_places,from_image,to_image,to_uint8
 from .synthetic import _disc
 from tqdm.auto import tqdm

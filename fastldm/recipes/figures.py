@@ -9,7 +9,8 @@ __all__ = ['cached', 'held_out_prompts', 'moved', 'run_notebook', 'figures_cli']
 import contextlib, io, json, os, re, sys, time
 from pathlib import Path
 from fastcore.script import store_true, Param
-from ..core.models import figures_path, check_choice, write_atomic
+from ..core.models import check_choice, write_atomic
+from ..core.show import figures_path
 from ..diffusion.ldm import available, load
 from ..codes.text2image import TextToImage
 from .stages import RECIPES

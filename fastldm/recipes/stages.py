@@ -8,7 +8,8 @@ __all__ = ['RECIPES', 'train_autoencoder', 'train_denoiser', 'score_cb', 'save_g
 # %% ../../nbs/recipes/00_stages.ipynb #cc247f72
 import json, torch
 from pathlib import Path
-from ..core.models import fingerprint, image_grid, n_params, set_seed, write_atomic, load_model, save_model
+from ..core.models import fingerprint, n_params, set_seed, write_atomic, load_model, save_model
+from ..core.show import image_grid
 from ..data.images import DATASETS, get_dataset, to_image
 from ..core.train import Learner, SampleCB, _read_checkpoint
 from ..data.captioned import Captioned
