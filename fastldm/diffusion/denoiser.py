@@ -39,7 +39,7 @@ def score_of(
     t:torch.Tensor, # its time
     x0:torch.Tensor, # predicted clean latent
 )->torch.Tensor: # gradient of the log-density of `x` at time `t`
-    "The score that belongs to a prediction, by Tweedie's formula (Vincent 2011)."
+    "The score that belongs to a prediction, by Tweedie's formula (Efron 2011)."
     a, σ = scales(denoise, t, x)
     return (a*x0 - x)/σ**2
 
@@ -215,7 +215,7 @@ def guide(
     order=None, # names of the conditions, from the one that is added first; None: as the model has them
     **guidance_scales, # condition = scale; 1: as in the data (the default), 0: ignored
 )->Guided: # a denoiser
-    """Classifier-free guidance (Ho and Salimans 2022), one scale a condition, on an interval (Kynkäänniemi et al. 2024).
+    """Classifier-free guidance (Ho and Salimans 2022), a scale for each condition, on an interval of times.
 
     Raises `ValueError` for an unknown condition, or an order that does not name each condition once."""
     names = list(model.conditioner.embedders)

@@ -10,14 +10,15 @@ __all__ = ['ddpm_step', 'sample_generators', 'noise_from', 'noise_like', 'sample
 # %% ../../nbs/diffusion/05_samplers.ipynb #770772f4
 import math, torch, numpy as np
 from contextlib import contextmanager
-from functools import partial
 from contextvars import ContextVar
+from fastcore.basics import patch
+from functools import partial
 from tqdm.auto import tqdm
 from .schedules import drift, diffusion, time_of_log_snr
 from .denoiser import scales, score_of
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #dede2400
-_in_force = ContextVar('generators', default=None)
+_generators = ContextVar('generators', default=None)
 
 def sample_generators(
     seed:int, # any whole number
@@ -32,50 +33,54 @@ def noise_from(
     generators, # one a sample, or None for the global one
 ):
     "Within this context `noise_like` draws from `generators`."
-    token = _in_force.set(generators)
+    token = _generators.set(generators)
     try: yield
-    finally: _in_force.reset(token)
+    finally: _generators.reset(token)
 
 def noise_like(
     x:torch.Tensor, # (B,...)
 )->torch.Tensor: # unit noise of its shape, device and precision
-    "Row `i` comes from generator `i`."
-    gens = _in_force.get()
-    if gens is None: return torch.randn_like(x)
-    return torch.stack([torch.randn(x.shape[1:], generator=g) for g in gens]).to(x)
+    "Unit noise; row `i` comes from generator `i`."
+    generators = _generators.get()
+    if generators is None: return torch.randn_like(x)
+    return torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x)
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #4a8a7c8d
 @torch.no_grad()
 def sample(
     denoise, # `denoise(x, t, cond) -> x0_hat`, with `.schedule`
     x:torch.Tensor, # where to start, (B,...), usually `sigma(1)` times unit noise
-    ts:torch.Tensor, # times to visit, falling, n+1 of them for n steps
+    ts:torch.Tensor, # times to visit, falling: n+1 of them for n steps
     step, # `step(denoise, x, t, s, cond) -> x_s`
-    cond=None, # handed to the denoiser
+    cond=None, # passed to the denoiser
     cb=None, # called as `cb(x, t, s)` with the result of each step
     progress:bool=False, # show a bar
     generators:list=None, # one a sample, for the noise that the step asks for
 )->torch.Tensor: # `x` at the last time
-    "Walk down the times. Raises nothing of its own."
+    "Take one step after the other."
     ts = torch.as_tensor(ts).double()
     with noise_from(generators):
-        for t,s in tqdm(list(zip(ts[:-1],ts[1:])), disable=not progress, leave=False):
+        for t,s in tqdm(list(zip(ts[:-1], ts[1:])), disable=not progress, leave=False):
             x = step(denoise, x, t, s, cond)
             if cb: cb(x, t, s)
     return x
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #3aca24fe
-def _check_n(n):
+def _check_steps(n):
     if int(n)!=n or n<1: raise ValueError(f'steps={n!r}: expected a whole number of at least 1')
+
+def _with_zero(ts): return torch.cat([ts, torch.zeros(1).double()])
 
 def uniform_times(
     schedule, # a `Schedule`
     n:int, # number of steps
     t_min:float=1e-3, # the last time before 0
 )->torch.Tensor: # (n+1,), from 1 to 0
-    "Times at equal distance. `ValueError` when `n` is not a positive whole number."
-    _check_n(n)
-    return torch.cat([torch.linspace(1, t_min, n).double(), torch.zeros(1).double()])
+    """Times at equal distance.
+
+    Raises `ValueError` when `n` is not a positive whole number, as all grids do."""
+    _check_steps(n)
+    return _with_zero(torch.linspace(1, t_min, n).double())
 
 def log_snr_times(
     schedule, # a `Schedule`
@@ -83,32 +88,33 @@ def log_snr_times(
     t_min:float=1e-3, # the last time before 0
 )->torch.Tensor: # (n+1,), from 1 to 0
     "Times at equal distance in log-SNR (Lu et al. 2022)."
-    _check_n(n)
-    lo,hi = schedule.log_snr(torch.tensor([1.,t_min]).double())
-    return torch.cat([time_of_log_snr(schedule, torch.linspace(lo, hi, n).double()), torch.zeros(1).double()])
+    _check_steps(n)
+    first, last = schedule.log_snr(torch.tensor([1.,t_min]).double())
+    return _with_zero(time_of_log_snr(schedule, torch.linspace(first, last, n).double()))
 
+# %% ../../nbs/diffusion/05_samplers.ipynb #f9f27d1a
 def karras_times(
     schedule, # a `Schedule`
     n:int, # number of steps
     t_min:float=1e-3, # the last time before 0
-    rho:float=7., # exponent; larger spends more on small noise
-    sigma_max:float=80., # largest `sigma/alpha` to start from; with more noise nothing is to be seen
+    rho:float=7., # exponent; larger spends more steps on small noise
+    sigma_max:float=80., # largest `sigma/alpha` to start from; with more noise nothing of the picture is left
 )->torch.Tensor: # (n+1,), from the start to 0
     "Times at equal distance in `(sigma/alpha)^(1/rho)` (Karras et al. 2022, eq. 5)."
-    _check_n(n)
+    _check_steps(n)
     ratio = (-schedule.log_snr(torch.tensor([1.,t_min]).double())/2).exp().clamp(max=sigma_max)
     log_snr = -2*rho*torch.linspace(*ratio**(1/rho), n).double().log()
-    return torch.cat([time_of_log_snr(schedule, log_snr), torch.zeros(1).double()])
+    return _with_zero(time_of_log_snr(schedule, log_snr))
 
 def angle_times(
     schedule, # a `Schedule`
     n:int, # number of steps
 )->torch.Tensor: # (n+1,), from 1 to 0
-    "Times at equal distance in the angle `arctan(sigma/alpha)`; on the cosine schedule that is equal distance in time."
-    _check_n(n)
+    "Times at equal distance in the angle `arctan(sigma/alpha)`; on the cosine schedule, at equal distance in time."
+    _check_steps(n)
     top = (-schedule.log_snr(torch.ones(1).double())/2).exp().atan()
     θ = top*torch.linspace(1, 0, n+1).double()[:-1]
-    return torch.cat([time_of_log_snr(schedule, -2*θ.tan().log()), torch.zeros(1).double()])
+    return _with_zero(time_of_log_snr(schedule, -2*θ.tan().log()))
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #40e8df43
 def ddim_step(
@@ -116,54 +122,61 @@ def ddim_step(
     x:torch.Tensor, # sample at time `t`, (B,...)
     t:torch.Tensor, # time
     s:torch.Tensor, # next time, smaller
-    cond=None, # handed to the denoiser
+    cond=None, # passed to the denoiser
     eta:float=0., # 0: deterministic DDIM, 1: ancestral DDPM
 )->torch.Tensor: # sample at time `s`
     "From `t` to `s`: keep the predicted latent, carry over the noise (Song et al. 2021a, eq. 12)."
-    (a,σ),(a_s,σ_s) = scales(denoise,t,x),scales(denoise,s,x)
+    a, σ = scales(denoise, t, x)
+    a_s, σ_s = scales(denoise, s, x)
     x0 = denoise(x, t, cond)
-    mean = a_s*x0 + σ_s*(x - a*x0)/σ
-    if not eta: return mean
-    τ = eta**2 * (1 - (a/a_s*σ_s/σ)**2).clamp(0,1)
-    return a_s*x0 + σ_s*((1-τ).sqrt()*(x - a*x0)/σ + τ.sqrt()*noise_like(x))
+    if not eta: return a_s*x0 + σ_s*(x - a*x0)/σ
+    fresh = eta**2 * (1 - (a/a_s*σ_s/σ)**2).clamp(0,1)                  # share of the variance
+    return a_s*x0 + σ_s*((1-fresh).sqrt()*(x - a*x0)/σ + fresh.sqrt()*noise_like(x))
 
 ddpm_step = partial(ddim_step, eta=1.)
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #5e9bab79
 def _add_churn(denoise, x, t, churn):
+    "The sample with its noise raised by a share `churn`, and the time at which there is that much."
     if not churn: return x, t
-    s = denoise.schedule
-    log_snr = s.log_snr(t.double())
-    t_up = time_of_log_snr(s, log_snr - 2*torch.log1p(torch.tensor(churn).double())).clamp(min=t)
-    (a,σ),(b,ς) = scales(denoise,t,x),scales(denoise,t_up,x)
-    return b*(x/a + ((ς/b)**2 - (σ/a)**2).clamp(min=0).sqrt()*noise_like(x)), t_up
+    schedule = denoise.schedule
+    raised = schedule.log_snr(t.double()) - 2*torch.log1p(torch.tensor(churn).double())
+    t_up = time_of_log_snr(schedule, raised).clamp(min=t)
+    a, σ = scales(denoise, t, x)
+    a_up, σ_up = scales(denoise, t_up, x)
+    added = ((σ_up/a_up)**2 - (σ/a)**2).clamp(min=0).sqrt()
+    return a_up*(x/a + added*noise_like(x)), t_up
 
 def euler_step(
     denoise, # the denoiser
     x:torch.Tensor, # sample at time `t`, (B,...)
     t:torch.Tensor, # time
     s:torch.Tensor, # next time, smaller
-    cond=None, # handed to the denoiser
+    cond=None, # passed to the denoiser
     churn:float=0., # share by which the noise is raised before the step
 )->torch.Tensor: # sample at time `s`
     "Euler's method in `rho` (Karras et al. 2022, algorithm 2 without the correction)."
-    x,t = _add_churn(denoise, x, t, churn)
-    (a,σ),(a_s,σ_s) = scales(denoise,t,x),scales(denoise,s,x)
+    x, t = _add_churn(denoise, x, t, churn)
+    a, σ = scales(denoise, t, x)
+    a_s, σ_s = scales(denoise, s, x)
     slope = (x/a - denoise(x,t,cond))*a/σ
     return a_s*(x/a + (σ_s/a_s - σ/a)*slope)
 
+# %% ../../nbs/diffusion/05_samplers.ipynb #11374ae4
 def heun_step(
     denoise, # the denoiser
     x:torch.Tensor, # sample at time `t`, (B,...)
     t:torch.Tensor, # time
     s:torch.Tensor, # next time, smaller
-    cond=None, # handed to the denoiser
+    cond=None, # passed to the denoiser
     churn:float=0., # share by which the noise is raised before the step
 )->torch.Tensor: # sample at time `s`
     "Heun's method in `rho`, two calls a step, one in the step to 0 (Karras et al. 2022, algorithm 2)."
-    x,t = _add_churn(denoise, x, t, churn)
-    (a,σ),(a_s,σ_s) = scales(denoise,t,x),scales(denoise,s,x)
-    ρ,ρ_s,y = σ/a,σ_s/a_s,x/a
+    x, t = _add_churn(denoise, x, t, churn)
+    a, σ = scales(denoise, t, x)
+    a_s, σ_s = scales(denoise, s, x)
+    ρ, ρ_s = σ/a, σ_s/a_s
+    y = x/a
     slope = (y - denoise(x,t,cond))/ρ
     y_s = y + (ρ_s-ρ)*slope
     if s==0: return y_s
@@ -176,11 +189,13 @@ def euler_maruyama_step(
     x:torch.Tensor, # sample at time `t`, (B,...)
     t:torch.Tensor, # time
     s:torch.Tensor, # next time, smaller
-    cond=None, # handed to the denoiser
+    cond=None, # passed to the denoiser
 )->torch.Tensor: # sample at time `s`
     "The reverse SDE, with drift and diffusion held over the step; no noise in the step to 0 (Song et al. 2021b)."
-    f,g = (u(denoise.schedule, t.double()).to(x.dtype) for u in (drift,diffusion))
-    score,h = score_of(denoise, x, t, denoise(x,t,cond)),(t-s).to(x.dtype)
+    f = drift(denoise.schedule, t.double()).to(x.dtype)
+    g = diffusion(denoise.schedule, t.double()).to(x.dtype)
+    score = score_of(denoise, x, t, denoise(x,t,cond))
+    h = (t-s).to(x.dtype)
     mean = x - (f*x - g**2*score)*h
     return mean + g*h.sqrt()*noise_like(x) if s>0 else mean
 
@@ -189,43 +204,57 @@ def pc_step(
     x:torch.Tensor, # sample at time `t`, (B,...)
     t:torch.Tensor, # time
     s:torch.Tensor, # next time, smaller
-    cond=None, # handed to the denoiser
+    cond=None, # passed to the denoiser
     snr:float=.16, # signal-to-noise ratio of the Langevin step
 )->torch.Tensor: # sample at time `s`
     "An Euler-Maruyama step, then one of Langevin dynamics; two calls (Song et al. 2021b, algorithms 2 and 4)."
     x = euler_maruyama_step(denoise, x, t, s, cond)
     if s==0: return x
-    score,z = score_of(denoise, x, s, denoise(x,s,cond)),noise_like(x)
-    norm = lambda u: u.flatten(1).norm(dim=1).mean()
-    ε = 2*(snr*norm(z)/norm(score))**2
+    score = score_of(denoise, x, s, denoise(x,s,cond))
+    z = noise_like(x)
+    ε = 2*(snr*_mean_norm(z)/_mean_norm(score))**2
     return x + ε*score + (2*ε).sqrt()*z
+
+def _mean_norm(x): return x.flatten(1).norm(dim=1).mean()
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #aae74501
 class DPMSolver2M:
     "DPM-Solver++ (2M): second order, one call a step (Lu et al. 2022, algorithm 2)."
-    order,eta = 2,0.                                            # `eta`: how much fresh noise, 1: as the reverse SDE has
+    order = 2
+    eta = 0. # share of fresh noise; 1: as in the reverse SDE
     def __init__(self): self.reset()
-    def reset(self): self.past,self.next_t = [],None
+
+    def reset(self):
+        "Forget the path."
+        self.past = []                                          # (λ, prediction) of the last steps, newest first
+        self.next_t = None                                      # where the next step of the path begins
 
     def __call__(self, denoise, x, t, s, cond=None):
         if self.next_t is None or t!=self.next_t: self.reset()
-        λ = self._lambda(denoise, t)
-        self.past = [(λ,denoise(x,t,cond))] + self.past[:self.order-1]
+        λ = _lambda(denoise, t)
+        x0 = denoise(x, t, cond)
+        self.past = [(λ,x0)] + self.past[:self.order-1]
         self.next_t = s
-        if s==0: return self.past[0][1]                         # the linear part is gone: the prediction itself
-        (a,σ),(a_s,σ_s) = scales(denoise,t,x),scales(denoise,s,x)
-        h = self._lambda(denoise, s) - λ
+        if s==0: return x0                                      # the linear part is gone: the prediction itself
+        _, σ = scales(denoise, t, x)
+        a_s, σ_s = scales(denoise, s, x)
+        h = _lambda(denoise, s) - λ
         x = σ_s/σ*np.exp(-self.eta*h)*x + a_s*self._integral(h)
-        return x + σ_s*np.sqrt(-np.expm1(-2*self.eta*h))*noise_like(x) if self.eta else x
+        if not self.eta: return x
+        return x + σ_s*np.sqrt(-np.expm1(-2*self.eta*h))*noise_like(x)
 
-    def _lambda(self, denoise, t): return (denoise.schedule.log_snr(t.double())/2).item()
+def _lambda(denoise, t): return (denoise.schedule.log_snr(t.double())/2).item()
 
-    def _integral(self, h):
-        (λ,d0),*past = self.past
-        w = -np.expm1(-(1+self.eta)*h)
-        if not past: return w*d0
-        r = (λ - past[0][0])/h
-        return w*(d0 + (d0-past[0][1])/(2*r))
+# %% ../../nbs/diffusion/05_samplers.ipynb #12f86009
+@patch
+def _integral(self:DPMSolver2M, h):
+    "Of the extrapolated prediction over a step of `h` in λ."
+    (λ,d0),*older = self.past
+    weight = -np.expm1(-(1+self.eta)*h)
+    if not older: return weight*d0
+    λ1, d1 = older[0]
+    r = (λ - λ1)/h
+    return weight*(d0 + (d0-d1)/(2*r))
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #469f807c
 class DPMSolverSDE(DPMSolver2M):
@@ -239,20 +268,29 @@ class DPMSolver3M(DPMSolver2M):
     def _integral(self, h):
         if len(self.past)<3: return super()._integral(h)
         (λ,d0),(λ1,d1),(λ2,d2) = self.past
-        first,second = (d0-d1)/(λ-λ1),(d1-d2)/(λ1-λ2)             # slopes of the prediction
-        curve = (first-second)/(λ-λ2)
-        slope = first + curve*(λ-λ1)                              # at the newest prediction
-        φ1 = -np.expm1(-h); φ2 = h - φ1; φ3 = h**2/2 - φ2         # integrals of 1, u and u²/2 against exp(u-h)
-        return φ1*d0 + φ2*slope + 2*φ3*curve
+        newer_slope = (d0-d1)/(λ-λ1)
+        older_slope = (d1-d2)/(λ1-λ2)
+        curvature = (newer_slope-older_slope)/(λ-λ2)                    # half the second derivative
+        slope = newer_slope + curvature*(λ-λ1)                          # at the newest prediction
+        φ1 = -np.expm1(-h)
+        φ2 = h - φ1
+        φ3 = h**2/2 - φ2
+        return φ1*d0 + φ2*slope + 2*φ3*curvature
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #9b69e3df
 def _unipc_weights(h, rs):
+    "Weights of the predictions at distances `rs` (in steps), so that the step is exact for polynomials in λ."
     if not rs: return []
-    if len(rs)==1: return [.5]                                    # the authors' choice, still of the right order
-    k,φ,b,fact = len(rs),-np.expm1(-h)/h - 1,[],1
-    for i in range(1,k+1):
-        b.append(φ*fact/np.expm1(-h)); fact *= i+1; φ = -φ/h - 1/fact
-    return np.linalg.solve(np.vander(rs, k, increasing=True).T, b)
+    if len(rs)==1: return [.5]                                          # the authors' choice, still of the right order
+    k = len(rs)
+    φ = -np.expm1(-h)/h - 1
+    factorial = 1
+    moments = []
+    for i in range(1, k+1):
+        moments.append(φ*factorial/np.expm1(-h))
+        factorial *= i+1
+        φ = -φ/h - 1/factorial
+    return np.linalg.solve(np.vander(rs, k, increasing=True).T, moments)
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #f7cf9762
 class UniPC(DPMSolver2M):
@@ -260,59 +298,84 @@ class UniPC(DPMSolver2M):
     def __init__(self,
         order:int=3, # of the predictor
     ):
-        self.order = order; self.reset()
-    def reset(self): super().reset(); self.x,self.t = None,None
+        self.order = order
+        self.reset()
 
-    def _update(self, denoise, x, t, s, past, newest=None):
-        (a,σ),(a_s,σ_s) = scales(denoise,t,x),scales(denoise,s,x)
-        (λ,d0),*older = past
-        h = self._lambda(denoise, s) - λ
-        rs,diffs = [(l-λ)/h for l,_ in older],[(d-d0) for _,d in older]
-        if newest is not None: rs,diffs = rs+[1.],diffs+[newest-d0]
-        out = σ_s/σ*x - a_s*np.expm1(-h)*d0
-        for w,r,d in zip(_unipc_weights(h,rs), rs, diffs): out = out - a_s*np.expm1(-h)*w*d/r
-        return out
+    def reset(self):
+        "Forget the path."
+        super().reset()
+        self.x = None                                           # where the last step began,
+        self.t = None                                           # and when
 
     def __call__(self, denoise, x, t, s, cond=None):
         if self.next_t is None or t!=self.next_t: self.reset()
-        d = denoise(x, t, cond)
-        if s==0: self.reset(); return d
-        if self.past: x = self._update(denoise, self.x, self.t, t, self.past, newest=d)
-        self.past = [(self._lambda(denoise,t),d)] + self.past[:self.order-1]
-        self.x,self.t,self.next_t = x,t,s
-        return self._update(denoise, x, t, s, self.past)
+        x0 = denoise(x, t, cond)
+        if s==0:
+            self.reset()
+            return x0
+        if self.past: x = self._update(denoise, self.x, self.t, t, newest=x0)
+        self.past = [(_lambda(denoise,t),x0)] + self.past[:self.order-1]
+        self.x = x
+        self.t = t
+        self.next_t = s
+        return self._update(denoise, x, t, s)
+
+# %% ../../nbs/diffusion/05_samplers.ipynb #18e6c900
+@patch
+def _update(self:UniPC, denoise, x, t, s, newest=None):
+    "From `t` to `s` with the past predictions and, as a correction, with the newest."
+    _, σ = scales(denoise, t, x)
+    a_s, σ_s = scales(denoise, s, x)
+    (λ,d0),*older = self.past
+    h = _lambda(denoise, s) - λ
+    rs = [(λ_i-λ)/h for λ_i,_ in older]
+    differences = [d-d0 for _,d in older]
+    if newest is not None:
+        rs.append(1.)
+        differences.append(newest-d0)
+    out = σ_s/σ*x - a_s*np.expm1(-h)*d0
+    for w,r,d in zip(_unipc_weights(h,rs), rs, differences): out = out - a_s*np.expm1(-h)*w*d/r
+    return out
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #a564bfad
 def _velocity(denoise, y, t, θ, cond, signs):
     "dy/dθ, and one estimate of its divergence for each probe, (probes,B)."
     with torch.enable_grad():
         y = y.detach().requires_grad_()
-        a,σ = scales(denoise, t, y)
+        a, σ = scales(denoise, t, y)
         x0 = denoise(y*(a**2+σ**2).sqrt(), t, cond)
-        trace = torch.stack([(v*torch.autograd.grad(x0, y, v, retain_graph=True)[0]).flatten(1).sum(1) for v in signs])
-    return ((θ.cos()*y-x0)/θ.sin()).detach().to(y.dtype), (y[0].numel()*θ.cos()-trace.double().cpu())/θ.sin()
+        products = [v*torch.autograd.grad(x0, y, v, retain_graph=True)[0] for v in signs]
+    trace = torch.stack([p.flatten(1).sum(1) for p in products]).double().cpu()
+    velocity = ((θ.cos()*y-x0)/θ.sin()).detach().to(y.dtype)
+    return velocity, (y[0].numel()*θ.cos()-trace)/θ.sin()
 
+# %% ../../nbs/diffusion/05_samplers.ipynb #603ab180
 def log_likelihood(
     denoise, # the denoiser
     x:torch.Tensor, # clean samples, (B,...): for a latent model, latents
-    cond=None, # handed to the denoiser
+    cond=None, # passed to the denoiser
     steps:int=50, # of Heun's method, two calls each
     times=karras_times, # time grid
     probes:int=4, # estimates of each trace
     seed:int=0, # of the probes
 )->tuple: # `log p` in nats, (B,), and its standard error from the probes, (B,)
-    "Density of samples under the model's own ODE (Song et al. 2021b, eq. 39; Heun's method). Raises nothing of its own."
+    "Density of samples under the model's own ODE (Song et al. 2021b, eq. 39), integrated by Heun's method."
     ts = times(denoise.schedule, steps)[:-1].flip(0)
-    θs,gen,d = (-denoise.schedule.log_snr(ts)/2).exp().atan(),torch.Generator().manual_seed(seed),x[0].numel()
+    θs = (-denoise.schedule.log_snr(ts)/2).exp().atan()
+    gen = torch.Generator().manual_seed(seed)
     signs = (torch.randint(2, (probes,*x.shape), generator=gen)*2-1).to(x)
-    y,log_p = x*θs[0].cos().to(x.dtype),d*θs[0].cos().log()
-    for t,s,θ,φ in zip(ts, ts[1:], θs, θs[1:]):
-        v,div = _velocity(denoise, y, t, θ, cond, signs)
-        v2,div2 = _velocity(denoise, y+(φ-θ).to(y.dtype)*v, s, φ, cond, signs)
-        y,log_p = y+(φ-θ).to(y.dtype)*(v+v2)/2,log_p+(φ-θ)*(div+div2)/2
-    end = y.flatten(1).double().cpu()/θs[-1].sin()
-    log_p = log_p - end.square().sum(1)/2 - d*(θs[-1].sin().log()+math.log(2*math.pi)/2)
-    return log_p.mean(0),log_p.std(0)/probes**.5
+    d = x[0].numel()
+    y = x*θs[0].cos().to(x.dtype)
+    log_p = d*θs[0].cos().log()
+    for t,s,θ,θ_s in zip(ts, ts[1:], θs, θs[1:]):
+        h = θ_s - θ
+        v, div = _velocity(denoise, y, t, θ, cond, signs)
+        v_s, div_s = _velocity(denoise, y+h.to(y.dtype)*v, s, θ_s, cond, signs)
+        y = y + h.to(y.dtype)*(v+v_s)/2
+        log_p = log_p + h*(div+div_s)/2
+    noise = y.flatten(1).double().cpu()/θs[-1].sin()
+    log_p = log_p - noise.square().sum(1)/2 - d*(θs[-1].sin().log()+math.log(2*math.pi)/2)
+    return log_p.mean(0), log_p.std(0)/probes**.5
 
 def bits_per_dim(
     log_p:torch.Tensor, # nats
