@@ -142,9 +142,9 @@ def test_five_hundred_spoiled_models(tmp_path):
 
 def test_a_record_that_asks_for_too_much(tmp_path):
     "Refused before anything is allocated: the shapes do not agree, whatever the fingerprints say."
-    from fastldm.core.models import _mark
+    from fastldm.core import config_fingerprint
     save_model(Two(), tmp_path)
     f = tmp_path/'config.json'; info = json.loads(f.read_text())
     info['config']['kwargs']['n'] = 10**8
-    f.write_text(json.dumps(info | dict(config_fingerprint=_mark(info['config']))))
+    f.write_text(json.dumps(info | dict(config_fingerprint=config_fingerprint(info['config']))))
     with pytest.raises(ValueError, match='the model needs'): load_model(tmp_path)
