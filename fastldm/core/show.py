@@ -15,63 +15,89 @@ from PIL import Image
 from .models import fingerprint, json_text, write_atomic
 
 # %% ../../nbs/core/01_show.ipynb #f904ac10
-def _pixels(x, lo=None):
-    "Tensor (…,H,W), array or PIL pictures as uint8 (B,H,W,3); floats go from `lo` (-1, or 0 if none is negative) to 1."
-    if isinstance(x, (list,tuple)): return np.concatenate([_pixels(o, lo) for o in x])
-    if isinstance(x, Image.Image): return np.asarray(x.convert('RGB'))[None]
-    x = torch.as_tensor(x).detach().cpu()
-    if x.is_floating_point():
-        if lo is None: lo = -1 if x.min()<0 else 0
-        x = ((x.float()-lo)/(1-lo)*255).round().clamp(0,255).nan_to_num(0)
-    x = x.to(torch.uint8)
-    x = x[None,None] if x.dim()==2 else x[None] if x.dim()==3 else x
-    return x[:,[0,0,0] if x.shape[1]<3 else [0,1,2]].permute(0,2,3,1).numpy()
+def _bytes(x, lo):
+    "Floats from `lo` to 1 as bytes; `lo` None: -1 where there is a negative value, else 0."
+    if lo is None: lo = -1 if x.min()<0 else 0
+    x = (x.float()-lo)/(1-lo)*255
+    return x.round().clamp(0, 255).nan_to_num(0)
 
-def image_grid(x, # batch (B,C,H,W), or a list of pictures of one size
-               ncol:int=8, # pictures in a row
-               pad:int=1, # white pixels between them
-               lo:float=None, # value of black: -1 or 0
-               head:int=0 # white pixels above each
-              )->np.ndarray: # (H,W,3) uint8
-    "Many pictures as one."
-    x = np.pad(_pixels(x, lo), ((0,0),(head,pad),(0,pad),(0,0)), constant_values=255)
-    b,h,w,_ = x.shape; ncol = min(ncol,b)
-    x = np.pad(x, ((0,-b%ncol),(0,0),(0,0),(0,0)), constant_values=255).reshape(-1,ncol,h,w,3)
-    return x.swapaxes(1,2).reshape(-1,ncol*w,3)[:-pad or None,:-pad or None]
+def _pixels(images, lo=None):
+    "A tensor or array (…,H,W), a PIL picture, or a list of these, as uint8 (B,H,W,3)."
+    if isinstance(images, (list, tuple)): return np.concatenate([_pixels(image, lo) for image in images])
+    if isinstance(images, Image.Image): return np.asarray(images.convert('RGB'))[None]
+    x = torch.as_tensor(images).detach().cpu()
+    if x.is_floating_point(): x = _bytes(x, lo)
+    x = x.to(torch.uint8)
+    if x.dim()==2: x = x[None]
+    if x.dim()==3: x = x[None]
+    channels = [0, 0, 0] if x.shape[1]<3 else [0, 1, 2]        # grey is repeated, a fourth channel left out
+    return x[:, channels].permute(0, 2, 3, 1).numpy()
 
 # %% ../../nbs/core/01_show.ipynb #2db01dd6
-def show_image(x, # (C,H,W) or (H,W) tensor, array or PIL picture
-               ax=None, # axes to draw on; a new figure if not given
-               title=None, size:float=2., # inches
-               lo:float=None): # value of black: -1 or 0
+def image_grid(
+    x, # batch (B,C,H,W), or a list of pictures of one size
+    ncol:int=8, # pictures in a row
+    pad:int=1, # white pixels between them
+    lo:float=None, # value of black: -1 or 0; None: -1 if there is a negative value
+    head:int=0, # white pixels above each
+)->np.ndarray: # (H,W,3) uint8
+    "Many pictures as one."
+    pixels = np.pad(_pixels(x, lo), ((0,0), (head,pad), (0,pad), (0,0)), constant_values=255)
+    n, h, w, _ = pixels.shape
+    ncol = min(ncol, n)
+    pixels = np.pad(pixels, ((0,-n%ncol), (0,0), (0,0), (0,0)), constant_values=255)
+    page = pixels.reshape(-1, ncol, h, w, 3).swapaxes(1, 2).reshape(-1, ncol*w, 3)
+    return page[:-pad or None, :-pad or None]                  # no white at the right and the bottom
+
+# %% ../../nbs/core/01_show.ipynb #82b23934
+def _figure(w, h):
+    "A figure of `w` by `h` inches that is shown once, when it is the value of a cell."
+    import matplotlib.pyplot as plt
+    fig = plt.figure(figsize=(w, h), dpi=100)
+    plt.close(fig)
+    return fig
+
+def show_image(
+    x, # (C,H,W) or (H,W) tensor, array or PIL picture
+    ax=None, # axes to draw on; None: a new figure
+    title=None, # above it
+    size:float=2., # inches
+    lo:float=None, # value of black: -1 or 0; None: -1 if there is a negative value
+): # the axes
     "Draw one picture, return its axes."
-    if ax is None: ax = _figure(size, size).add_axes((0,0,1,.88 if title else 1))
+    if ax is None: ax = _figure(size, size).add_axes((0, 0, 1, .88 if title else 1))
     ax.imshow(_pixels(x, lo)[0], interpolation='nearest')
     if title is not None: ax.set_title(str(title), fontsize=8)
     ax.axis('off')
     return ax
 
-# %% ../../nbs/core/01_show.ipynb #f026abb7
-def show_images(x, # batch (B,C,H,W), or a list of pictures of one size
-                ncol:int=8, # pictures in a row
-                titles=(), # one above each picture
-                size:float=.8, # inches a picture
-                pad:int=1, lo:float=None): # pixels between pictures; value of black: -1 or 0
+# %% ../../nbs/core/01_show.ipynb #73af87a3
+def show_images(
+    x, # batch (B,C,H,W), or a list of pictures of one size
+    ncol:int=8, # pictures in a row
+    titles=(), # one above each picture
+    size:float=.8, # inches a picture
+    pad:int=1, # white pixels between pictures
+    lo:float=None, # value of black: -1 or 0; None: -1 if there is a negative value
+): # the figure
     "Draw pictures as a grid, return the figure."
-    x = _pixels(x, lo).transpose(0,3,1,2)
-    (b,_,h,w),ncol,titles = x.shape,min(ncol,len(x)),[] if titles is None else list(titles)
-    head = math.ceil((.2+.11*max(str(t).count('\n') for t in titles))*max(h,w)/size) if titles else 0       # .2 inches of text, more where it has several lines
-    im = image_grid(x, ncol, pad, head=head)
-    fig = _figure(*(size*n/max(h,w) for n in im.shape[1::-1]))
-    ax = fig.add_axes((0,0,1,1)); ax.imshow(im, interpolation='nearest'); ax.axis('off')
-    for i,t in enumerate(titles):
-        ax.text(i%ncol*(w+pad)+(w-1)/2, i//ncol*(head+h+pad)+(head-1)/2, str(t), ha='center', va='center', fontsize=7)
-    return fig
-
-def _figure(w, h):
-    "A figure of `w` by `h` inches that is shown once, when it is the value of a cell."
-    import matplotlib.pyplot as plt
-    fig = plt.figure(figsize=(w,h), dpi=100); plt.close(fig)
+    pixels = _pixels(x, lo).transpose(0, 3, 1, 2)
+    n, _, h, w = pixels.shape
+    ncol = min(ncol, n)
+    titles = [str(title) for title in titles or ()]
+    scale = max(h, w)/size                                     # pixels an inch
+    head = 0
+    if titles: head = math.ceil((.2+.11*max(title.count('\n') for title in titles))*scale)
+    page = image_grid(pixels, ncol, pad, head=head)
+    fig = _figure(page.shape[1]/scale, page.shape[0]/scale)
+    ax = fig.add_axes((0, 0, 1, 1))
+    ax.imshow(page, interpolation='nearest')
+    ax.axis('off')
+    for i, title in enumerate(titles):
+        row, column = divmod(i, ncol)
+        centre = column*(w+pad) + (w-1)/2
+        middle = row*(head+h+pad) + (head-1)/2
+        ax.text(centre, middle, title, ha='center', va='center', fontsize=7)
     return fig
 
 # %% ../../nbs/core/01_show.ipynb #2dd9ca14
@@ -100,7 +126,8 @@ def draw_grid(
     for name in columns:
         span = spans[name] if spans else 1
         place = (width*(start+span/2)-1, -1)
-        ax.annotate(name, place, (0, 3), textcoords='offset points', ha='center', va='bottom', fontsize=fontsize)
+        ax.annotate(name, place, (0, 3), textcoords='offset points', ha='center', va='bottom',
+                    fontsize=fontsize, annotation_clip=False)
         start += span
     if title is not None: ax.set_title(title, fontsize=fontsize, pad=2*fontsize if len(columns) else 6)
 
@@ -147,34 +174,68 @@ def draw_table(
 
 # %% ../../nbs/core/01_show.ipynb #29268796
 class Diagram:
-    "Tiles, boxes and arrows on a page; `fig` is the figure, `bg` the axes behind all, in inches."
-    def __init__(self, w:float, h:float): # of the page, in inches
-        self.w,self.h,self.fig = w,h,_figure(w, h)
-        self.bg = self.fig.add_axes((0,0,1,1)); self.bg.set(xlim=(0,w), ylim=(0,h)); self.bg.axis('off')
+    "Tiles, boxes and arrows on a page; `fig` is the figure, `bg` the axes behind everything, in inches."
+    def __init__(self,
+        w:float, # width of the page, in inches
+        h:float, # height of the page, in inches
+    ):
+        self.w = w
+        self.h = h
+        self.fig = _figure(w, h)
+        self.bg = self.fig.add_axes((0, 0, 1, 1))
+        self.bg.set(xlim=(0, w), ylim=(0, h))
+        self.bg.axis('off')
 
-    def tile(self, x, y, im, title='', w=1.25, h=None, **kw): # centre, picture, its words; size; for `imshow`
-        "A picture with words below; its axes."
+    def tile(self,
+        x:float, # centre, in inches from the left
+        y:float, # centre, in inches from the bottom
+        im, # picture, as `imshow` takes it
+        title:str='', # words below
+        w:float=1.25, # inches
+        h:float=None, # inches; None: as wide as high
+        **kw, # for `imshow`
+    ): # its axes
+        "A picture with words below."
         h = h or w
-        ax = self.fig.add_axes(((x-w/2)/self.w,(y-h/2)/self.h,w/self.w,h/self.h)); ax.imshow(im, aspect='auto', interpolation='nearest', **kw); ax.set(xticks=[], yticks=[])
-        for s in ax.spines.values(): s.set(color='.6', linewidth=.6)
+        ax = self.fig.add_axes(((x-w/2)/self.w, (y-h/2)/self.h, w/self.w, h/self.h))
+        ax.imshow(im, aspect='auto', interpolation='nearest', **kw)
+        ax.set(xticks=[], yticks=[])
+        for spine in ax.spines.values(): spine.set(color='.6', linewidth=.6)
         self.bg.text(x, y-h/2-.07, title, ha='center', va='top', fontsize=7.5, linespacing=1.25)
         return ax
 
-    def box(self, x, y, text, colour, w=1.3, h=.95): # centre, words, colour; size
+    def box(self,
+        x:float, # centre, in inches from the left
+        y:float, # centre, in inches from the bottom
+        text:str, # words inside
+        colour, # of the face
+        w:float=1.3, # inches
+        h:float=.95, # inches
+    ):
         "A part of the system."
         from matplotlib.patches import FancyBboxPatch
-        self.bg.add_patch(FancyBboxPatch((x-w/2,y-h/2), w, h, boxstyle='round,pad=0,rounding_size=.12', fc=colour, ec='.5', lw=.8))
+        shape = dict(boxstyle='round,pad=0,rounding_size=.12', fc=colour, ec='.5', lw=.8)
+        self.bg.add_patch(FancyBboxPatch((x-w/2, y-h/2), w, h, **shape))
         self.bg.text(x, y, text, ha='center', va='center', fontsize=8, linespacing=1.3)
 
-    def arrow(self, x0, y0, x1, y1, **kw): # from, to; for the arrow
+    def arrow(self,
+        x0:float, # where it begins
+        y0:float, # where it begins
+        x1:float, # where its head is
+        y1:float, # where its head is
+        **kw, # for matplotlib's arrow, e.g. `connectionstyle`
+    ):
         "What goes where."
-        self.bg.annotate('', (x1,y1), (x0,y0), arrowprops=dict(arrowstyle='-|>', color='.3', lw=1.1, shrinkA=0, shrinkB=0, **kw))
+        style = dict(arrowstyle='-|>', color='.3', lw=1.1, shrinkA=0, shrinkB=0, **kw)
+        self.bg.annotate('', (x1, y1), (x0, y0), arrowprops=style)
 
 # %% ../../nbs/core/01_show.ipynb #f0695975
 def figures_path()->Path: # the folder
-    "Where figures go: `FASTLDM_FIGURES`, else `figures` in the checkout one works in, else `figures` here."
-    up = (p for p in (Path.cwd(),*Path.cwd().parents) if (p/'settings.ini').exists())
-    return Path(os.environ.get('FASTLDM_FIGURES') or next(up, Path.cwd())/'figures')
+    "Where figures go: `FASTLDM_FIGURES`, else `figures` in the checkout that this is run in, else `figures` here."
+    if chosen := os.environ.get('FASTLDM_FIGURES'): return Path(chosen)
+    here = Path.cwd()
+    checkouts = [folder for folder in (here, *here.parents) if (folder/'settings.ini').exists()]
+    return (checkouts or [here])[0]/'figures'
 
 # %% ../../nbs/core/01_show.ipynb #ea40210c
 def leaves(
