@@ -1,17 +1,18 @@
 "Our numbers against somebody else's: whole trajectories of diffusers' schedulers on the same network, step by step."
-import pytest, torch
-from fastldm.diffusion import SqrtLinear, VP
-from fastldm.diffusion import Denoiser
-from fastldm.diffusion import sample, ddim_step, euler_step, heun_step, DPMSolver2M, UniPC
-from fastldm.diffusion import UNet
+import pytest
+import torch
+from fastldm.diffusion import (Denoiser, DPMSolver2M, SqrtLinear, UNet, UniPC, VP,
+                               ddim_step, euler_step, heun_step, sample)
 
 diffusers = pytest.importorskip('diffusers')
-T,N = 1000,20
-BETAS = dict(num_train_timesteps=T, beta_start=.0015, beta_end=.0195, beta_schedule='scaled_linear', timestep_spacing='trailing')
+T = 1000                                                          # steps of training
+N = 20                                                            # steps of sampling
+BETAS = dict(num_train_timesteps=T, beta_start=.0015, beta_end=.0195, beta_schedule='scaled_linear',
+             timestep_spacing='trailing')
 
 @pytest.fixture(scope='module')
 def model():
-    "A network that has learnt nothing but is no constant, speaking eps."
+    "An untrained network that is no constant, and predicts the noise."
     torch.manual_seed(0)
     net = UNet(3, (16,32), attention=(False,True))
     for p in net.parameters(): p.data += .03*torch.randn_like(p)
@@ -21,59 +22,73 @@ def model():
 def noise(): return torch.randn(2,3,8,8, generator=torch.Generator().manual_seed(1))
 
 def eps(model, x, step):
-    "What a diffusers user's network would answer: the noise, at an integer step."
+    "What the network of a diffusers user would predict: the noise, at an integer step."
     t = (torch.as_tensor(float(step))+1)/T
-    a,σ = model.schedule(t.double())
+    a, σ = model.schedule(t.double())
     return ((x - a*model(x,t))/σ).float()
 
-def ours(model, x, ts, step):
-    seen = []
-    sample(model, x, ts, step, cb=lambda x,t,s: seen.append(x))
-    return seen
+def our_path(model, x, ts, step):
+    "The result of each step."
+    states = []
+    sample(model, x, ts, step, cb=lambda x,t,s: states.append(x))
+    return states
 
-def theirs(scheduler, model, x, to_vp=lambda x,sigma: x):
+def their_path(scheduler, model, x):
+    "The result of each step of a scheduler."
     scheduler.set_timesteps(N)
-    seen = []
+    states = []
     for t in scheduler.timesteps:
         x = scheduler.step(eps(model, scheduler.scale_model_input(x,t), t), t, x).prev_sample
-        seen.append(x)
-    return seen
+        states.append(x)
+    return states
 
-def times(scheduler):
+def times_of(scheduler):
+    "Its integer steps as times."
     scheduler.set_timesteps(N)
-    steps = list(dict.fromkeys(scheduler.timesteps.tolist()))         # Heun lists them twice
-    return torch.tensor([(t+1)/T for t in steps]+[0.]).double()
+    steps = list(dict.fromkeys(scheduler.timesteps.tolist()))     # Heun lists them twice
+    return torch.tensor([(step+1)/T for step in steps]+[0.]).double()
 
-def same(a, b): assert (a-b).abs().max() < 1e-4*max(1., b.abs().max().item()), (a-b).abs().max()
+def assert_same(ours, theirs):
+    error = (ours-theirs).abs().max()
+    assert error < 1e-4*max(1., theirs.abs().max().item()), error
+
+def assert_same_path(ours, theirs):
+    for a,b in zip(ours, theirs, strict=True): assert_same(a, b)
 
 def test_ddim(model, noise):
-    sch = diffusers.DDIMScheduler(**BETAS, clip_sample=False)
-    for a,b in zip(ours(model,noise,times(sch),ddim_step), theirs(sch,model,noise), strict=True): same(a,b)
+    "Each step is that of DDIMScheduler."
+    scheduler = diffusers.DDIMScheduler(**BETAS, clip_sample=False)
+    ours = our_path(model, noise, times_of(scheduler), ddim_step)
+    assert_same_path(ours, their_path(scheduler, model, noise))
 
 def test_dpm_solver_2m(model, noise):
-    sch = diffusers.DPMSolverMultistepScheduler(**BETAS, solver_order=2, algorithm_type='dpmsolver++', solver_type='midpoint', final_sigmas_type='zero')
-    for a,b in zip(ours(model,noise,times(sch),DPMSolver2M()), theirs(sch,model,noise), strict=True): same(a,b)
+    "Each step is that of DPMSolverMultistepScheduler."
+    scheduler = diffusers.DPMSolverMultistepScheduler(**BETAS, solver_order=2, algorithm_type='dpmsolver++',
+                                                      solver_type='midpoint', final_sigmas_type='zero')
+    ours = our_path(model, noise, times_of(scheduler), DPMSolver2M())
+    assert_same_path(ours, their_path(scheduler, model, noise))
 
 def test_unipc(model, noise):
-    "UniPC corrects a step when the next one is taken, in diffusers before the step is returned; so the ends are compared."
-    sch = diffusers.UniPCMultistepScheduler(**BETAS, solver_order=2, solver_type='bh2', final_sigmas_type='zero')
-    same(ours(model,noise,times(sch),UniPC(2))[-1], theirs(sch,model,noise)[-1])
+    "The ends are compared: we correct a step when the next is taken, diffusers before it is returned."
+    scheduler = diffusers.UniPCMultistepScheduler(**BETAS, solver_order=2, solver_type='bh2', final_sigmas_type='zero')
+    ours = our_path(model, noise, times_of(scheduler), UniPC(2))
+    assert_same(ours[-1], their_path(scheduler, model, noise)[-1])
 
 @pytest.mark.parametrize('name,step', [('EulerDiscreteScheduler',euler_step), ('HeunDiscreteScheduler',heun_step)])
 def test_in_sigma(model, noise, name, step):
     "Schedulers that keep x/alpha: ours is divided before it is compared."
-    sch = getattr(diffusers,name)(**BETAS)
-    ts = times(sch)
+    scheduler = getattr(diffusers, name)(**BETAS)
+    ts = times_of(scheduler)
     alphas = [model.schedule(s[None])[0].item() for s in ts]
-    mine = [x/a for x,a in zip(ours(model,noise,ts,step), alphas[1:])]
-    other = theirs(sch, model, noise/alphas[0])
-    if name.startswith('Heun'): other = other[1::2] + other[-1:]       # the second half of each step, and the single last one
-    for a,b in zip(mine,other, strict=True): same(a,b)
+    ours = [x/a for x,a in zip(our_path(model,noise,ts,step), alphas[1:])]
+    theirs = their_path(scheduler, model, noise/alphas[0])
+    if name.startswith('Heun'): theirs = theirs[1::2]+theirs[-1:] # second halves of the steps, and the single last one
+    assert_same_path(ours, theirs)
 
 def test_schedules():
     "alpha_bar of the linear and the sqrt-linear DDPM against the continuous forms."
-    lin = diffusers.DDPMScheduler(T, beta_start=1e-4, beta_end=.02, beta_schedule='linear').alphas_cumprod
     t = (torch.arange(T)+1).double()/T
-    assert (VP(.1,20.).alpha(t)**2-lin).abs().max() < 2e-3             # DDPM is a discretisation of VP
-    sq = diffusers.DDPMScheduler(T, beta_start=.0015, beta_end=.0195, beta_schedule='scaled_linear').alphas_cumprod
-    assert (SqrtLinear().alpha(t)**2-sq).abs().max() < 1e-5
+    linear = diffusers.DDPMScheduler(T, beta_start=1e-4, beta_end=.02, beta_schedule='linear').alphas_cumprod
+    assert (VP(.1,20.).alpha(t)**2-linear).abs().max() < 2e-3     # DDPM is a discretisation of VP
+    scaled = diffusers.DDPMScheduler(T, beta_start=.0015, beta_end=.0195, beta_schedule='scaled_linear').alphas_cumprod
+    assert (SqrtLinear().alpha(t)**2-scaled).abs().max() < 1e-5
