@@ -85,11 +85,13 @@ def show_images(
     n, _, h, w = pixels.shape
     ncol = min(ncol, n)
     titles = [str(title) for title in titles or ()]
-    scale = max(h, w)/size                                     # pixels an inch
+    side = max(h, w)
     head = 0
-    if titles: head = math.ceil((.2+.11*max(title.count('\n') for title in titles))*scale)
+    if titles:
+        inches = .2+.11*max(title.count('\n') for title in titles)
+        head = math.ceil(inches*side/size)
     page = image_grid(pixels, ncol, pad, head=head)
-    fig = _figure(page.shape[1]/scale, page.shape[0]/scale)
+    fig = _figure(size*page.shape[1]/side, size*page.shape[0]/side)
     ax = fig.add_axes((0, 0, 1, 1))
     ax.imshow(page, interpolation='nearest')
     ax.axis('off')
