@@ -54,8 +54,8 @@ def test_no_space_in_mid_save(tmp_path):
     assert 'stopped:' in said.stdout, said.stderr
     left = sorted(p.name for p in (tmp_path/'a').iterdir())
     assert left==['.lock','checkpoint.safetensors','log.csv']                  # no half-written file
-    from fastldm.core.train import _read_checkpoint
-    assert _read_checkpoint(tmp_path/'a'/'checkpoint.safetensors')[0]['step']==5
+    from fastldm.core.train import read_checkpoint
+    assert read_checkpoint(tmp_path/'a'/'checkpoint.safetensors')[0]['step']==5
 
 # ---- the cache of latents
 

@@ -138,7 +138,7 @@ def test_damaged_checkpoint(tmp_path):
     for _ in range(60): i = rng.randrange(len(good)); cases.append(good[:i]+bytes([good[i]^(1<<rng.randrange(8))])+good[i+1:])
     for c in cases:
         p.write_bytes(c)
-        with pytest.raises(ValueError, match='damaged'): train._read_checkpoint(p)
+        with pytest.raises(ValueError, match='damaged'): train.read_checkpoint(p)
     with pytest.raises(ValueError, match='delete it and train anew'): learner(tmp_path).fit(resume=True)
 
 def test_bad_arguments(tmp_path):

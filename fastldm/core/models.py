@@ -61,7 +61,8 @@ class Module(Recorded, nn.Module):
 RENAMED_CLASSES = dict(FaceJudge='FaceClassifier', SceneJudge='SceneClassifier')
 RENAMED_ARGUMENTS = dict( # of a class: old name, new name
     UNet=dict(placed='position_embedding'),
-    SpatialTransformer=dict(placed='position_embedding'),
+    SpatialTransformer=dict(placed='position_embedding', itself='self_attention', twice='double_residual'),
+    AttributeEmbedder=dict(seen='examples'),
     TextToImage=dict(reader='text_encoder'),
 )
 RENAMED_WEIGHTS = dict(TextToImage={'reader.':'text_encoder.'}) # of a class: how names began, and begin now
@@ -361,8 +362,8 @@ def fetch_batch(
 )->dict: # the fields, stacked
     "Some items of a data set as one batch."
     if torch.is_tensor(data): return dict(image=data[indices])
-    if hasattr(data, '__getitems__'): return data.__getitems__(indices)
-    return default_collate([data[i] for i in indices])
+    items = data.__getitems__(indices) if hasattr(data, '__getitems__') else [data[i] for i in indices]
+    return items if isinstance(items, dict) else default_collate(items)
 
 # %% ../../nbs/core/00_models.ipynb #e172d400
 def set_seed(
