@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from fastldm import load
 from fastldm.diffusion import Cond
-from fastldm.control import ControlAdapter, ControlData, control, control_loss, local, picture_control, random_region
+from fastldm.control import ControlAdapter, ControlData, control, control_loss, mask_features, picture_control, random_region
 from fastldm.metrics import edge_f1, leakage
 from fastldm.core import set_seed
 from fastldm.recipes import control_data, evaluate_control, sample_cli, train_adapter, train_cli
@@ -61,7 +61,7 @@ def test_what_lies_outside_cannot_be_known(model, adapter, scene, middle):
     "A sealed control: bit for bit the same picture, whatever it says outside of the region; left open, another one."
     edges = scene[1][:2]; other = torch.where(middle>0, edges, 1-edges)
     draw = lambda e, **kw: model.sample(scene[0]['caption'][:2], constraint=control(adapter, e, middle, **kw), seed=0, steps=4)
-    assert torch.equal(draw(edges), draw(other)) and not torch.equal(draw(edges, sealed=False), draw(other, sealed=False))
+    assert torch.equal(draw(edges), draw(other)) and not torch.equal(draw(edges, mask_control=False), draw(other, mask_control=False))
 
 def test_a_kind_it_was_not_trained_for(adapter):
     with pytest.raises(ValueError, match="unknown control 'depth'"): control(adapter, torch.zeros(64,64), kind='depth')

@@ -121,7 +121,7 @@ def test_sdxl_adapter(tokenizer):
     plain,free = drawn(pipe, **ask),drawn(base, **size)
     assert torch.equal(drawn(pipe, LEFT*0+1, **ask), plain) and torch.equal(drawn(pipe, LEFT*0, **ask), free)
     some = drawn(pipe, LEFT, **ask); assert apart(some, plain)>1e-3 and apart(some, free)>1e-3 and torch.equal(drawn(pipe, **ask), plain)
-    ldm = from_diffusers(pipe); mine = ours(ldm, 3, constraint=control(T2I(pipe.adapter), EDGES, LEFT, where='both', sealed=False))
+    ldm = from_diffusers(pipe); mine = ours(ldm, 3, constraint=control(T2I(pipe.adapter), EDGES, LEFT, branch='both', mask_control=False))
     print(f'differs by {apart(mine, drawn(pipe, LEFT, latents=start(ldm, 3), **ask)):.1e}'); assert apart(mine, drawn(pipe, LEFT, latents=start(ldm, 3), **ask))<1e-4
     assert torch.equal(ours(ldm, 3, constraint=control(T2I(pipe.adapter), EDGES, LEFT*0)), ours(ldm, 3))
 
