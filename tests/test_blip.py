@@ -1,4 +1,4 @@
-"BLIP and text features: published layouts, learned words, bad input, damaged caches, objectives against plain formulas."
+"BLIP and text features: published layouts, words, bad input, damaged caches, objectives against plain formulas."
 import copy, json, math, sys, warnings
 import pytest, torch, torch.nn.functional as F
 from fastcore.test import test_close as close, test_eq as eq

@@ -261,7 +261,7 @@ class Kill(Callback):
 
 @pytest.mark.parametrize('after', [-4,4,14])
 def test_early_stop_goes_on_after_a_kill(tmp_path, after):
-    "Killed before and after its best step, resumed from a checkpoint of another step: the same best weights as without."
+    "Killed before and after its best step, resumed from a checkpoint of another step: the same best weights."
     whole = learner(tmp_path/'a').fit()
     at = min(measured(whole))[1]
     with pytest.raises(KeyboardInterrupt): learner(tmp_path/'b', [Kill(at+after)]).fit()
