@@ -8,3 +8,5 @@ from .control import *
 from .evaluate import *
 from .commands import *
 from .figures import *
+from .probes import *
+from .face_probes import *
