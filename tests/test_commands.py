@@ -65,7 +65,8 @@ def test_train_without_labels(pictures, tmp_path):
     flat = tmp_path/'flat'
     flat.mkdir()
     for i,f in enumerate(pictures.rglob('*.png')): f.rename(flat/f'{i}.png')
-    run('fastldm_train', 'folder', '--data', flat, '--size', 16, '--steps', 5, '--ae_steps', 5, '--out', tmp_path/'mine')
+    run('fastldm_train', 'folder', '--data', flat, '--size', 16, '--steps', 5, '--ae_steps', 5, '--out',
+        tmp_path/'mine')
     ldm = load(tmp_path/'mine')
     assert ldm.sample(2, steps=2, seed=0).shape==(2,3,16,16)
     with pytest.raises(ValueError, match='takes no conditions'): ldm.sample(2, label=1)
@@ -94,7 +95,8 @@ def test_options_that_a_model_does_not_take(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     def fails(message, command, *args, **options):
         with pytest.raises(SystemExit, match=message): command(*args, **options)
-    fails('mnist is a LatentDiffusion, which takes no --prompt; these models do: clipart, paintings, scenes', sample_cli, 'mnist', prompt='three')
+    fails('mnist is a LatentDiffusion, which takes no --prompt; these models do: clipart, paintings, scenes',
+          sample_cli, 'mnist', prompt='three')
     fails('scenes is a TextToImage, which takes no --label; these models do: .*mnist', sample_cli, 'scenes', label=3)
     fails('takes no --candidates', eval_cli, 'mnist', candidates=2)
     fails('mnist_evaluator is a Evaluator, which has no method `sample_command`', sample_cli, 'mnist_evaluator')
@@ -161,7 +163,8 @@ def test_eval(tmp_path):
 
 @pytest.mark.slow
 def test_figures(tmp_path, monkeypatch):
-    "A figure is drawn into the folder asked for, with its numbers and the closing table; a second time, nothing is written."
+    """A figure is drawn into the folder asked for, with its numbers and the closing table; a second time, nothing
+    is written."""
     monkeypatch.setenv('FASTLDM_FIGURES', str(tmp_path))
     printed = run('fastldm_figures', 'a5_one_dimension')
     picture = tmp_path/'a5_one_dimension.png'
@@ -197,4 +200,4 @@ def test_a_missing_package_is_named_before_work(tmp_path, monkeypatch):
     book = tmp_path/'book.ipynb'
     book.write_text(json.dumps(dict(cells=[dict(cell_type='code', source='import no_such_package')])))
     monkeypatch.setattr(figures, '_figure_notebooks', lambda: dict(book=book))
-    with pytest.raises(SystemExit, match='no_such_package not installed, which book need'): figures_cli('book')
+    with pytest.raises(SystemExit, match='no_such_package not installed, which book need'): figures_cli(['book'])

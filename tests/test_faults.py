@@ -24,7 +24,8 @@ BIN = Path(sys.executable).parent
 def run(program, *args, **env):
     "A program in a process of its own."
     env = dict(os.environ, OMP_NUM_THREADS='1', **env)
-    return subprocess.run([sys.executable,'-c',program,*map(str,args)], cwd=ROOT, capture_output=True, text=True, timeout=240, env=env)
+    return subprocess.run([sys.executable,'-c',program,*map(str,args)], cwd=ROOT, capture_output=True, text=True,
+                          timeout=240, env=env)
 
 # ---- training
 
@@ -45,13 +46,15 @@ def loss(model, batch): return dict(loss=model(batch['x']).square().mean())
 
 folder, workers = sys.argv[1], int(sys.argv[2])
 set_seed(0)
-learn = Learner(nn.Linear(4,1), Deadly(), loss, steps=12, batch_size=8, save_every=1, folder=folder, progress=False, workers=workers)
+learn = Learner(nn.Linear(4,1), Deadly(), loss, steps=12, batch_size=8, save_every=1, folder=folder, progress=False,
+                workers=workers)
 learn.fit(resume=workers==0)
 print('then', learn.step, learn.log[-1]['step'])
 """
 
 def test_a_data_worker_that_dies(tmp_path):
-    "Training stops, and the last checkpoint is there to resume from. In processes of their own: torch raises wherever its signal finds the main thread."
+    """Training stops, and the last checkpoint is there to resume from. In processes of their own: torch raises
+    wherever its signal finds the main thread."""
     done = run(DEADLY, tmp_path, 1)
     assert done.returncode, done.stdout+done.stderr
     assert 'then' not in done.stdout and 'Error' in done.stderr, done.stdout+done.stderr
@@ -67,7 +70,8 @@ data = [dict(x=torch.ones(256)*i/64) for i in range(64)]
 def loss(model, batch): return dict(loss=model(batch['x']).square().mean())
 def make(steps):
     set_seed(0)
-    return Learner(nn.Linear(256,256), data, loss, steps=steps, schedule='constant', batch_size=8, save_every=5, folder=sys.argv[1], progress=False)
+    return Learner(nn.Linear(256,256), data, loss, steps=steps, schedule='constant', batch_size=8, save_every=5,
+                   folder=sys.argv[1], progress=False)
 
 make(5).fit()
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -86,7 +90,8 @@ def test_no_space_in_mid_save(tmp_path):
 
 @pytest.mark.slow
 def test_an_interrupted_recipe_goes_on(tmp_path, capsys, monkeypatch):
-    "Killed in its second stage: the first is not done again, the second resumes, and the model is that of a run without a break."
+    """Killed in its second stage: the first is not done again, the second resumes, and the model is that of a run
+    without a break."""
     from fastldm.recipes import label_ldm
     class Interrupt(Callback):
         def after_step(self, learn):
@@ -110,7 +115,8 @@ def test_a_stage_under_its_former_name(tmp_path):
 
 def test_resume_without_a_run(tmp_path):
     "`--resume` does not begin a run."
-    done = subprocess.run([BIN/'fastldm_train','digits','--out',tmp_path/'none','--resume'], capture_output=True, text=True)
+    done = subprocess.run([BIN/'fastldm_train','digits','--out',tmp_path/'none','--resume'], capture_output=True,
+                          text=True)
     assert done.returncode
     assert 'no checkpoint to go on from' in done.stderr and 'Traceback' not in done.stderr
     assert not (tmp_path/'none').exists()
@@ -122,10 +128,12 @@ def small():
     return Autoencoder(channels=(8,), c_latent=2).eval()
 
 def test_a_cache_that_cannot_be_written(tmp_path):
-    "A file stands where the folder should be (root can write into a folder that is read-only): a warning, and the same latents."
+    """A file stands where the folder should be (root can write into a folder that is read-only): a warning, and
+    the same latents."""
     (tmp_path/'cache').write_text('in the way')
     ae = small()
-    with pytest.warns(UserWarning, match='cannot be kept'): latents = LatentDataset(Digits(), ae, cache=tmp_path/'cache', progress=False)
+    with pytest.warns(UserWarning, match='cannot be kept'):
+        latents = LatentDataset(Digits(), ae, cache=tmp_path/'cache', progress=False)
     assert torch.equal(latents.latent, LatentDataset(Digits(), ae, progress=False).latent)
     assert (tmp_path/'cache').read_text()=='in the way'
 
@@ -154,11 +162,13 @@ def four_figures(tmp_path):
 
 @pytest.mark.slow
 def test_an_interrupted_figure_run_goes_on(four_figures):
-    "Killed after the first figures: the next run draws the others only, and reports them all. (Each figure is drawn by test_notebooks.)"
+    """Killed after the first figures: the next run draws the others only, and reports them all. (Each figure is
+    drawn by test_notebooks.)"""
     root, env = four_figures
     out = root/'out'
     progress = out/'.under_way.json'
-    process = subprocess.Popen([BIN/'fastldm_figures'], env=env, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([BIN/'fastldm_figures'], env=env, cwd=root, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
     end = time.time()+200
     while not progress.exists() and process.poll() is None and time.time()<end: time.sleep(.05)
     process.send_signal(signal.SIGKILL)
@@ -205,7 +215,8 @@ def load_or_refuse(folder, what):
     except Exception as e: pytest.fail(f'{what}: {type(e).__name__}: {e}')
 
 def test_five_hundred_spoiled_models(tmp_path):
-    "Each loads the very weights that were saved, or is refused with an error that names the folder; nothing crashes, nothing else is raised."
+    """Each loads the very weights that were saved, or is refused with an error that names the folder; nothing
+    crashes, nothing else is raised."""
     set_seed(0)
     save_model(Two(), tmp_path/'good', half=False, note='a note')
     want = load_model(tmp_path/'good').state_dict()
@@ -218,7 +229,8 @@ def test_five_hundred_spoiled_models(tmp_path):
         found = load_or_refuse(bad, what)
         if found is None: refused += 1
         else: assert all((v-want[k]).abs().max()<1e-3 for k,v in found.items()), what
-    assert refused>350, refused                                                 # the others changed what does not matter, e.g. the note
+    # the others changed what does not matter, e.g. the note
+    assert refused>350, refused
 
 def test_a_record_that_asks_for_too_much(tmp_path):
     "Refused before anything is allocated: the shapes do not agree, whatever the fingerprints say."

@@ -7,7 +7,8 @@ from fastldm.metrics import Reference, fid, image_features, label_accuracy
 
 # ---- labels
 
-# pictures of each model (ten steps, guidance 1.5), least label accuracy, largest FID in the evaluator's features: a little worse than measured
+# pictures of each model (ten steps, guidance 1.5), least label accuracy, largest FID in the evaluator's features: a
+# little worse than measured
 FLOORS = dict(mnist=(1000,.985,.15), fashion=(1000,.93,.35))
 
 @pytest.mark.slow
@@ -66,13 +67,15 @@ def test_cards_have_a_licence(name):
 
 # ---- text
 
-# of a hundred held-out scenes, the least share with each thing (object), in its colour, where it should be (relation): a little less than measured
+# of a hundred held-out scenes, the least share with each thing (object), in its colour, where it should be
+# (relation): a little less than measured
 RATES = {'codes':(.38,.31,.29), 'diffusion':(.80,.72,.78)}
 
 @pytest.mark.slow
 @pytest.mark.parametrize('prior', RATES)
 def test_scenes_show_what_was_asked(prior):
-    "By a classifier that took no part in their training; combinations of thing, colour and place that training left out."
+    """By a classifier that took no part in their training; combinations of thing, colour and place that training
+    left out."""
     from fastldm.data import SyntheticScenes
     prompts = SyntheticScenes(100, 'test').caption
     pictures = load('scenes').sample(prompts, prior=prior, seed=1)
@@ -83,7 +86,8 @@ def test_scenes_show_what_was_asked(prior):
 @pytest.mark.parametrize('prior', RATES)
 @pytest.mark.parametrize('name', ['clipart','paintings'])
 def test_pictures_find_their_prompts(name, prior):
-    "Of held-out captions, the model's text encoder finds the one that was asked for at least five times as often as by chance."
+    """Of held-out captions, the model's text encoder finds the one that was asked for at least five times as often
+    as by chance."""
     from fastldm.recipes import held_out_prompts
     model = load(name)
     prompts = held_out_prompts(model)
@@ -94,7 +98,8 @@ def test_pictures_find_their_prompts(name, prior):
 
 @pytest.mark.slow
 @pytest.mark.bench
-@pytest.mark.parametrize('name,prior', [('scenes','codes'), ('scenes','diffusion'), ('clipart','codes'), ('paintings','codes')])
+@pytest.mark.parametrize('name,prior',
+                         [('scenes','codes'), ('scenes','diffusion'), ('clipart','codes'), ('paintings','codes')])
 def test_eight_pictures_in_seconds(name, prior):
     "From a prompt, on two threads: less than five."
     model = load(name)
@@ -120,9 +125,11 @@ def avatars():
     return load('avatars'), load('avatars_classifier'), Avatars(n=100, split='test')[:]
 
 @pytest.mark.slow
-@pytest.mark.parametrize('given,least', [(('attrs','mask'),(.97,.90)), (('attrs',),(.97,0)), (('mask',),(0,.90)), ((),(0,0))])
+@pytest.mark.parametrize('given,least',
+                         [(('attrs','mask'),(.97,.90)), (('attrs',),(.97,0)), (('mask',),(0,.90)), ((),(0,0))])
 def test_avatars_obey(avatars, given, least):
-    "Combinations that training left out; classified by a network that was trained on real pictures only. What is not given is not obeyed."
+    """Combinations that training left out; classified by a network that was trained on real pictures only. What is
+    not given is not obeyed."""
     ldm, classifier, batch = avatars
     conditions = {k: batch[k] for k in given}
     pictures = ldm.sample(100, seed=1, steps=10, guidance_scale=2. if given else 1., **conditions)
@@ -157,7 +164,8 @@ def test_a_part_of_a_mask(avatars):
 def test_a_face_in_a_second(avatars):
     "64 pixels, 20 calls, both conditions guided."
     ldm, _, batch = avatars
-    options = dict(steps=20, attrs=batch['attrs'][0], mask=batch['mask'][0], guidance_scale=dict(attrs=2., mask=2.), seed=0)
+    options = dict(steps=20, attrs=batch['attrs'][0], mask=batch['mask'][0], guidance_scale=dict(attrs=2., mask=2.),
+                   seed=0)
     ldm.sample(1, **options)
     seconds = []
     for _ in range(3):

@@ -23,7 +23,8 @@ from ..core.models import Module, check_choice, write_atomic
 from ..data.faces import read_mask
 from ..diffusion.cond import AttributeEmbedder, Embedder, LabelEmbedder, MaskEmbedder, WordEmbedder
 from ..diffusion.ldm import LatentDiffusion, available, load, weights_folders
-from .evaluate import (evaluate_conditions, evaluate_control, evaluate_faces, evaluate_ldm, evaluate_texts, print_scores,
+from .evaluate import (evaluate_conditions, evaluate_control, evaluate_faces, evaluate_ldm,
+                                      evaluate_texts, print_scores,
                                       reconstruction_texts)
 from .stages import RECIPES, captioned_set, diffusion_of, embedders_of, save_grid, write_card
 
@@ -35,7 +36,8 @@ def command(
     @wraps(f)
     def run(*args, **kwargs):
         try: return f(*args, **kwargs)
-        except (ValueError,OSError,ImportError,FloatingPointError) as e: sys.exit(f'{f.__name__.removesuffix("_cli")}: {e}')
+        except (ValueError,OSError,ImportError,FloatingPointError) as e:
+            sys.exit(f'{f.__name__.removesuffix("_cli")}: {e}')
     return call_parse(run)
 
 def given(
@@ -90,10 +92,12 @@ def train_cli(
     for option in refused(train, options): raise ValueError(f'the recipe `{recipe}` takes no --{option}: leave it out')
     out = Path(out or f'runs/{recipe}')
     if resume and not any(out.glob('**/checkpoint.safetensors')):
-        raise FileNotFoundError(f'{out} has no checkpoint to go on from: leave out --resume to begin, or give the --out of the run that was begun')
+        raise FileNotFoundError(f'{out} has no checkpoint to go on from: leave out --resume to begin, '
+                                'or give the --out of the run that was begun')
     train(folder=out, root=root, seed=seed, precision=precision, **options)
     print(f'done, in {out}')
-    if (out/'samples.png').exists(): print(f"In Python: fastldm.load('{out}').sample(16); samples are in {out/'samples.png'}")
+    if (out/'samples.png').exists():
+        print(f"In Python: fastldm.load('{out}').sample(16); samples are in {out/'samples.png'}")
 
 # %% ../../nbs/recipes/06_commands.ipynb #f7973e99
 @patch
@@ -127,7 +131,9 @@ def parse_text(self:AttributeEmbedder, text:str):
     attributes = {}
     for item in filter(None, (item.strip() for item in text.split(','))):
         name, _, value = item.partition('=')
-        if value.strip() not in ('','0','1'): raise ValueError(f'attributes {item}: expected names, each with =1, =0 or nothing after it, as in Smiling,Eyeglasses=0')
+        if value.strip() not in ('','0','1'):
+            raise ValueError(f'attributes {item}: expected names, each with =1, =0 or nothing after it, '
+                             'as in Smiling,Eyeglasses=0')
         attributes[name.strip()] = value.strip()!='0'
     return attributes
 
@@ -169,7 +175,8 @@ def _complete_attributes(ldm, conditions, n, seed):
     "Sample the attributes that were not given from training faces, where the model has kept some."
     embedder = embedders_of(ldm).get('attrs')
     if not conditions.get('attrs'): conditions.pop('attrs', None)
-    elif hasattr(embedder, 'sample_missing') and embedder.seen: conditions['attrs'] = embedder.sample_missing(conditions['attrs'], n, seed)
+    elif hasattr(embedder, 'sample_missing') and embedder.examples:
+        conditions['attrs'] = embedder.sample_missing(conditions['attrs'], n, seed)
 
 # %% ../../nbs/recipes/06_commands.ipynb #2932b629
 @patch
@@ -186,7 +193,8 @@ def sample_command(self:TextToImage,
     seed:int=0, # as in `sample`
 )->tuple: # pictures (n,C,H,W) in [0,1], pictures in a row
     "Draw by text. Raises what `sample` raises."
-    options = given(prior=prior, candidates=candidates, constraint=constraint, steps=steps, step=step, guidance_scale=guidance_scale, precision=precision)
+    options = given(prior=prior, candidates=candidates, constraint=constraint, steps=steps, step=step,
+                    guidance_scale=guidance_scale, precision=precision)
     return self.sample(prompt, n, seed=seed, progress=True, **options), 8
 
 # %% ../../nbs/recipes/06_commands.ipynb #d8a93002
@@ -196,7 +204,8 @@ def call_command(
     name:str, # of the model, for messages
     options:dict, # {option: value}, those that were given
 ): # what the method returns
-    "Call a method of a model with options. Raises `ValueError` for a model without it, or an option that it does not take."
+    """Call a method of a model with options. Raises `ValueError` for a model without it, or an option that it does
+    not take."""
     kind = type(model).__name__
     if not hasattr(model, method):
         raise ValueError(f'{name} is a {kind}, which has no method `{method}`; these models have: {_names_of(method)}')
@@ -222,16 +231,21 @@ def control_from_files(
     adapter:str=None, # a shipped adapter by name, or a folder
     default:str=None, # the adapter where none was named
 ): # a constraint, or None
-    "Local control from the command line. Raises `ValueError` for a region without a control, or a file that does not fit."
+    """Local control from the command line. Raises `ValueError` for a region without a control, or a file that does
+    not fit."""
     if picture is None:
-        if region or adapter: raise ValueError('--region and --adapter say where and how to follow --control: give a picture to follow, too')
+        if region or adapter:
+            raise ValueError('--region and --adapter say where and how to follow --control: '
+                             'give a picture to follow, too')
         return None
     name = adapter or default
     net = load(name if Path(name).exists() else check_choice(name, available('ControlAdapter'), 'adapter'))
     kinds = getattr(net, 'kinds', ())
     if len(kinds)!=1:
-        raise ValueError(f'{name} is a {type(net).__name__}{" of several controls" if kinds else ""}: expected a ControlAdapter of one control')
-    constraint = control(net, read_control(picture, kinds[0], net.c_in), None if region is None else read_region(region))
+        what = type(net).__name__ + (' of several controls' if kinds else '')
+        raise ValueError(f'{name} is a {what}: expected a ControlAdapter of one control')
+    constraint = control(net, read_control(picture, kinds[0], net.c_in),
+                         None if region is None else read_region(region))
     constraint.prepare(diffusion_of(model), 1)                           # raises for sizes that do not fit
     return constraint
 
@@ -244,7 +258,7 @@ def sample_cli(
     label:int=None, # class of all of them, for a model of labels (default: one after the other)
     attributes:str=None, # for a model of faces: what is so, and with =0 what is not, as in Smiling,Eyeglasses=0
     mask:str=None, # for a model of faces: a PNG file whose pixels are class ids
-    condition:Param('any condition, as NAME=VALUE; may be given several times', str, action='append')=None, # e.g. ink=1,0,0
+    condition:Param('any condition, as NAME=VALUE; as often as you like', str, action='append')=None, # e.g. ink=1,0,0
     steps:int=None, # of sampling
     step:str=None, # name of the sampler
     guidance_scale:float=None, # how closely to follow the conditions (default: 1, or the model's own)
@@ -262,7 +276,8 @@ def sample_cli(
     import_module_of(module)
     net = load(model)
     constraint = control_from_files(net, control, region, adapter, f'local_{Path(model).name}')
-    options = given(prompt=prompt, n=n, attributes=attributes, mask=mask, steps=steps, step=step, guidance_scale=guidance_scale, constraint=constraint,
+    options = given(prompt=prompt, n=n, attributes=attributes, mask=mask, steps=steps, step=step,
+                    guidance_scale=guidance_scale, constraint=constraint,
                     prior=prior, candidates=candidates, seed=seed, precision=precision)
     if label is not None: options['label'] = str(label)
     if condition: options['condition'] = _named(condition)
@@ -353,10 +368,12 @@ def eval_cli(
     out:str=None, # a JSON file for the numbers
     card:store_true=False, # keep the numbers in the model's card
 ):
-    "Score a model: of labels by the evaluator of its data set, of texts by held-out captions, of faces by their classifier, an adapter by the edges in its region."
+    """Score a model: of labels by the evaluator of its data set, of texts by held-out captions, of faces by their
+    classifier, an adapter by the edges in its region."""
     import_module_of(module)
     net = load(model)
-    options = given(data=data, n=n, steps=steps, step=step, guidance_scale=guidance_scale, prior=prior, candidates=candidates, root=root, seed=seed)
+    options = given(data=data, n=n, steps=steps, step=step, guidance_scale=guidance_scale, prior=prior,
+                    candidates=candidates, root=root, seed=seed)
     scores = call_command(net, 'evaluate_command', model, options)
     print_scores(scores)
     if out:
@@ -383,7 +400,9 @@ def codes_cli(
     "Encode pictures and their captions into LMDB. The same command goes on where an interrupted one stopped."
     net = load(model, 'cpu')
     vqvae = getattr(net, 'vqvae', net)
-    if not hasattr(vqvae, 'encode_codes'): raise ValueError(f'{model} is a {type(net).__name__}: codes are made by a VQVAE, or by a TextToImage that has one')
+    if not hasattr(vqvae, 'encode_codes'):
+        kind = type(net).__name__
+        raise ValueError(f'{model} is a {kind}: codes are made by a VQVAE, or by a TextToImage that has one')
     encoder = load(text_encoder, 'cpu') if text_encoder else getattr(net, 'text_encoder', None)
     ds = captioned_set(data, root, split, size)
     features = encoder.text_features if encoder is not None and hasattr(ds, 'caption') else None

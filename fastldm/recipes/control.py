@@ -47,7 +47,7 @@ def train_adapter(
     seed:int=0, # of everything
     precision:str=None, # 'bf16' where the processor has it
     progress:bool=True, # show bars
-    **loss, # for `control_loss`; by default `edm_weight`, times uniform in `interval`, and no text or label in a fifth of the steps
+    **loss, # for `control_loss`; by default `edm_weight`, times uniform in `interval`, conditions dropped at rate .2
 )->ControlAdapter: # saved in `folder`
     "Train an adapter of a model that stays as it is. Raises what the model and its data set raise, before work starts."
     named = isinstance(model, (str,Path))
@@ -57,12 +57,17 @@ def train_adapter(
     loss = dict(weight=edm_weight, sample_t=partial(times_within, interval=interval), drop=.2) | loss
     pictures = copy(pictures) or control_data(base, kinds, root, n, progress)
     pictures.regions = regions
-    def build(): return ControlAdapter(kinds, pictures.c_in, ldm.denoiser.net.widths[0], pictures.factor, width=width, interval=interval)
+    def build():
+        return ControlAdapter(kinds, pictures.c_in, ldm.denoiser.net.widths[0], pictures.factor, width=width,
+                              interval=interval)
     def card(learn):
-        about = dict(base=str(model) if named else 'a model in memory', base_fingerprint=fingerprint(ldm.denoiser), data=base.meta['data'])
-        about |= dict(n_pictures=len(pictures), regions=regions, loss={k: _name(v) for k,v in loss.items()}, n_params=n_params(learn.model))
+        about = dict(base=str(model) if named else 'a model in memory', base_fingerprint=fingerprint(ldm.denoiser),
+                     data=base.meta['data'])
+        about |= dict(n_pictures=len(pictures), regions=regions, loss={k: _name(v) for k,v in loss.items()},
+                      n_params=n_params(learn.model))
         return about | dict(licence=base.meta.get('licence', 'weights Apache-2.0; data of the user'))
-    adapter = train_stage(folder, build, pictures, control_loss(ldm.denoiser, **loss), seed, batch_size, card=card, steps=steps, lr=2e-3,
+    adapter = train_stage(folder, build, pictures, control_loss(ldm.denoiser, **loss), seed, batch_size, card=card,
+                          steps=steps, lr=2e-3,
                           warmup=min(100, steps//10), ema=.995, precision=precision, progress=progress)
     write_card(folder)
     return adapter

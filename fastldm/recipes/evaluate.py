@@ -21,7 +21,8 @@ from ..data.images import get_dataset
 from ..diffusion.ldm import Constraint, LatentDiffusion, available, load
 from ..metrics.control import edge_f1, leakage, lfmse
 from ..metrics.faces import FaceClassifier
-from ..metrics.images import (EfficientNetLite, Evaluator, Reference, evaluate, fid, image_features, kid, lpips_distance, memorisation,
+from ..metrics.images import (EfficientNetLite, Evaluator, Reference, evaluate, fid, image_features, kid,
+                                    lpips_distance, memorisation,
                                     net_name, psnr, ssim)
 from ..metrics.scenes import SceneClassifier
 from ..metrics.text import caption_scores, pairwise_diversity, retrieval, tokenise
@@ -85,11 +86,13 @@ def held_out_pairs(
     n:int, # pictures; all where there are fewer
     root=None, # where a public set is looked for first
 )->tuple: # images (n,C,H,W) in [-1,1], the first caption of each, a list of all captions of each
-    "Held-out pictures with their captions. Raises `ValueError` for a model that does not draw by text, a set without captions, or another `n`."
+    """Held-out pictures with their captions. Raises `ValueError` for a model that does not draw by text, a set
+    without captions, or another `n`."""
     if not hasattr(model, 'text_encoder'): raise ValueError(f'this is a {type(model).__name__}: expected a TextToImage')
     if not isinstance(n, int) or n<1: raise ValueError(f'n={n!r}: expected a whole number of at least 1')
     ds = captioned_set(data, root, 'test', model.size)
-    if not hasattr(ds, 'caption'): raise ValueError(f'{data} has no captions: give a captioned set, or a folder, table or zip file of one')
+    if not hasattr(ds, 'caption'):
+        raise ValueError(f'{data} has no captions: give a captioned set, or a folder, table or zip file of one')
     captions = ds.caption
     firsts = getattr(ds, 'firsts', range(len(ds)))                          # rows, one for each picture
     order = torch.randperm(len(firsts), generator=torch.Generator().manual_seed(0))
@@ -100,7 +103,8 @@ def held_out_pairs(
 
 # %% ../../nbs/recipes/05_evaluate.ipynb #951139f0
 def _text_scores(images, prompts, references, text_encoder, classifier, batch_size):
-    "Caption scores of images in [-1,1], whether each finds its prompt, and the rates of a classifier where there is one."
+    """Caption scores of images in [-1,1], whether each finds its prompt, and the rates of a classifier where there
+    is one."""
     descriptions = text_encoder.caption(images, batch_size=batch_size)
     scores = {k: v for k,v in caption_scores(references, descriptions).items() if k!='n'}
     among = _candidates(prompts)
@@ -140,18 +144,21 @@ def evaluate_texts(
     name = f'{data}_classifier'
     classifier = load(name, model.device) if name in available('') else None
     start = time.perf_counter()
-    drawn = model.sample(prompts, prior=prior, candidates=candidates, seed=seed, batch_size=batch_size, progress=progress, **sampling)
+    drawn = model.sample(prompts, prior=prior, candidates=candidates, seed=seed, batch_size=batch_size,
+                         progress=progress, **sampling)
     seconds = (time.perf_counter()-start)/len(prompts)
     ours = _text_scores(drawn*2-1, prompts, references, model.text_encoder, classifier, batch_size)
     real = _text_scores(images, prompts, references, model.text_encoder, classifier, batch_size)
-    scores = dict(n=len(prompts), prior=prior or model.kinds[0], candidates=candidates, seconds_per_picture=seconds, parameters=n_params(model))
+    scores = dict(n=len(prompts), prior=prior or model.kinds[0], candidates=candidates, seconds_per_picture=seconds,
+                  parameters=n_params(model))
     for k in ours: scores |= {k: ours[k], f'real_{k}': real[k]}
     return scores | dict(retrieval_chance=1/_candidates(prompts))
 
 def _check_describes(text_encoder):
     "`ValueError` for a text encoder that cannot describe pictures and compare them with texts."
     if getattr(text_encoder, 'encoder', None) and getattr(text_encoder, 'decoder', None): return
-    raise ValueError('the text encoder of this model cannot describe pictures: expected a TextToImage with a `Blip` that has encoder and decoder')
+    raise ValueError('the text encoder of this model cannot describe pictures: expected a TextToImage with a `Blip` '
+                     'that has encoder and decoder')
 
 # %% ../../nbs/recipes/05_evaluate.ipynb #346c0e4a
 def reconstruction_texts(
@@ -160,7 +167,7 @@ def reconstruction_texts(
     n:int=1000, # held-out pictures; all where there are fewer
     root=None, # where the set is looked for first
     batch_size:int=64, # pictures at a time
-)->dict: # psnr in dB, ssim, lpips and which network measured it; of each level the share of codes that occur, and the perplexity
+)->dict: # psnr in dB, ssim, lpips and by which network; of each level the share of codes used, and the perplexity
     "How well the codes keep held-out pictures. Raises what the set raises, before work starts."
     images, _, _ = held_out_pairs(model, data, n, root)
     parts = [model.vqvae.encode_codes(batch) for batch in images.split(batch_size)]
@@ -168,7 +175,8 @@ def reconstruction_texts(
     batches = zip(*(level.split(batch_size) for level in levels))
     decoded = torch.cat([model.vqvae.decode_codes(codes) for codes in batches])
     decoded, images = (((x+1)/2).clamp(0, 1).cpu() for x in (decoded, images))
-    scores = dict(n=len(images), psnr=float(psnr(decoded, images)), ssim=float(ssim(decoded, images))) | _lpips(decoded, images)
+    scores = dict(n=len(images), psnr=float(psnr(decoded, images)), ssim=float(ssim(decoded, images)))
+    scores |= _lpips(decoded, images)
     for level,codes in enumerate(levels):
         scores[f'codes_used_{level}'] = len(codes.unique())/model.vqvae.n_codes
         scores[f'perplexity_{level}'] = float(perplexity(codes, model.vqvae.n_codes))
@@ -197,7 +205,8 @@ def evaluate_faces(
 )->dict: # numbers by name; `real_...`: the same of the real pictures
     """Draw held-out attributes and masks, and score. Raises `ValueError` where there is no classifier,
     and what the set and `sample` raise, before work starts."""
-    if classifier is None: classifier = load(check_choice(f'{data}_classifier', available('FaceClassifier'), 'classifier'))
+    if classifier is None:
+        classifier = load(check_choice(f'{data}_classifier', available('FaceClassifier'), 'classifier'))
     train = get_dataset(data, root, split='train', size=classifier.size)
     held_out = get_dataset(data, root, split='test', size=classifier.size)
     batch = held_out.__getitems__([i%len(held_out) for i in range(n)])
@@ -221,7 +230,8 @@ def _face_scores(classifier, images, batch):
     return {k: dict(zip(names[k], v.tolist())) if k in names else v for k,v in scores.items()}
 
 def _face_distances(classifier, pictures, train, held_out):
-    "FID and KID to held-out faces, of pictures and (the floor) of training faces; and how near the nearest training face is."
+    """FID and KID to held-out faces, of pictures and (the floor) of training faces; and how near the nearest
+    training face is."""
     real = image_features(held_out.pixels(range(len(held_out))), classifier)
     fake = image_features(pictures, classifier)
     seen = image_features(train.pixels(range(len(train))), classifier)
@@ -310,7 +320,8 @@ def evaluate_control(
     progress:bool=True, # show a bar
     **sampling, # for `model.sample`
 )->dict: # edge_f1, leakage, lfmse_inside, ..., the classifier's rates, fid in EfficientNet-Lite0's features
-    "Draw with the controls of held-out pictures, and score. Raises `ValueError` for another method, and what the set and `sample` raise."
+    """Draw with the controls of held-out pictures, and score. Raises `ValueError` for another method, and what the
+    set and `sample` raise."""
     constrain = CONTROL_METHODS[check_choice(method, CONTROL_METHODS, 'method')]
     size = diffusion_of(model).shape[-1]*adapter.factor
     ds = training_set(model, 'test', size, root)
@@ -367,7 +378,9 @@ def evaluate_conditions(
 )->dict: # numbers by name; `real_...`: the same of the real pictures
     "Draw held-out conditions, and score each by its embedder. Raises `ValueError` where no embedder can."
     scorers = {k: e for k,e in embedders_of(ldm).items() if hasattr(e, 'score')}
-    if not scorers: raise ValueError(f'no condition of this model ({", ".join(embedders_of(ldm)) or "it has none"}) has an embedder with a method `score`')
+    if not scorers:
+        names = ', '.join(embedders_of(ldm)) or 'it has none'
+        raise ValueError(f'no condition of this model ({names}) has an embedder with a method `score`')
     ds = get_dataset(data, root, split='test')
     items = [ds[i%len(ds)] for i in range(n)]
     batch = {k: torch.stack([torch.as_tensor(item[k]) for item in items]) for k in ('image', *embedders_of(ldm))}

@@ -18,7 +18,8 @@ from ..diffusion.ldm import LatentDiffusion, load
 from ..diffusion.schedules import Cosine
 from ..diffusion.unet import UNet
 from ..metrics.faces import FaceClassifier, face_classifier_loss
-from .stages import finish, licence_line, recipe, run_stage, stage_folder, train_autoencoder, train_denoiser, train_stage
+from .stages import (finish, licence_line, recipe, run_stage, stage_folder, train_autoencoder,
+                                    train_denoiser, train_stage)
 
 # %% ../../nbs/recipes/02_faces.ipynb #c2d1bd38
 def face_embedders(
@@ -37,7 +38,8 @@ def face_embedders(
     if attrs:
         exclusive = [names for names in getattr(ds, 'exclusive', EXCLUSIVE) if {*names} & {*ds.attributes}]
         width = dims[check_choice(attrs, dims, 'slot of attributes')]
-        embedders['attrs'] = AttributeEmbedder(len(ds.attributes), width, ds.attributes, exclusive, attrs=='context', partial, _seen(ds, seen))
+        embedders['attrs'] = AttributeEmbedder(len(ds.attributes), width, ds.attributes, exclusive, attrs=='context',
+                                               partial, _seen(ds, seen))
     if mask:
         width = dims.get(mask, dims['context'])
         embedders['mask'] = MaskEmbedder(list(ds.mask_classes), width, ds.size, factor, mask, partial)
@@ -71,11 +73,13 @@ def face_denoiser(
 )->Denoiser: # to be trained
     "A U-Net that is conditioned on attributes, masks, sentences and labels of faces."
     d_emb = 4*channels[0]
-    embedders = face_embedders(ds, dict(context=d_context, vector=d_emb), factor, attrs, mask, text, label, partial, seen)
+    embedders = face_embedders(ds, dict(context=d_context, vector=d_emb), factor, attrs, mask, text, label, partial,
+                               seen)
     tokens = 'context' in (attrs,mask,text,label)
     attention = ['cross' if tokens else False] + [True]*(len(channels)-1)
     planes = len(ds.mask_classes)+1 if mask=='concat' else 0
-    net = UNet(c_latent, channels, n_blocks, attention=attention, d_emb=d_emb, d_context=d_context if tokens else None, c_concat=planes,
+    net = UNet(c_latent, channels, n_blocks, attention=attention, d_emb=d_emb, d_context=d_context if tokens else None,
+               c_concat=planes,
                position_embedding=tokens)
     return Denoiser(net, Cosine(), Conditioner(drop=drop, **embedders) if embedders else None)
 
@@ -99,15 +103,18 @@ def face_ldm(
     card:dict=None, # what else the card should say
     **network, # for `face_denoiser`
 )->LatentDiffusion: # saved in `folder`
-    "Train a latent diffusion on faces. Raises what the data set raises, and `ValueError` for both `start` and `autoencoder`, before work starts."
+    """Train a latent diffusion on faces. Raises what the data set raises, and `ValueError` for both `start` and
+    `autoencoder`, before work starts."""
     if start is not None and autoencoder is not None:
-        raise ValueError('both `start` and `autoencoder` were given, and the model to start from has an autoencoder: leave one out')
+        raise ValueError('both `start` and `autoencoder` were given, and the model to start from has an autoencoder: '
+                         'leave one out')
     folder = Path(folder)
     faces = get_dataset(data, root, size=size)
     ds = Mirrored(faces) if mirrored else faces
     training = dict(seed=seed, precision=precision, progress=progress)
     first = None if start is None else load(start)
-    ae = _face_autoencoder(ds, folder, autoencoder if first is None else first.autoencoder, c_latent, ae_channels, ae_steps, training)
+    ae = _face_autoencoder(ds, folder, autoencoder if first is None else first.autoencoder, c_latent, ae_channels,
+                           ae_steps, training)
     latents = LatentDataset(ds, ae, cache=folder/'cache', progress=progress)
     set_seed(seed)
     denoiser = face_denoiser(ds, c_latent, **network)
@@ -116,12 +123,14 @@ def face_ldm(
     about = dict(n_pictures=len(ds), seed=seed)
     if first is not None: about |= dict(start=str(start), start_fingerprint=fingerprint(first.denoiser))
     ldm = LatentDiffusion(ae, denoiser, tuple(latents[0]['latent'].shape))
-    return finish(folder, ldm, ('autoencoder','denoiser'), partial(_draw_faces, ds=ds), data, licence_line(faces), **about | (card or {}))
+    return finish(folder, ldm, ('autoencoder','denoiser'), partial(_draw_faces, ds=ds), data, licence_line(faces),
+                  **about | (card or {}))
 
 # %% ../../nbs/recipes/02_faces.ipynb #0190452b
 def _face_autoencoder(ds, folder, given, c_latent, channels, steps, training):
     "The first stage: the autoencoder that was given, or one that is trained now."
-    if given is None: return train_autoencoder(ds, folder, c_latent=c_latent, channels=channels, steps=steps, **training)
+    if given is None:
+        return train_autoencoder(ds, folder, c_latent=c_latent, channels=channels, steps=steps, **training)
     return run_stage(stage_folder(folder, 'autoencoder'), lambda: (given, dict(stage='autoencoder', given=True)))
 
 def _draw_faces(model, ds):
@@ -152,12 +161,14 @@ def train_face_classifier(
     def card(learn):
         batch = held_out[:]
         scores = learn.ema_model.score(batch['image'], batch['attrs'], batch.get('mask'))
-        about = dict(name=f'{data}_classifier', data=str(data), n_held_out=len(held_out), accuracy_mean=scores['accuracy_mean'], iou_mean=scores.get('iou_mean'))
+        about = dict(name=f'{data}_classifier', data=str(data), n_held_out=len(held_out))
+        about |= dict(accuracy_mean=scores['accuracy_mean'], iou_mean=scores.get('iou_mean'))
         about['accuracy'] = dict(zip(faces.attributes, scores['accuracy'].tolist()))
         about['iou'] = dict(zip(classes, scores['iou'].tolist())) if len(classes) else None
         return about
     ds = Mirrored(faces) if mirrored else faces
-    return train_stage(folder, build, ds, face_classifier_loss, seed, card=card, steps=steps, batch_size=64, lr=3e-3, weight_decay=.05,
+    return train_stage(folder, build, ds, face_classifier_loss, seed, card=card, steps=steps, batch_size=64, lr=3e-3,
+                       weight_decay=.05,
                        warmup=min(200, steps//10), ema=.998, precision=precision, progress=progress)
 
 # %% ../../nbs/recipes/02_faces.ipynb #9cd9fc6f

@@ -56,7 +56,8 @@ def provenance(
 )->dict: # fit for JSON
     "Date, processor, threads, versions, and the source of the function."
     versions = {name: version(name) for name in ('torch', *peers)}
-    return dict(date=time.strftime('%Y-%m-%d'), processor=processor_name(), threads=torch.get_num_threads(), versions=versions, source=source_hash(make))
+    return dict(date=time.strftime('%Y-%m-%d'), processor=processor_name(), threads=torch.get_num_threads(),
+                versions=versions, source=source_hash(make))
 
 # %% ../../nbs/recipes/07_figures.ipynb #e40403a3
 def cached(
@@ -66,8 +67,8 @@ def cached(
     peers=(), # packages that are compared with: they must be installed to measure, and their versions are kept
     **settings, # all that the numbers depend on; anything JSON can hold
 )->dict: # the numbers
-    """Numbers that were measured with these settings, or are measured now. Raises `ImportError` for a peer that is missing, and `RuntimeError`
-    where numbers must be kept (`FASTLDM_KEPT=1`) but are not, both before work starts."""
+    """Numbers that were measured with these settings, or are measured now. Raises `ImportError` for a peer that is
+    missing, and `RuntimeError` where numbers must be kept (`FASTLDM_KEPT=1`) but are not, both before work starts."""
     file = Path(folder or figures_path())/'measured.json'
     settings = json.loads(json.dumps(settings))
     row = _read_rows(file).get(name, {})
@@ -90,7 +91,8 @@ def _print_provenance(about, make):
     "When and where kept numbers were measured, unless the same was printed before."
     if about is None: return
     line = f"kept since {about['date']}, on {about['processor']}, {about['threads']} thread{'s'*(about['threads']!=1)}"
-    if None not in (about['source'], source_hash(make)) and about['source']!=source_hash(make): line += ' (the function that measured it has been edited since)'
+    source = source_hash(make)
+    if about['source'] and source and about['source']!=source: line += ' (the function that measured it has been edited since)'
     if line not in _printed: print(line)
     _printed.add(line)
 
@@ -98,13 +100,16 @@ def _why_not_kept(name, row, settings):
     "What is different from the row that is kept."
     if not row: return f'{name!r} was never measured, and FASTLDM_KEPT forbids to do so now'
     old = row['settings']
-    changed = [f'{k} was {old.get(k)!r}, is {settings.get(k)!r}' for k in sorted({*old, *settings}) if old.get(k)!=settings.get(k)]
-    return f'{name!r} would be measured anew, which FASTLDM_KEPT forbids: {"; ".join(changed) or "FASTLDM_FRESH is set"}'
+    different = [k for k in sorted({*old, *settings}) if old.get(k)!=settings.get(k)]
+    changed = '; '.join(f'{k} was {old.get(k)!r}, is {settings.get(k)!r}' for k in different)
+    return f'{name!r} would be measured anew, which FASTLDM_KEPT forbids: {changed or "FASTLDM_FRESH is set"}'
 
 def _version_of(package, name):
     "The version of an installed package; `ImportError` where there is none."
     try: return version(package)
-    except PackageNotFoundError as e: raise ImportError(f'{name} is measured beside `{package}`, which is not installed: pip install {package}') from e
+    except PackageNotFoundError as e:
+        needs = f'{name} is measured beside `{package}`, which is not installed'
+        raise ImportError(f'{needs}: pip install {package}') from e
 
 # %% ../../nbs/recipes/07_figures.ipynb #e1624f5d
 def held_out_prompts(
@@ -130,7 +135,8 @@ def run_notebook(
     try:
         for i,source in code_cells(path, skip).items():
             name = f'{path.name}, cell {i}'
-            linecache.cache[name] = len(source), None, source.splitlines(True), name     # for tracebacks, and `source_hash`
+            # for tracebacks, and `source_hash`
+            linecache.cache[name] = len(source), None, source.splitlines(True), name
             variables['In'].append(source)
             exec(compile(source, name, 'exec'), variables)
     finally: os.chdir(here)
@@ -153,7 +159,8 @@ def missing_packages(
     "Packages that a notebook imports and that are not installed."
     code = '\n'.join(code_cells(path).values())
     names = set()
-    for line in re.findall(r'(?m)^import (.+)$', code): names |= {part.split()[0].split('.')[0] for part in line.split('#')[0].split(',')}
+    for line in re.findall(r'(?m)^import (.+)$', code):
+        names |= {part.split()[0].split('.')[0] for part in line.split('#')[0].split(',')}
     names |= set(re.findall(r'(?m)^from (\w+)[\w.]* import ', code))
     return sorted(name for name in names if find_spec(name) is None)
 
@@ -189,14 +196,16 @@ def _figure_notebooks():
     folder = Path(__file__).parents[2]/'nbs'/'figures'
     books = {f.stem: f for f in sorted(folder.glob('*.ipynb'))}
     if books: return books
-    raise FileNotFoundError(f'{folder} has no notebooks: the figures are drawn in a clone of the repository, installed with `pip install -e`')
+    raise FileNotFoundError(f'{folder} has no notebooks: the figures are drawn in a clone of the repository, '
+                            'installed with `pip install -e`')
 
 def _check_packages(books):
     "`ImportError` names the packages that are missing, and the figures that need them."
     missing = {name: packages for name,book in books.items() if (packages := missing_packages(book))}
     if not missing: return
     packages = sorted({package for some in missing.values() for package in some})
-    raise ImportError(f"{', '.join(packages)} not installed, which {', '.join(missing)} need: pip install -e '.[dev]', or name the figures to draw")
+    raise ImportError(f"{', '.join(packages)} not installed, which {', '.join(missing)} need: pip install -e '.[dev]', "
+                      'or name the figures to draw')
 
 def _train_all():
     "Train the shipped models anew into runs/, where `load` then finds them first."

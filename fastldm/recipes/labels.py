@@ -20,7 +20,8 @@ from ..diffusion.ldm import LatentDiffusion, available, load
 from ..diffusion.schedules import VE, Cosine
 from ..diffusion.unet import TutorialUNet, UNet
 from ..metrics.images import Evaluator, PhotoEvaluator, Reference, evaluator_loss, fid, label_accuracy
-from .stages import finish, licence_line, recipe, run_stage, train_autoencoder, train_denoiser, train_stage
+from .stages import (finish, licence_line, recipe, run_stage, train_autoencoder, train_denoiser,
+                                    train_stage)
 
 # %% ../../nbs/recipes/01_labels.ipynb #276684c4
 def label_denoiser(
@@ -97,7 +98,8 @@ def label_ldm(
     loss_fn = partial(diffusion_loss, weight=weight)
     denoiser = train_denoiser(latents, folder, denoiser, loss_fn, steps, cbs=[*cbs, *scores], **training)
     about = dict(n_pictures=len(pictures), views=copies) if copies>1 else {}
-    return _finish_labels(folder, LatentDiffusion(ae, denoiser, shape), data, ds, licence_line(pictures), seed=seed, **about | (card or {}))
+    return _finish_labels(folder, LatentDiffusion(ae, denoiser, shape), data, ds, licence_line(pictures), seed=seed,
+                          **about | (card or {}))
 
 def _finish_labels(folder, ldm, data, ds, licence, **card):
     "Save the model with eight pictures of each label, of sixteen labels at most."
@@ -126,21 +128,26 @@ def tutorial_ldm(
     folder = Path(folder)
     ds = get_dataset(data, root)
     plain_adam = partial(torch.optim.Adam, betas=(.9,.999))
-    training = dict(seed=seed, precision=precision, progress=progress, optimizer=plain_adam, warmup=0, clip=None, ema=None)
+    training = dict(seed=seed, precision=precision, progress=progress, optimizer=plain_adam, warmup=0, clip=None,
+                    ema=None)
     batch_size, steps = _epochs(ae_epochs, 2048, len(ds))
-    ae = train_autoencoder(ds, folder, TutorialAutoencoder(), loss_fn=autoencoder_loss(perceptual, 4.), steps=steps, batch_size=batch_size,
+    ae = train_autoencoder(ds, folder, TutorialAutoencoder(), loss_fn=autoencoder_loss(perceptual, 4.), steps=steps,
+                           batch_size=batch_size,
                            lr=1e-3, schedule='constant', fit_scale=False, **training)
     latents = LatentDataset(ds, ae, cache=folder/'cache', progress=progress)
     set_seed(seed)
+    denoiser = _tutorial_denoiser()
     shape = (4,10,10)
     batch_size, steps = _epochs(epochs, 1024, len(ds))
-    denoiser = train_denoiser(
-        latents, folder, _tutorial_denoiser(), partial(diffusion_loss, total=True, sample_t=_tutorial_times), steps=steps, batch_size=batch_size,
-        lr=1e-4, schedule=lambda done: max(.5, .995**int(done*epochs)), cbs=[*cbs, *score_cb(data, ae, shape, max(1, steps//8))], **training)
+    loss_fn = partial(diffusion_loss, total=True, sample_t=_tutorial_times)
+    scores = score_cb(data, ae, shape, max(1, steps//8))
+    denoiser = train_denoiser(latents, folder, denoiser, loss_fn, steps=steps, batch_size=batch_size, lr=1e-4,
+                              schedule=lambda done: max(.5, .995**int(done*epochs)), cbs=[*cbs, *scores], **training)
     ldm = LatentDiffusion(ae, denoiser, shape, steps=500, step='euler_maruyama_step', times='uniform_times')
     about = dict(perceptual=getattr(perceptual, 'name', None)) | (card or {})
     return _finish_labels(folder, ldm, data, ds, licence_line(ds), seed=seed, **about)
 
+# %% ../../nbs/recipes/01_labels.ipynb #a38c5e6f
 def _epochs(epochs, batch_size, n):
     "Batch size and steps of so many epochs of `n` pictures."
     batch_size = min(batch_size, n)
@@ -148,7 +155,8 @@ def _epochs(epochs, batch_size, n):
 
 def _tutorial_denoiser():
     net = TutorialUNet()
-    return Denoiser(net, VE(25.), Conditioner(drop=0., label=LabelEmbedder(10, 256, token=True)), 'score', scale_input=False)
+    return Denoiser(net, VE(25.), Conditioner(drop=0., label=LabelEmbedder(10, 256, token=True)), 'score',
+                    scale_input=False)
 
 def _tutorial_times(schedule, n, device=None): return 1e-5 + (1-1e-5)*torch.rand(n, device=device)
 
@@ -167,7 +175,8 @@ def train_evaluator(
     progress:bool=True, # show bars
     **network, # for `Evaluator`
 )->Evaluator: # saved in `folder`, with what it sees in the real test pictures beside it
-    "Train a classifier in whose features the metrics compare pictures. Raises what the data set raises, before work starts."
+    """Train a classifier in whose features the metrics compare pictures. Raises what the data set raises, before
+    work starts."""
     train = get_dataset(data, root, split='train')
     test = get_dataset(data, root, split='test')
     steps = epochs*len(train)//batch_size
@@ -175,7 +184,8 @@ def train_evaluator(
     def card(learn):
         accuracy = label_accuracy(test, test.label, learn.ema_model)
         return dict(name=f'{data}_evaluator', data=str(data), test_accuracy=float(accuracy))
-    net = train_stage(folder, build, train, evaluator_loss(shift, turn, flip), seed, batch_size, card=card, steps=steps, lr=3e-3, weight_decay=.05,
+    net = train_stage(folder, build, train, evaluator_loss(shift, turn, flip), seed, batch_size, card=card,
+                      steps=steps, lr=3e-3, weight_decay=.05,
                       warmup=steps//10, ema=.995, clip=None, precision=precision, progress=progress)
     return _with_reference(net, folder, train, test)
 
@@ -194,7 +204,8 @@ def photo_evaluator(
     precision:str=None, # not used, as there is no training loop
     progress:bool=True, # not used, as there is no training loop
 )->PhotoEvaluator: # saved in `folder`, with what it sees in the real test pictures beside it
-    "Fit a classifier to the features of EfficientNet-Lite0. Raises what the data set raises, and `FileNotFoundError` without that network."
+    """Fit a classifier to the features of EfficientNet-Lite0. Raises what the data set raises, and
+    `FileNotFoundError` without that network."""
     train = get_dataset(data, root, split='train', size=size)
     test = get_dataset(data, root, split='test', size=size)
     def make():
@@ -210,7 +221,8 @@ recipe('fashion', label_ldm, 'fashion', c_latent=8, ae_steps=5000, steps=20000)
 recipe('flowers', label_ldm, 'flowers5', size=64, c_latent=8, ae_steps=8000, steps=12000, drop=.2, copies=4)
 recipe('folder', label_ldm, needs=dict(data='a folder of pictures'))
 recipe('mnist_tutorial', tutorial_ldm, 'mnist')
-recipe('digits_evaluator', train_evaluator, 'digits', epochs=40, batch_size=64, shift=1, turn=.1, channels=(32,64), hidden=32)
+recipe('digits_evaluator', train_evaluator, 'digits', epochs=40, batch_size=64, shift=1, turn=.1, channels=(32,64),
+       hidden=32)
 recipe('mnist_evaluator', train_evaluator, 'mnist', epochs=8, turn=.15)
 recipe('fashion_evaluator', train_evaluator, 'fashion', epochs=24, flip=True)
 recipe('flowers5_evaluator', photo_evaluator, 'flowers5')

@@ -58,7 +58,8 @@ def train_stage(
     cbs=(), # callbacks
     **learner, # for the `Learner`: steps, lr, ema, ...
 )->torch.nn.Module: # the averaged weights, in eval mode
-    "Train the model of a stage, or load it. Raises `ValueError` for settings that the learner refuses, or that differ from those of the checkpoint."
+    """Train the model of a stage, or load it. Raises `ValueError` for settings that the learner refuses, or that
+    differ from those of the checkpoint."""
     folder = Path(folder)
     def make():
         set_seed(seed)
@@ -67,7 +68,8 @@ def train_stage(
         learn.fit(resume=learn.checkpoint.exists())
         model = learn.ema_model.eval()
         if finish is not None: model = finish(model)
-        about = dict(stage=folder.name, steps=learn.step, batch_size=learn.batch_size, seconds=round(learn.seconds), seed=seed)
+        about = dict(stage=folder.name, steps=learn.step, batch_size=learn.batch_size, seconds=round(learn.seconds),
+                     seed=seed)
         if card is not None: about |= card(learn)
         return model, about
     return run_stage(folder, make)
@@ -103,7 +105,8 @@ def train_autoencoder(
         return Autoencoder(c_in=c_in, c_latent=c_latent, channels=channels, kl=True)
     finish = partial(_fit_scale, ds=ds) if fit_scale else None
     settings = dict(lr=5e-3, weight_decay=0., warmup=200, ema=.999) | learner
-    return train_stage(stage_folder(folder, 'autoencoder'), build, ds, loss_fn or autoencoder_loss(kl_weight=2e-3), seed, finish=finish, steps=steps, **settings)
+    return train_stage(stage_folder(folder, 'autoencoder'), build, ds, loss_fn or autoencoder_loss(kl_weight=2e-3),
+                       seed, finish=finish, steps=steps, **settings)
 
 def _fit_scale(autoencoder, ds): return autoencoder.fit_scale(ds)
 
@@ -117,19 +120,22 @@ def train_denoiser(
     seed:int=0, # as in `train_stage`
     **learner, # for the `Learner`
 )->torch.nn.Module: # the trained denoiser
-    "Second stage; the scores that a callback logged on the way go on its card. Raises `ValueError` as `train_stage` does."
+    """Second stage; the scores that a callback logged on the way go on its card. Raises `ValueError` as
+    `train_stage` does."""
     def history(learn):
         scores = [row for row in learn.log if 'fid' in row]
         return dict(history=[{k: v for k,v in row.items() if k not in ('lr','grad_norm')} for row in scores])
     settings = dict(lr=1e-3, warmup=min(500, steps//10), ema=.999) | learner
-    return train_stage(stage_folder(folder, 'denoiser'), lambda: model, latents, loss_fn, seed, card=history, steps=steps, **settings)
+    return train_stage(stage_folder(folder, 'denoiser'), lambda: model, latents, loss_fn, seed, card=history,
+                       steps=steps, **settings)
 
 # %% ../../nbs/recipes/00_stages.ipynb #84389587
 def card_rows(
     info:dict, # a model's `config.json`
 )->dict: # {row: number or text}
     "What the card shows of a record: texts and numbers, also those of its stages and metrics."
-    def short(values): return {k: v for k,v in values.items() if isinstance(v, (str,int,float)) and 'fingerprint' not in k}
+    def short(values):
+        return {k: v for k,v in values.items() if isinstance(v, (str,int,float)) and 'fingerprint' not in k}
     rows = short(info)
     for stage,about in info.get('stages', {}).items():
         rows |= {f'{stage}: {k}': v for k,v in short(about).items() if k!='stage'}
@@ -144,7 +150,8 @@ def write_card(
     "Write the card of a model from its `config.json`. Raises `FileNotFoundError` where there is no model."
     folder = Path(folder)
     info = json.loads((folder/'config.json').read_text(encoding='utf-8')) | more
-    with write_atomic(folder/'config.json') as f: f.write_text(json.dumps(info, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
+    with write_atomic(folder/'config.json') as f:
+        f.write_text(json.dumps(info, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
     name = folder.name
     title = [f'# {name}', '', f"A `{info['config']['cls']}` of fastldm: `fastldm.load('{name}')`.", '']
     table = ['| | |', '|---|---|'] + [f'| {k} | {v} |' for k,v in card_rows(info).items()]
@@ -195,11 +202,13 @@ def captioned_set(
     split:str='train', # or 'test'
     size:int=64, # side of the pictures
 ): # the data set
-    "A set of pictures with captions. Raises `ValueError` for a set whose pictures have one size only, and what the set raises."
+    """A set of pictures with captions. Raises `ValueError` for a set whose pictures have one size only, and what
+    the set raises."""
     if data not in DATASETS: return Captioned(data, split, size=size)
     try: return get_dataset(data, root, split=split, size=size)
     except TypeError as e:
-        raise ValueError(f'{data} is not a set of pictures of any size ({e}): give a captioned set, or a folder, table or zip file of one') from e
+        message = f'{data} is not a set of pictures of any size ({e})'
+        raise ValueError(f'{message}: give a captioned set, or a folder, table or zip file of one') from e
 
 def training_set(
     model, # whose card names its set
@@ -221,7 +230,8 @@ def diffusion_of(
     "The latent diffusion of a model. Raises `ValueError` where it has none."
     found = getattr(model, 'diffusion', model)
     if isinstance(found, LatentDiffusion): return found
-    raise ValueError(f'this is a {type(model).__name__}: expected a LatentDiffusion, or a TextToImage with a diffusion prior')
+    expected = 'a LatentDiffusion, or a TextToImage with a diffusion prior'
+    raise ValueError(f'this is a {type(model).__name__}: expected {expected}')
 
 def embedders_of(
     ldm:LatentDiffusion, # any

@@ -23,7 +23,8 @@ from ..diffusion.denoiser import Denoiser, diffusion_loss, edm_weight
 from ..diffusion.schedules import Cosine, logit_normal_t
 from ..diffusion.unet import UNet
 from ..metrics.scenes import SceneClassifier, scene_classifier_loss
-from .stages import captioned_set, finish, licence_line, recipe, stage_folder, train_denoiser, train_stage
+from .stages import (captioned_set, finish, licence_line, recipe, stage_folder, train_denoiser,
+                                    train_stage)
 
 # %% ../../nbs/recipes/03_text.ipynb #8b12308c
 def train_text_encoder(
@@ -38,9 +39,10 @@ def train_text_encoder(
     **learner, # for the `Learner`
 )->torch.nn.Module: # the trained text encoder
     "Train contrast, matching and captions together. Raises `ValueError` as the data set and `train_stage` do."
+    options = network or {}
     def build():
         if model is not None: return model
-        return Blip.small(ds.caption, size=ds[0]['image'].shape[-1], **network or {})
+        return Blip.small(ds.caption, size=ds[0]['image'].shape[-1], **options)
     loss_fn = blip_loss(hard_negatives=hard_negatives, paraphrases=paraphrases, reconstruct=1.)
     settings = dict(lr=1e-3, weight_decay=.05, warmup=min(500, steps//10), ema=.999) | learner
     return train_stage(stage_folder(folder, 'text_encoder'), build, ds, loss_fn, seed, steps=steps, **settings)
@@ -61,7 +63,8 @@ def train_vqvae(
         return VQVAE(c_in=ds[0]['image'].shape[0])
     def fit_scale(vqvae): return vqvae.fit_scale(ds)
     settings = dict(lr=2e-3, weight_decay=0., warmup=min(200, steps//10), ema=.999) | learner
-    return train_stage(stage_folder(folder, 'vqvae'), build, ds, loss_fn or vqvae_loss(), seed, finish=fit_scale, steps=steps, **settings)
+    return train_stage(stage_folder(folder, 'vqvae'), build, ds, loss_fn or vqvae_loss(), seed, finish=fit_scale,
+                       steps=steps, **settings)
 
 # %% ../../nbs/recipes/03_text.ipynb #70ffeea3
 def train_prior(
@@ -80,12 +83,15 @@ def train_prior(
     measuring = Subset(held_out, range(1, len(held_out), 2)[:2048])
     above = (codes.n_codes, codes.shapes[level-1]) if level else None
     text = codes.header['text']
-    options = dict(above=above, d_text=text['shape'][1] if text else None, attention=level==0, kernel=(1,3), n_res=3) | (network or {})
+    options = dict(above=above, d_text=text['shape'][1] if text else None, attention=level==0, kernel=(1,3),
+                   n_res=3) | (network or {})
     def build(): return PixelSNAIL(codes.n_codes, codes.shapes[level], channels, **options)
     def card(learn): return dict(bits_per_code=float(bits_per_code(learn.ema_model.eval(), measuring)))
     stop = EarlyStopCB(choosing, every=max(50, steps//20//50*50))
-    settings = dict(batch_size=32 if level else 64, lr=3e-3 if level else 4e-3, warmup=min(300, steps//10), ema=.999, cbs=[stop]) | learner
-    return train_stage(stage_folder(folder, f'prior_{level}'), build, codes, pixelsnail_loss(level), seed, card=card, steps=steps, **settings)
+    settings = dict(batch_size=32 if level else 64, lr=3e-3 if level else 4e-3, warmup=min(300, steps//10), ema=.999,
+                    cbs=[stop]) | learner
+    return train_stage(stage_folder(folder, f'prior_{level}'), build, codes, pixelsnail_loss(level), seed, card=card,
+                       steps=steps, **settings)
 
 # %% ../../nbs/recipes/03_text.ipynb #11ca4383
 _text_times = partial(logit_normal_t, mean=.8, std=1.2)
@@ -129,7 +135,8 @@ def text_to_image(
     ds = captioned_set(data, root, 'train', size)
     held_out = captioned_set(data, root, 'test', size)
     training = dict(seed=seed, precision=precision, progress=progress)
-    encoder = train_text_encoder(ds, folder, steps=text_encoder_steps, network=text_encoder, hard_negatives=hard_negatives, paraphrases=paraphrases, **training)
+    encoder = train_text_encoder(ds, folder, steps=text_encoder_steps, network=text_encoder,
+                                 hard_negatives=hard_negatives, paraphrases=paraphrases, **training)
     vqvae = train_vqvae(ds, folder, steps=ae_steps, **training)
     views = Augmented(ds, copies, seed, turn=.15, zoom=.15, move=.06, padding_mode='border') if copies>1 else ds
     stored, stored_held_out = (_stored_codes(part, vqvae, encoder, folder, progress) for part in (views, held_out))
@@ -169,7 +176,8 @@ def train_scene_classifier(
 )->SceneClassifier: # saved in `folder`
     "Train a network that predicts what a scene shows. Raises `ValueError` as `train_stage` does."
     def card(learn): return dict(name='scenes_classifier', data='scenes')
-    return train_stage(folder, SceneClassifier, SyntheticScenes(n), scene_classifier_loss, seed, 32, card=card, steps=steps, lr=3e-3, weight_decay=.01,
+    return train_stage(folder, SceneClassifier, SyntheticScenes(n), scene_classifier_loss, seed, 32, card=card,
+                       steps=steps, lr=3e-3, weight_decay=.01,
                        warmup=min(100, steps//10), ema=.995, precision=precision, progress=progress)
 
 # %% ../../nbs/recipes/03_text.ipynb #b74b7ed8
@@ -177,11 +185,15 @@ _small_encoder = dict(width=128, heads=4)
 _codes = dict(guidance_scale=3., temperature=[.9,.6])
 _diffusion = dict(guidance_scale=3., interval=(.3,1.))
 
-recipe('scenes', text_to_image, 'scenes', text_encoder_steps=6500, ae_steps=2000, prior_steps=(11000,14000), steps=14500,
-       text_encoder=_small_encoder, hard_negatives=near_miss, paraphrases=paraphrase, codes=_codes, diffusion=_diffusion)
-recipe('clipart', text_to_image, 'clipart+emoji', text_encoder_steps=2500, ae_steps=2000, prior_steps=(2500,3000), steps=9000, copies=8,
-       text_encoder=_small_encoder, codes=_codes, diffusion=_diffusion)
-recipe('paintings', text_to_image, 'paintings', text_encoder_steps=1500, ae_steps=2000, prior_steps=(1000,1200), steps=2500,
-       text_encoder=_small_encoder, codes=dict(guidance_scale=3., temperature=[.9,.7]), diffusion=dict(guidance_scale=4., interval=(.3,1.)))
+recipe('scenes', text_to_image, 'scenes',
+       text_encoder=_small_encoder, text_encoder_steps=6500, hard_negatives=near_miss, paraphrases=paraphrase,
+       ae_steps=2000, prior_steps=(11000,14000), steps=14500, codes=_codes, diffusion=_diffusion)
+recipe('clipart', text_to_image, 'clipart+emoji', copies=8,
+       text_encoder=_small_encoder, text_encoder_steps=2500,
+       ae_steps=2000, prior_steps=(2500,3000), steps=9000, codes=_codes, diffusion=_diffusion)
+recipe('paintings', text_to_image, 'paintings',
+       text_encoder=_small_encoder, text_encoder_steps=1500,
+       ae_steps=2000, prior_steps=(1000,1200), steps=2500,
+       codes=dict(_codes, temperature=[.9,.7]), diffusion=dict(_diffusion, guidance_scale=4.))
 recipe('captioned', text_to_image, needs=dict(data='a folder of pictures'))
 recipe('scenes_classifier', train_scene_classifier)
