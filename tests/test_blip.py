@@ -268,7 +268,7 @@ def test_a_part_alone(tmp_path, missing, can, cannot):
     (dict(d_proj=64), 'd_proj=64'),
     (dict(encoder=False,decoder=False), 'could do nothing')])
 def test_bad_settings(kw, message):
-    with pytest.raises(ValueError, match=message): Blip.small(CAPTIONS, **{**TINY,**kw})
+    with pytest.raises(ValueError, match=message): Blip.small(CAPTIONS, **dict(TINY, **kw))
 
 def test_bf16(blip):
     with torch.autocast('cpu', torch.bfloat16): out = blip_loss()(blip.train(), dict(image=x, caption=CAPTIONS))

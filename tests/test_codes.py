@@ -32,7 +32,9 @@ def child(program, *args):
 
 def model(seed=0, **kw):
     set_seed(seed)
-    return VQVAE(**{**dict(c_in=1, n_codes=300, channels=(8,8), d_code=4), **kw}).eval()
+    sizes = dict(c_in=1, n_codes=300, channels=(8,8), d_code=4)
+    sizes.update(kw)
+    return VQVAE(**sizes).eval()
 
 class Lazy:
     "Images that are drawn when they are asked for, with captions and names; nothing is kept."
@@ -58,7 +60,9 @@ class Words:
         return t
 
 def write(ds, path, m=None, **kw):
-    return write_codes(ds, m or model(), path, **{**dict(batch_size=64, progress=False), **kw})
+    settings = dict(batch_size=64, progress=False)
+    settings.update(kw)
+    return write_codes(ds, m or model(), path, **settings)
 
 def records(path, n):
     "Of `n` images, and one more, which must not be there."

@@ -192,7 +192,9 @@ def test_bad_input(kind):
     dict(n=0), dict(temperature=-1.), dict(top_k=0), dict(top_p=0.), dict(top_p=1.5), dict(guidance_scale=2.),
     dict(above=GOOD['above']), dict(text=GOOD['text'])])
 def test_bad_sampling(kw):
-    with pytest.raises(ValueError, match=next(iter(kw))): sample_codes(make(), **{'n':2, **kw})
+    settings = dict(n=2)
+    settings.update(kw)
+    with pytest.raises(ValueError, match=next(iter(kw))): sample_codes(make(), **settings)
 
 @pytest.mark.parametrize('kw', [
     dict(n_codes=0), dict(shape=(0,8)), dict(n_blocks=0), dict(n_res=0), dict(channels=20), dict(kernel=(1,4)),

@@ -140,13 +140,13 @@ def test_bad_quantizer(kw):
     dict(levels=0), dict(channels=()), dict(channels=(0,)), dict(n_blocks=-1), dict(factor=3),
     dict(factor=1, channels=(8,)), dict(narrow=4, levels=3), dict(narrow=4, factor=6)])
 def test_bad_model(kw):
-    with pytest.raises(ValueError, match='expected'): VQVAE(**{**TINY,**kw})
+    with pytest.raises(ValueError, match='expected'): VQVAE(**dict(TINY, **kw))
 
 @pytest.mark.parametrize('kw', [
     dict(levels=1), dict(levels=3), dict(factor=8, channels=(8,16)), dict(factor=2, channels=(8,)),
     dict(n_codes=1000, d_code=3), dict(narrow=4), dict(c_in=3)])
 def test_any_size(kw):
-    m = VQVAE(**{**TINY,**kw}).eval()
+    m = VQVAE(**dict(TINY, **kw)).eval()
     for h,w in ((m.factor,m.factor),(2*m.factor,3*m.factor)):
         x = torch.rand(2,m.c_in,h,w)*2-1
         codes = m.encode_codes(x)
@@ -313,7 +313,8 @@ def test_loss_terms():
     m, x = VQVAE(**TINY).eval(), Digits(split='test')[:8]['image']
     y, commitment, codes = m(x)
     def distance(a, b): return (a-b).abs().mean((1,2,3))
-    distance.to = lambda device: distance
+    def to(device): return distance
+    distance.to = to
     out = vqvae_loss(.5, distance, 2., sharpness=3.)(m, dict(image=x))
     across = ((y[...,1:]-y[...,:-1])-(x[...,1:]-x[...,:-1])).abs().mean()
     down = ((y[:,:,1:]-y[:,:,:-1])-(x[:,:,1:]-x[:,:,:-1])).abs().mean()

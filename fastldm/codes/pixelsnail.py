@@ -176,6 +176,7 @@ def _check_sizes(channels, n_heads, kernel, **sizes):
         raise ValueError(f"channels={channels}, n_heads={n_heads}, kernel={kernel}: "
                          f"expected channels that are a multiple of {2*n_heads}, and an odd width")
 
+# %% ../../nbs/codes/02_pixelsnail.ipynb #5534de1c
 class PixelSNAIL(Module):
     """Probabilities of a map of codes, each given those before it, a coarser map and a text (Chen et al. 2017).
     Raises `ValueError` for sizes that cannot be."""
@@ -270,6 +271,7 @@ def _check_text(text, d_text):
         raise ValueError(f"text: given {given}, expected (B,1+L,{d_text}): "
                          "the text encoder is not the one of this prior")
 
+# %% ../../nbs/codes/02_pixelsnail.ipynb #64216e41
 @patch
 def check(self:PixelSNAIL,
     codes=None, # as in `forward`; None: not checked
@@ -299,6 +301,7 @@ def pixelsnail_loss(
         return dict(loss=loss, bits=loss.detach()/math.log(2))
     return loss_fn
 
+# %% ../../nbs/codes/02_pixelsnail.ipynb #3b4f8c8b
 def _level_of(model, codes):
     "The level of codes that has the model's shape."
     shapes = [tuple(c.shape[1:]) for c in codes]
@@ -325,6 +328,7 @@ def bits_per_code(
             total += bits*len(batch['codes'][level])
     return total/len(ds)
 
+# %% ../../nbs/codes/02_pixelsnail.ipynb #2ff3c696
 def unigram_bits(
     codes:torch.Tensor, # (N,h,w) to count
     test:torch.Tensor=None, # (M,h,w) to code with these counts; None: the same
@@ -432,6 +436,7 @@ def _uniform_numbers(model, n, seed, first):
     rows = [torch.rand(size, generator=g, dtype=torch.float64)[coarser:] for g in sample_generators(seed, n, first)]
     return torch.stack(rows).to(model.head.weight.device)
 
+# %% ../../nbs/codes/02_pixelsnail.ipynb #3d05a94a
 @torch.no_grad()
 def _sample(stepper, model, n, above=None, text=None, seed=0, first=0, temperature=1., top_k=None, top_p=None,
             guidance_scale=1., progress=False):
@@ -487,6 +492,7 @@ def _packed_linear(weight, bias, n): # (O,K), (O,) or None -> a function of x (n
     packed = kernels._reorder_linear_weight(weight.detach().contiguous(), n)
     return lambda x: kernels._linear_pointwise(x, packed, bias, 'none', [], '')
 
+# %% ../../nbs/codes/02_pixelsnail.ipynb #27f9751b
 class _ConvStep:
     "`CausalConv2d` at one position after another, row by row."
     def __init__(self, conv, n, w): # the layer; rows of a batch; width of the map
@@ -514,8 +520,7 @@ class _ConvStep:
 
     def end_row(self):
         "All rows move up by one."
-        side = self.k//2
-        inner = slice(side, side+self.w)
+        inner = slice(self.k//2, self.k//2+self.w)                                  # without the zeros
         self.above[:,inner] = torch.cat([self.above[:,inner,1:], self.row[:,self.k-1:,None]], 2)
 
 # %% ../../nbs/codes/02_pixelsnail.ipynb #03f09050
@@ -569,6 +574,7 @@ class _AttentionStep:
         q = self.q(h).view(n, heads, 1, -1)
         return x + F.glu(self.out(_attend(q, k, v)[:,0]), -1)
 
+# %% ../../nbs/codes/02_pixelsnail.ipynb #c5c92eba
 class _TextStep:
     "`TextAttention` at one position after another; keys and values of the text are computed once."
     def __init__(self, layer, condition, tokens):

@@ -62,6 +62,7 @@ _environments = {} # of this process: {folder: (identity of process and file, en
 
 def _lmdb(): return require_package('lmdb', 'a store of codes', 'lmdb')
 
+# %% ../../nbs/codes/01_store.ipynb #1918ad74
 def _identity(file):
     "Which process looks at which file; None where there is no file."
     if not file.exists(): return None
@@ -87,6 +88,7 @@ def _open(folder, write):
                          "copy it again, or delete it and write the codes again")
     return env
 
+# %% ../../nbs/codes/01_store.ipynb #fa91aa0c
 def _environment(folder, write=False):
     "This process's environment of a folder."
     file = Path(folder)/'data.mdb'
@@ -181,6 +183,7 @@ class _Rest:
     def __len__(self): return len(self.ds)-self.start
     def __getitems__(self, idxs): return _with_names(self.ds, [self.start+i for i in idxs])
 
+# %% ../../nbs/codes/01_store.ipynb #173d5f25
 def _header(ds, model, text_features, precision=None):
     "What the database will hold; errors of data, model and text encoder come out here, before any work."
     if not len(ds): raise ValueError("the data set is empty, so there is nothing to encode")
@@ -329,6 +332,7 @@ def _read_records(self:CodeDataset, idxs):
         rows.append(_unpack(record, self.header['dtype'], sum(self.sizes), text_shape))
     return rows
 
+# %% ../../nbs/codes/01_store.ipynb #42e92141
 @patch
 def __getitems__(self:CodeDataset,
     idxs, # numbers of records

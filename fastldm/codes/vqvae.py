@@ -24,6 +24,7 @@ def _check_quantizer(n_codes, d_code, **shares):
         if not 0<=share<1 or name=='eps' and share==0:
             raise ValueError(f"{name}={share!r}: expected a number from 0 to below 1")
 
+# %% ../../nbs/codes/00_vqvae.ipynb #9e393914
 class VectorQuantizer(Module):
     """Vectors to the nearest of `n_codes` codes, which follow them as moving averages.
     See van den Oord et al. 2017, appendix A.1.
