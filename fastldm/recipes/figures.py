@@ -92,7 +92,7 @@ def _print_provenance(about, make):
     if about is None: return
     line = f"kept since {about['date']}, on {about['processor']}, {about['threads']} thread{'s'*(about['threads']!=1)}"
     source = source_hash(make)
-    if about['source'] and source and about['source']!=source: line += ' (the function that measured it has been edited since)'
+    if about['source'] and source and about['source']!=source: line += ' (by a function that was edited since)'
     if line not in _printed: print(line)
     _printed.add(line)
 
