@@ -218,6 +218,9 @@ def pc_step(
 def _mean_norm(x): return x.flatten(1).norm(dim=1).mean()
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #aae74501
+def _lambda(denoise, t): return (denoise.schedule.log_snr(t.double())/2).item()
+
+# %% ../../nbs/diffusion/05_samplers.ipynb #5a13a019
 class DPMSolver2M:
     "DPM-Solver++ (2M): second order, one call a step (Lu et al. 2022, algorithm 2)."
     order = 2
@@ -242,8 +245,6 @@ class DPMSolver2M:
         x = σ_s/σ*np.exp(-self.eta*h)*x + a_s*self._integral(h)
         if not self.eta: return x
         return x + σ_s*np.sqrt(-np.expm1(-2*self.eta*h))*noise_like(x)
-
-def _lambda(denoise, t): return (denoise.schedule.log_snr(t.double())/2).item()
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #12f86009
 @patch
