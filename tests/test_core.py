@@ -179,8 +179,17 @@ def test_grid_takes_colour_bytes_and_pictures():
         assert (image_grid(x)==[255,0,0]).all()
 
 def test_a_figure_is_the_same_twice(tmp_path):
-    for d in 'ab': save_figure('f', show_images(torch.linspace(-1,1,4).view(4,1,1,1).expand(4,1,6,6), titles='abcd'), tmp_path/d, seed=3, weights='abc', fid=torch.tensor(2.5), path=[1,2])
-    for n in ('f.png','f.json'): assert (tmp_path/'a'/n).read_bytes()==(tmp_path/'b'/n).read_bytes()
-    assert json.loads((tmp_path/'a'/'f.json').read_text())==dict(numbers=dict(fid=2.5, path=[1,2]), seed=3, weights='abc', version=fastldm.__version__)
-    assert not Image.open(tmp_path/'a'/'f.png').text
-    with Image.open(tmp_path/'a'/'f.png') as im: assert im.width>im.height>50
+    "Both files, byte for byte; and the record holds the numbers, and nothing of the machine."
+    fade = torch.linspace(-1,1,4).view(4,1,1,1).expand(4,1,6,6)
+    def draw(folder):
+        fig = show_images(fade, titles='abcd')
+        save_figure('f', fig, tmp_path/folder, seed=3, weights='abc', fid=torch.tensor(2.5), path=[1,2])
+    draw('a')
+    draw('b')
+    for name in ('f.png','f.json'): assert (tmp_path/'a'/name).read_bytes()==(tmp_path/'b'/name).read_bytes()
+    record = json.loads((tmp_path/'a'/'f.json').read_text())
+    assert record['numbers']==dict(fid=2.5, path=[1,2])
+    assert record['seed']==3 and record['weights']=='abc' and record['version']==fastldm.__version__
+    with Image.open(tmp_path/'a'/'f.png') as picture:
+        assert not picture.text
+        assert picture.width>picture.height>50

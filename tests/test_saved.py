@@ -94,9 +94,9 @@ def resumed(folder, **changed):
     conditioner = Conditioner(drop=.2, label=LabelEmbedder(10,8))
     denoiser = Denoiser(UNet(2, (4,8), d_emb=8, head_dim=4, dropout=.1), Cosine(), conditioner)
     settings = dict(steps=12, batch_size=8, lr=1e-2, warmup=4, ema=.9, accumulate=2, save_every=6, log_every=1,
-                    seed=5, progress=False)
+                    seed=5, progress=False) | changed
     loss = partial(diffusion_loss, weight=edm_weight)
-    return Learner(denoiser, latents, loss, folder=folder, **{**settings, **changed})
+    return Learner(denoiser, latents, loss, folder=folder, **settings)
 
 def test_a_run_goes_on_after_its_classes_have_moved(tmp_path):
     "Every loss from step 7 on is that of the run of then; the rows before it are kept."
@@ -111,4 +111,5 @@ def test_other_settings_are_refused_for_an_old_run(tmp_path):
         resumed(tmp_path/'run', lr=.02, ema=.99).fit(resume=True)
     learn = resumed(tmp_path/'run')
     learn.model = learn.ema_model = UNet(2, (4,), d_emb=8, head_dim=4)
-    with pytest.raises(ValueError, match="model was 'Denoiser of 8,442 parameters', is 'UNet of"): learn.fit(resume=True)
+    with pytest.raises(ValueError, match="model was 'Denoiser of 8,442 parameters', is 'UNet of"):
+        learn.fit(resume=True)

@@ -54,6 +54,7 @@ class Recorded:
                                  "use numbers, text, lists, dicts or fastldm Modules") from None
         return dict(cls=type(self).__qualname__, module=type(self).__module__, kwargs=kwargs)
 
+# %% ../../nbs/core/00_models.ipynb #b924d976
 class Module(Recorded, nn.Module):
     "A `torch.nn.Module` that can be saved and rebuilt: `save_model`, `load_model`."
 
@@ -280,6 +281,7 @@ def _read_tensors(file, names):
         if is_pickle: raise _no_pickle(file) from error
         raise ValueError(f"{file} is damaged ({error}): fetch or save the model again") from error
 
+# %% ../../nbs/core/00_models.ipynb #2108da29
 def _read_model(folder):
     "The files of a saved model, as (info, {name: tensor})."
     folder = Path(folder)

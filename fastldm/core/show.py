@@ -282,15 +282,17 @@ def save_figure(
     weights=None, # a module, its fingerprint, or a dict of these by name
     **numbers, # what the figure shows, in numbers
 )->Path: # of the picture
-    """Write the figure, and a JSON of its numbers, seed, weights and version. Both are left as they are where neither the code of the
-    notebook nor a number, times excepted, has changed since they were written, unless `FASTLDM_FRESH` is set."""
+    """Write the figure, and a JSON of its numbers, seed, weights and version.
+    Both are left as they are where neither the code of the notebook nor a number, times excepted, has changed
+    since they were written, unless `FASTLDM_FRESH` is set."""
     import fastldm
     folder = Path(folder or figures_path())
     picture = folder/f'{name}.png'
     code = _code_hash(inspect.currentframe().f_back.f_globals.get('In', ()))
     record = dict(numbers=numbers, seed=seed, weights=_fingerprints(weights), code=code, version=fastldm.__version__)
     text = json_text(record)
-    if picture.exists() and not os.environ.get('FASTLDM_FRESH') and _is_current(folder/f'{name}.json', json.loads(text)): return picture
+    may_stay = picture.exists() and not os.environ.get('FASTLDM_FRESH')
+    if may_stay and _is_current(folder/f'{name}.json', json.loads(text)): return picture
     with write_atomic(picture) as p, write_atomic(folder/f'{name}.json') as j:
         if isinstance(fig, Image.Image): fig.save(p)
         else: fig.savefig(p, dpi=150, bbox_inches='tight', metadata={'Software': None})

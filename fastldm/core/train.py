@@ -138,6 +138,7 @@ class SampleCB(Callback):
         learn.model.train()
         if isinstance(result, dict): learn.record(**result)
 
+# %% ../../nbs/core/02_train.ipynb #3d238dab
 class TensorBoardCB(Callback):
     "The log, for TensorBoard."
     def __init__(self,
@@ -172,7 +173,7 @@ class Learner:
         weight_decay:float=.01, # of AdamW
         warmup:int=100, # steps over which the learning rate rises
         schedule='cosine', # or 'constant', or fraction of the run -> multiplier of `lr`
-        optimizer=None, # `partial` of an optimiser class; `lr` is passed, `betas` and `weight_decay` are not; None: AdamW
+        optimizer=None, # None: AdamW; else a `partial` of an optimiser class, which is given `lr` only
         ema:float=None, # decay of the averaged weights, e.g. .999; None: no average
         clip:float=1., # largest norm of the gradient; None: as it is
         accumulate:int=1, # passes an optimiser step
@@ -264,7 +265,8 @@ def setup(self:Learner):
     "A fresh optimiser and average, at step 0; needs `acc`."
     acc = self.acc
     if self.batch_size%acc.num_processes:
-        raise ValueError(f"batch_size={self.batch_size} cannot be shared by {acc.num_processes} processes: give a multiple")
+        raise ValueError(f"batch_size={self.batch_size} cannot be shared by {acc.num_processes} processes: "
+                         "give a multiple")
     self.model.zero_grad(set_to_none=True)
     self.params = [p for p in self.model.parameters() if p.requires_grad]
     adamw = partial(torch.optim.AdamW, betas=self.betas, weight_decay=self.weight_decay)
@@ -343,8 +345,9 @@ def fail_at(self:Learner,
     if self.folder and self.checkpoint.exists():
         kept = f"the checkpoint of step {read_checkpoint(self.checkpoint)[0]['step']} is kept"
     raise FloatingPointError(
-        f"the loss is {losses[i]} in step {m//self.accumulate+1}, whose batch is {self.batches.indices(m)} of the data; "
-        f"{kept}. Look at that batch, lower `lr`, raise `warmup`, or lower `clip`")
+        f"the loss is {losses[i]} in step {m//self.accumulate+1}, "
+        f"whose batch is {self.batches.indices(m)} of the data; {kept}. "
+        "Look at that batch, lower `lr`, raise `warmup`, or lower `clip`")
 
 # %% ../../nbs/core/02_train.ipynb #f6e4222d
 @patch
@@ -394,7 +397,8 @@ def read_checkpoint(
             groups[group][name] = tensor
         return json.loads(meta['state']), groups
     except Exception as error:
-        raise ValueError(f"{path} is damaged, or not written by a Learner ({error!r}): delete it and train anew") from error
+        raise ValueError(f"{path} is damaged, or not written by a Learner ({error!r}): "
+                         "delete it and train anew") from error
 
 # %% ../../nbs/core/02_train.ipynb #803a0961
 @patch(as_prop=True)
@@ -411,16 +415,19 @@ def save(self:Learner):
     if not torch.stack(torch._foreach_norm(self.params)).isfinite().all():
         raise FloatingPointError(f"weights are no longer finite at step {self.step}, so they are not saved: "
                                  "lower `lr`, or use another `precision`")
-    moments = {f'{i}.{name}': value for i, of in self.opt.state_dict()['state'].items() for name, value in of.items()}
-    tensors = {name: value for name, value in moments.items() if torch.is_tensor(value)}
-    numbers = {name: value for name, value in moments.items() if name not in tensors}
-    ema = {} if self.ema is None else self.ema_model.state_dict()
-    scaler = self.acc.scaler.state_dict() if self.acc.scaler else None
-    if self.acc.is_main_process:
-        state = dict(step=self.step, seconds=self.seconds, settings=self.shared, log=self.log, scaler=scaler, optimizer=numbers)
-        self.write_checkpoint(state, dict(model=self.model.state_dict(), ema=ema, optimizer=tensors, recent=recent))
+    moments = {}
+    for i, of_parameter in self.opt.state_dict()['state'].items():
+        for name, value in of_parameter.items(): moments[f'{i}.{name}'] = value
+    groups = dict(model=self.model.state_dict(), ema={}, optimizer={}, recent=recent)
+    if self.ema is not None: groups['ema'] = self.ema_model.state_dict()
+    groups['optimizer'] = {name: value for name, value in moments.items() if torch.is_tensor(value)}
+    state = dict(step=self.step, seconds=self.seconds, settings=self.shared, log=self.log)
+    state['scaler'] = self.acc.scaler.state_dict() if self.acc.scaler else None
+    state['optimizer'] = {name: value for name, value in moments.items() if not torch.is_tensor(value)}
+    if self.acc.is_main_process: self.write_checkpoint(state, groups)
     self.acc.wait_for_everyone()
 
+# %% ../../nbs/core/02_train.ipynb #2982ed32
 @patch
 def write_checkpoint(self:Learner,
     state:dict, # fit for JSON
@@ -445,6 +452,9 @@ def _name(value):
     if hasattr(value, '__qualname__'): return value.__qualname__
     return type(value).__qualname__ if callable(value) else str(value)
 
+_SHARED = ('steps', 'batch_size', 'accumulate', 'lr', 'betas', 'weight_decay', 'warmup',
+           'ema', 'clip', 'precision', 'seed')              # arguments that make a run what it is
+
 @patch
 def settings(self:Learner)->dict: # fit for JSON
     "What two runs must share to be the same run."
@@ -452,9 +462,10 @@ def settings(self:Learner)->dict: # fit for JSON
     shared = dict(model=f"{type(model).__name__} of {n_params(model):,} parameters", architecture=None)
     with suppress(ValueError): shared['architecture'] = model.config() if isinstance(model, Recorded) else None
     shared['dtypes'] = sorted({str(tensor.dtype) for tensor in model.state_dict().values()})
-    shared |= dict(data=f"{type(self.data).__name__} of {len(self.data):,}", schedule=_name(self.schedule), optimizer=_name(self.optimizer))
-    for name in ('steps', 'batch_size', 'accumulate', 'lr', 'betas', 'weight_decay', 'warmup', 'ema', 'clip', 'precision', 'seed'):
-        shared[name] = getattr(self, name)
+    shared['data'] = f"{type(self.data).__name__} of {len(self.data):,}"
+    shared['schedule'] = _name(self.schedule)
+    shared['optimizer'] = _name(self.optimizer)
+    for name in _SHARED: shared[name] = getattr(self, name)
     if self.schedule=='constant': del shared['steps']      # then more steps are the same run, longer
     return json.loads(json.dumps(shared))
 
@@ -505,6 +516,7 @@ def load(self:Learner):
     self.recent = {name: list(values.to(self.acc.device)) for name, values in tensors['recent'].items()}
     if self.acc.is_main_process: self.write_log()
 
+# %% ../../nbs/core/02_train.ipynb #0985551e
 @patch
 def load_weights(self:Learner,
     model:nn.Module, # the model, or its average
@@ -539,8 +551,9 @@ def _locked(folder):
     with open(folder/'.lock', 'w') as file:
         try: fcntl.lockf(file, fcntl.LOCK_EX|fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise RuntimeError(f"another process is training in {folder}: wait until it ends, or give another folder") from None
-        for left in folder.glob('.checkpoint-*.safetensors'): left.unlink(missing_ok=True)  # of a run killed while saving
+            raise RuntimeError(f"another process is training in {folder}: "
+                               "wait until it ends, or give another folder") from None
+        for half in folder.glob('.checkpoint-*.safetensors'): half.unlink(missing_ok=True)   # killed while saving
         yield
 
 # %% ../../nbs/core/02_train.ipynb #358310c0
@@ -556,7 +569,8 @@ def fit(self:Learner,
     with _locked(self.folder if self.acc.is_main_process else None):
         if not resume and self.folder and self.checkpoint.exists():
             step = read_checkpoint(self.checkpoint)[0]['step']
-            raise FileExistsError(f"{self.checkpoint} exists, of step {step}: go on with fit(resume=True), or give another folder")
+            raise FileExistsError(f"{self.checkpoint} exists, of step {step}: "
+                                  "go on with fit(resume=True), or give another folder")
         self.setup()
         if resume: self.load()
         self.model.train()
