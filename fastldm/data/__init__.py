@@ -1,6 +1,11 @@
 "Pictures, captioned sets, scenes drawn from a grammar, and faces with attributes and masks."
 
 from .images import *
+from .public import *
+from .augment import *
+from .shards import *
 from .captioned import *
+from .sources import *
 from .synthetic import *
 from .faces import *
+from .drawn_faces import *
