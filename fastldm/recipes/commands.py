@@ -135,7 +135,7 @@ def parse_text(self:AttributeEmbedder, text:str):
             raise ValueError(f'attributes {item}: expected names, each with =1, =0 or nothing after it, '
                              'as in Smiling,Eyeglasses=0')
         attributes[name.strip()] = value.strip()!='0'
-    return attributes
+    return attributes or None
 
 def read_conditions(
     ldm:LatentDiffusion, # whose conditions they are
@@ -174,8 +174,7 @@ def sample_command(self:LatentDiffusion,
 def _complete_attributes(ldm, conditions, n, seed):
     "Sample the attributes that were not given from training faces, where the model has kept some."
     embedder = embedders_of(ldm).get('attrs')
-    if not conditions.get('attrs'): conditions.pop('attrs', None)
-    elif hasattr(embedder, 'sample_missing') and embedder.examples:
+    if 'attrs' in conditions and getattr(embedder, 'examples', ''):
         conditions['attrs'] = embedder.sample_missing(conditions['attrs'], n, seed)
 
 # %% ../../nbs/recipes/06_commands.ipynb #2932b629
@@ -277,8 +276,8 @@ def sample_cli(
     net = load(model)
     constraint = control_from_files(net, control, region, adapter, f'local_{Path(model).name}')
     options = given(prompt=prompt, n=n, attributes=attributes, mask=mask, steps=steps, step=step,
-                    guidance_scale=guidance_scale, constraint=constraint,
-                    prior=prior, candidates=candidates, seed=seed, precision=precision)
+                    guidance_scale=guidance_scale, constraint=constraint, prior=prior, candidates=candidates,
+                    seed=seed, precision=precision)
     if label is not None: options['label'] = str(label)
     if condition: options['condition'] = _named(condition)
     pictures, columns = call_command(net, 'sample_command', model, options)

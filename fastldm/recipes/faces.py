@@ -73,14 +73,13 @@ def face_denoiser(
 )->Denoiser: # to be trained
     "A U-Net that is conditioned on attributes, masks, sentences and labels of faces."
     d_emb = 4*channels[0]
-    embedders = face_embedders(ds, dict(context=d_context, vector=d_emb), factor, attrs, mask, text, label, partial,
-                               seen)
+    dims = dict(context=d_context, vector=d_emb)
+    embedders = face_embedders(ds, dims, factor, attrs, mask, text, label, partial, seen)
     tokens = 'context' in (attrs,mask,text,label)
     attention = ['cross' if tokens else False] + [True]*(len(channels)-1)
     planes = len(ds.mask_classes)+1 if mask=='concat' else 0
-    net = UNet(c_latent, channels, n_blocks, attention=attention, d_emb=d_emb, d_context=d_context if tokens else None,
-               c_concat=planes,
-               position_embedding=tokens)
+    net = UNet(c_latent, channels, n_blocks, attention=attention, d_emb=d_emb,
+               d_context=d_context if tokens else None, c_concat=planes, position_embedding=tokens)
     return Denoiser(net, Cosine(), Conditioner(drop=drop, **embedders) if embedders else None)
 
 # %% ../../nbs/recipes/02_faces.ipynb #ed84921a

@@ -82,16 +82,15 @@ def train_prior(
     choosing = Subset(held_out, range(0, len(held_out), 2)[:512])
     measuring = Subset(held_out, range(1, len(held_out), 2)[:2048])
     above = (codes.n_codes, codes.shapes[level-1]) if level else None
-    text = codes.header['text']
-    options = dict(above=above, d_text=text['shape'][1] if text else None, attention=level==0, kernel=(1,3),
-                   n_res=3) | (network or {})
+    d_text = codes.header['text']['shape'][1] if codes.header['text'] else None
+    options = dict(above=above, d_text=d_text, attention=level==0, kernel=(1,3), n_res=3) | (network or {})
     def build(): return PixelSNAIL(codes.n_codes, codes.shapes[level], channels, **options)
     def card(learn): return dict(bits_per_code=float(bits_per_code(learn.ema_model.eval(), measuring)))
     stop = EarlyStopCB(choosing, every=max(50, steps//20//50*50))
-    settings = dict(batch_size=32 if level else 64, lr=3e-3 if level else 4e-3, warmup=min(300, steps//10), ema=.999,
-                    cbs=[stop]) | learner
-    return train_stage(stage_folder(folder, f'prior_{level}'), build, codes, pixelsnail_loss(level), seed, card=card,
-                       steps=steps, **settings)
+    settings = dict(batch_size=32, lr=3e-3) if level else dict(batch_size=64, lr=4e-3)
+    settings |= dict(warmup=min(300, steps//10), ema=.999, cbs=[stop]) | learner
+    return train_stage(stage_folder(folder, f'prior_{level}'), build, codes, pixelsnail_loss(level), seed,
+                       card=card, steps=steps, **settings)
 
 # %% ../../nbs/recipes/03_text.ipynb #11ca4383
 _text_times = partial(logit_normal_t, mean=.8, std=1.2)
