@@ -58,17 +58,16 @@ def train_adapter(
     pictures = copy(pictures) or control_data(base, kinds, root, n, progress)
     pictures.regions = regions
     def build():
-        return ControlAdapter(kinds, pictures.c_in, ldm.denoiser.net.widths[0], pictures.factor, width=width,
-                              interval=interval)
+        channels = ldm.denoiser.net.widths[0]
+        return ControlAdapter(kinds, pictures.c_in, channels, pictures.factor, width=width, interval=interval)
     def card(learn):
-        about = dict(base=str(model) if named else 'a model in memory', base_fingerprint=fingerprint(ldm.denoiser),
-                     data=base.meta['data'])
-        about |= dict(n_pictures=len(pictures), regions=regions, loss={k: _name(v) for k,v in loss.items()},
-                      n_params=n_params(learn.model))
+        about = dict(base=str(model) if named else 'a model in memory', base_fingerprint=fingerprint(ldm.denoiser))
+        about |= dict(data=base.meta['data'], n_pictures=len(pictures), regions=regions)
+        about |= dict(loss={k: _name(v) for k,v in loss.items()}, n_params=n_params(learn.model))
         return about | dict(licence=base.meta.get('licence', 'weights Apache-2.0; data of the user'))
-    adapter = train_stage(folder, build, pictures, control_loss(ldm.denoiser, **loss), seed, batch_size, card=card,
-                          steps=steps, lr=2e-3,
-                          warmup=min(100, steps//10), ema=.995, precision=precision, progress=progress)
+    adapter = train_stage(folder, build, pictures, control_loss(ldm.denoiser, **loss), seed, batch_size,
+                          card=card, steps=steps, lr=2e-3, warmup=min(100, steps//10), ema=.995,
+                          precision=precision, progress=progress)
     write_card(folder)
     return adapter
 
