@@ -316,7 +316,8 @@ def test_faces_from_the_command_line(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ldm = load('few')
     e = ldm.denoiser.conditioner.embedders['attrs']
-    assert torch.equal(unpack_rows(e.examples, e.n_attrs), SyntheticFaces(n=64, parts=PARTS8, size=32)[:]['attrs'].long())
+    few = SyntheticFaces(n=64, parts=PARTS8, size=32)[:]
+    assert torch.equal(unpack_rows(e.examples, e.n_attrs), few['attrs'].long())
     sample_cli('few', n=3, steps=2, seed=4, attributes='Smiling')                     # alone: the rest is drawn, too
     save_grid(ldm.sample(3, steps=2, seed=4, attrs=e.sample_missing(dict(Smiling=True), 3, 4)), 'whole.png', 8)
     assert Path('samples.png').read_bytes()==Path('whole.png').read_bytes()
