@@ -388,7 +388,7 @@ def scheduler_times(
         visited = type(scheduler).from_config(config)
         visited.set_timesteps(n)
         times = (visited.timesteps.cpu().double()+1)/T
-        return torch.cat([times, torch.tensor([end]).double()]).unique().flip(0)
+        return torch.cat([times, torch.tensor([end], dtype=torch.double)]).unique().flip(0)
     return grid
 
 # %% ../../nbs/control/01_stable.ipynb #b8909bd8

@@ -1,7 +1,8 @@
-"Scores of images, texts, control, faces and scenes."
+"Scores of images, texts, control, faces and scenes; and stop-watches."
 
 from .images import *
 from .text import *
 from .control import *
 from .faces import *
 from .scenes import *
+from .bench import *
