@@ -139,8 +139,8 @@ def test_each_control_at_its_own_times(model, adapter, scene, middle, guidance):
 
 @pytest.mark.slow
 def test_train(tmp_path, model):
-    """From a few scenes: the card names the base, the same call again trains nothing, the same seed gives the same weights,
-    and data that is made already does."""
+    """From a few scenes: the card names the base, the same call again trains nothing, the same seed gives the same
+    weights, and so does data that is made already."""
     options = dict(kinds='edges+depth', n=48, steps=6, batch_size=8, progress=False)
     a = train_adapter('scenes', tmp_path/'a', **options)
     assert a.kinds==['edges','depth'] and a.c_in==2
@@ -204,7 +204,7 @@ def test_other_models(name):
     """The adapters of clip art and avatars follow held-out edges in a square that they would not draw by themselves
     (an avatar that is conditioned on the mask draws them anyway)."""
     def f1(method):
-        scores = evaluate_control(load(name), load(f'local_{name}'), method, n=12, told=name=='clipart', steps=8,
+        scores = evaluate_control(load(name), load(f'local_{name}'), method, n=12, use_conditions=name=='clipart', steps=8,
                                   precision='bf16', progress=False)
         return scores['edge_f1']
     try: assert f1('features')>f1('nothing')+.15

@@ -312,7 +312,7 @@ def evaluate_control(
     method:str='features', # a name of `CONTROL_METHODS`
     n:int=1000, # held-out pictures
     region=None, # (1 or n,1,H,W) of 0 and 1; None: the square in the middle, half as wide as the picture
-    told:bool=True, # condition the base model on captions or attributes as well
+    use_conditions:bool=True, # condition the base model on captions or attributes as well
     weight:float=1., # of the features
     mode:str='max', # as in `resize_region`
     root=None, # where the data set is looked for first
@@ -330,8 +330,8 @@ def evaluate_control(
     picture = picture_control(adapter.kinds, batch, len(getattr(ds, 'mask_classes', ())))
     constraint = constrain(adapter, picture, region, weight=weight, mode=mode)
     start = time.perf_counter()
-    drawn = model.sample_like(batch, told, constraint=constraint, seed=seed, progress=progress, **sampling).cpu()
-    scores = dict(n=n, method=method, told=told, seconds_per_picture=(time.perf_counter()-start)/n)
+    drawn = model.sample_like(batch, use_conditions, constraint=constraint, seed=seed, progress=progress, **sampling).cpu()
+    scores = dict(n=n, method=method, use_conditions=use_conditions, seconds_per_picture=(time.perf_counter()-start)/n)
     real = (batch['image']+1)/2
     scores |= _edge_scores(drawn, real, region)
     scores |= _classifier_scores(model.meta['data'], drawn, batch)
