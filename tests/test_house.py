@@ -135,6 +135,13 @@ def test_notebook_was_run(nb):
     if nb.stem[:2].isdigit(): assert 'nbdev_export()' in src(code(nb)[-1]), 'end with nbdev.nbdev_export()'
 
 @pytest.mark.parametrize('nb', NBS, ids=name)
+def test_notebook_has_a_picture(nb):
+    "A picture, a diagram or a widget's picture: no idea is shown in words alone."
+    kinds = {kind for o in outputs(nb) for kind in o.get('data', {})}
+    texts_of_pages = ''.join(src(c) for c in cells(nb) if c['cell_type']=='markdown')
+    assert {'image/png','image/svg+xml','image/jpeg'} & kinds or re.search(r'!\[[^\]]*\]\(', texts_of_pages)
+
+@pytest.mark.parametrize('nb', NBS, ids=name)
 def test_notebook_is_small(nb): assert nb.stat().st_size < 2*2**20
 
 def is_docstring(n): return isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) and isinstance(n.value.value, str)
