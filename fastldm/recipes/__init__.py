@@ -10,3 +10,4 @@ from .commands import *
 from .figures import *
 from .probes import *
 from .face_probes import *
+from .control_probes import *
