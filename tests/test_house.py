@@ -283,10 +283,15 @@ def test_no_machine_paths():
     found = {name(f): m for f in tree() if f.suffix in kinds for t in texts(f) if (m := PLACE.findall(t))}
     assert not found
 
-@pytest.mark.parametrize('md', sorted(ROOT.glob('*.md')), ids=name)
-def test_links_lead_somewhere(md):
-    links = re.findall(r'\]\((?!\w+:|#)([^)#]+)', md.read_text(encoding='utf-8'))
-    assert not [l for l in links if not (ROOT/l).exists()]
+PAGES = [*sorted(ROOT.glob('*.md')), *sorted((ROOT/'nbs').rglob('README.md')), ROOT/'figures'/'README.md', *NBS]
+
+@pytest.mark.parametrize('page', PAGES, ids=name)
+def test_links_lead_somewhere(page):
+    "Links between files of the repository, from pages and from the prose of notebooks."
+    prose = [page.read_text(encoding='utf-8')]
+    if page.suffix=='.ipynb': prose = [src(c) for c in cells(page) if c['cell_type']=='markdown']
+    links = [link for text in prose for link in re.findall(r'\]\((?!\w+:|#)([^)#\s]+)', text)]
+    assert not [link for link in links if not (page.parent/link).exists()]
 
 def test_one_version():
     import fastldm, yaml
