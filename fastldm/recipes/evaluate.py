@@ -127,7 +127,7 @@ def _candidates(prompts):
 def evaluate_texts(
     model:TextToImage, # with a `Blip` as its text encoder
     data='scenes', # a captioned set by name, or a folder, table or zip file of one
-    n:int=1000, # prompts: captions of held-out pictures, one a picture; all where there are fewer
+    n:int=1000, # prompts: captions of held-out pictures, one per picture; all where there are fewer
     root=None, # where the set is looked for first
     prior:str=None, # as in `model.sample`
     candidates:int=1, # as in `model.sample`
@@ -330,9 +330,10 @@ def evaluate_control(
     picture = picture_control(adapter.kinds, batch, len(getattr(ds, 'mask_classes', ())))
     constraint = constrain(adapter, picture, region, weight=weight, mode=mode)
     start = time.perf_counter()
-    drawn = model.sample_like(batch, use_conditions, constraint=constraint, seed=seed, progress=progress, **sampling).cpu()
+    drawn = model.sample_like(batch, use_conditions, constraint=constraint, seed=seed, progress=progress, **sampling)
     scores = dict(n=n, method=method, use_conditions=use_conditions, seconds_per_picture=(time.perf_counter()-start)/n)
     real = (batch['image']+1)/2
+    drawn = drawn.cpu()
     scores |= _edge_scores(drawn, real, region)
     scores |= _classifier_scores(model.meta['data'], drawn, batch)
     return scores | _fid(real, drawn)
