@@ -62,7 +62,7 @@ class ControlAdapter(Module):
         c_in:int, # channels of all of them together
         channels=(64,128), # widths of the U-Net's levels
         factor:int=4, # pixels of the control to one position of the latent, in each direction
-        n_res:int=2, # residual blocks a level
+        n_res:int=2, # residual blocks per level
         width:float=1., # width of its own levels relative to the U-Net's; .25 makes a light adapter
         interval=(0.,1.), # first and last time at which it is trained and used
     ):
@@ -78,8 +78,9 @@ class ControlAdapter(Module):
         c = c_in*factor**2
         for c_unet in channels:
             c_level = max(8, int(width*c_unet))
+            enter = nn.Conv2d(c, c_level, 3, padding=1)
             blocks = [_AdapterBlock(c_level) for _ in range(n_res)]
-            self.levels.append(nn.Sequential(nn.Conv2d(c, c_level, 3, padding=1), *blocks))
+            self.levels.append(nn.Sequential(enter, *blocks))
             self.out.append(_zero_conv(c_level, c_unet))
             c = c_level
 
@@ -87,7 +88,7 @@ class ControlAdapter(Module):
 @patch
 def forward(self:ControlAdapter,
     control:torch.Tensor, # (B,c_in,H,W) in [0,1]
-)->list: # features (B,c,h,w), one map a level
+)->list: # features (B,c,h,w), one map per level
     """The features of a control.
 
     Raises `ValueError` for another number of channels, or sides that are not multiples of `factor`."""
@@ -133,7 +134,7 @@ class Controlled:
     Raises `ValueError` for another `branch`."""
     def __init__(self,
         denoise, # a `Denoiser`, or a denoiser made by `guide`
-        features:list, # one map a level, a row a sample
+        features:list, # one map per level, a row per sample
         branch:str='both', # which predictions of a guided denoiser get the features: a name of `BRANCHES`
         interval=(0.,1.), # first and last time at which they do
     ):
@@ -188,7 +189,7 @@ def check_planes(
     if has_shape and x.is_floating_point() and x.min()>=0 and x.max()<=1: return x
     shapes = '(H,W), or (n,1,H,W)' if channels==1 else f'({channels},H,W), or (n,{channels},H,W)'
     raise ValueError(f'the {name} is {x.dtype} of shape {tuple(x.shape)}, {x.min():.4g} to {x.max():.4g}: '
-                     f'expected floats from 0 to 1 (or booleans), {shapes} with one a sample')
+                     f'expected floats from 0 to 1 (or booleans), {shapes} with one per sample')
 
 def _check_same_size(picture, region):
     "Raises `ValueError` for a region of another size than the control."
@@ -224,7 +225,7 @@ class ControlPart:
                              f'{tuple(self.picture.shape[2:])}: this model has {widths[0]} and takes {size}')
         for rows in (len(self.picture), len(self.region)):
             if rows not in (1,n):
-                raise ValueError(f'{rows} controls or regions were given for {n} samples: give one, or one a sample')
+                raise ValueError(f'{rows} controls or regions were given for {n} samples: give one, or one per sample')
 
 # %% ../../nbs/control/00_adapter.ipynb #5567cd71
 @patch
@@ -277,8 +278,8 @@ class Control(Constraint):
 # %% ../../nbs/control/00_adapter.ipynb #46ef45bb
 def control(
     adapter, # a `ControlAdapter` trained for the model that samples
-    picture, # the control: (H,W), (c,H,W), or (n,c,H,W) with one a sample, in [0,1]
-    region=None, # where it counts: (H,W), or (n,1,H,W) with one a sample, in [0,1]; None: everywhere
+    picture, # the control: (H,W), (c,H,W), or (n,c,H,W) with one per sample, in [0,1]
+    region=None, # where it counts: (H,W), or (n,1,H,W) with one per sample, in [0,1]; None: everywhere
     weight:float=1., # factor of its features
     branch:str='conditional', # as in `Controlled`
     mode:str='max', # as in `resize_region`
@@ -340,7 +341,7 @@ def laplacian(
     return F.conv2d(planes, kernel/48).view_as(z)
 
 # %% ../../nbs/control/00_adapter.ipynb #1ff72fbb
-TIME_WEIGHTS = dict( # of the second term: functions of the time and of ᾱ, one number a sample each
+TIME_WEIGHTS = dict( # of the second term: functions of the time and of ᾱ, one number per sample each
     constant=lambda t,abar: torch.ones_like(abar),
     step=lambda t,abar: (t>=.5).to(abar),
     time=lambda t,abar: 1-abar,

@@ -118,7 +118,7 @@ def _regions_of(region, n, multiple, mode):
 @contextmanager
 def local_features(
     pipe, # a pipeline of diffusers with one or several adapters or ControlNets
-    region, # where it counts: (H,W), or (n,1,H,W) with one a picture, in [0,1]; a list has one for each adapter
+    region, # where it counts: (H,W), or (n,1,H,W) with one per picture, in [0,1]; a list has one for each adapter
     mode:str='nearest', # as in `resize_region`
     branch:str='both', # predictions of guidance that get the features: 'both', 'conditional' or 'unconditional'
 ): # a context, in which calls of `pipe` are local
@@ -144,7 +144,7 @@ def local_features(
 
 # %% ../../nbs/control/01_stable.ipynb #0a9d3284
 class Tabulated(Schedule):
-    "The process of a table of ᾱ, one value a step; between the steps the log-SNR is interpolated linearly."
+    "The process of a table of ᾱ, one value per step; between the steps the log-SNR is interpolated linearly."
     def __init__(self,
         abar, # ᾱ of each step, falling
     ):
@@ -254,7 +254,7 @@ class PromptEmbedder(Embedder):
         self.xl = pipe.unet.config.addition_embed_type=='text_time'
         self.zeros = negative is None and pipe.config.get('force_zeros_for_empty_prompt', False)
         self.length = min(t.model_max_length for t in self.tokenizers)
-        self.expects = (f'a prompt of at most {self.length} tokens, one a sample, their tokens '
+        self.expects = (f'a prompt of at most {self.length} tokens, one per sample, their tokens '
                         f'(n,{len(pairs)},{self.length}), or None for no prompt')
         empty_prompt = _tokens(self.tokenizers, [negative or ''], self.length)
         self.register_buffer('empty_prompt', empty_prompt, persistent=False)
@@ -278,7 +278,7 @@ def empty(self:PromptEmbedder, n): return torch.full((n,*self.empty_prompt.shape
 
 @patch
 def parse(self:PromptEmbedder,
-    value, # a prompt, one a sample, their tokens, or None
+    value, # a prompt, one per sample, their tokens, or None
     n:int, # number of samples
     name:str='prompt', # for the error message
 )->torch.Tensor: # (n,encoders,length)
@@ -411,7 +411,7 @@ class T2I(nn.Module):
 
     def forward(self,
         control:torch.Tensor, # (B,c_in,H,W) in [0,1]
-    )->list: # features (B,c,h,w), one a level
+    )->list: # features (B,c,h,w), one per level
         """The features of a control.
 
         Raises `ValueError` for another number of channels, or sides that do not fold."""

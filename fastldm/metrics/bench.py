@@ -107,7 +107,7 @@ def race(
     widths, # of the first level: ours, theirs
     side:int, # of the latent
     n:int, # pictures at a time
-)->dict: # pictures a second, by '{sample or train} {ours or theirs} {fp32 or bf16}'
+)->dict: # pictures per second, by '{sample or train} {ours or theirs} {fp32 or bf16}'
     "Time sampling in 20 calls and training steps of both programs."
     set_seed(0)
     x = torch.randn(n, 4, side, side)

@@ -17,7 +17,7 @@ def _check_edges(edges, target, region):
     if region is None: region = torch.ones_like(edges[:1])
     if region.shape[1:]!=edges.shape[1:] or len(region) not in (1, len(edges)):
         raise ValueError(f'given a region of {tuple(region.shape)} for edges of {tuple(edges.shape)}: '
-                         'expected one, or one a picture, of their size')
+                         'expected one, or one per picture, of their size')
     return edges.float(), target.float(), region.to(edges.device).float().expand(len(edges),-1,-1,-1)
 
 def _dilate(edges, radius):

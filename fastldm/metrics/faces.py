@@ -34,9 +34,9 @@ class FaceClassifier(Module):
         self.size = size
         self.encoder = Encoder(3, d, channels, n_blocks, 2)
         self.decoder = Decoder(len(classes), d, channels, n_blocks, 2) if classes else None
-        layers = [nn.SiLU(), *_strided(d, hidden), *_strided(hidden, hidden), nn.Flatten(), nn.Dropout(.3)]
-        layers.append(nn.Linear(hidden*(size//16)**2, len(self.attributes)))
-        self.reader = nn.Sequential(*layers)                                    # the head of the attributes
+        self.reader = nn.Sequential(                                            # the head of the attributes
+            nn.SiLU(), *_strided(d, hidden), *_strided(hidden, hidden),
+            nn.Flatten(), nn.Dropout(.3), nn.Linear(hidden*(size//16)**2, len(self.attributes)))
 
     def forward(self,
         x:torch.Tensor, # pictures (B,3,H,W) in [-1,1]
@@ -122,7 +122,7 @@ def score(self:FaceClassifier,
     Raises `ValueError` for another number of rows, and as `predict` does."""
     for rows in (attrs, mask):
         if rows is not None and len(rows)!=len(images):
-            raise ValueError(f'given {len(images)} pictures and {len(rows)} rows of conditions: expected one a picture')
+            raise ValueError(f'given {len(images)} pictures and {len(rows)} rows of conditions: expected one per picture')
     predicted = self.predict(images)
     scores = {}
     if attrs is not None:

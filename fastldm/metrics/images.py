@@ -417,7 +417,7 @@ def _ssim(a, b):
 def psnr(
     a, # pictures (N,C,H,W) in [0,1], or bytes
     b, # the same shape
-    each:bool=False, # give one number a picture, (N,), instead of their mean
+    each:bool=False, # give one number per picture, (N,), instead of their mean
 ): # a `Score`, or numbers (N,)
     """Peak signal-to-noise ratio in dB; 100 for equal pictures.
 

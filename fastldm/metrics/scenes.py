@@ -138,7 +138,7 @@ def score(self:SceneClassifier,
     Raises `ValueError` for another number of scenes, or a sentence that is not of the grammar."""
     scenes = [parse_scene(s) if isinstance(s, str) else s for s in scenes]
     if len(scenes)!=len(images):
-        raise ValueError(f'given {len(images)} pictures and {len(scenes)} scenes: expected one a picture')
+        raise ValueError(f'given {len(images)} pictures and {len(scenes)} scenes: expected one per picture')
     rows = [_compare(row, scene, least) for row,scene in zip(_rows(self.predict(images)), scenes)]
     names = ('object','colour','relation','background','only','all')
     return {name: torch.tensor([row[name] for row in rows], dtype=torch.bool) for name in names}
