@@ -204,9 +204,8 @@ def test_other_models(name):
     """The adapters of clip art and avatars follow held-out edges in a square that they would not draw by themselves
     (an avatar that is conditioned on the mask draws them anyway)."""
     def f1(method):
-        scores = evaluate_control(load(name), load(f'local_{name}'), method, n=12, use_conditions=name=='clipart', steps=8,
-                                  precision='bf16', progress=False)
-        return scores['edge_f1']
+        options = dict(n=12, use_conditions=name=='clipart', steps=8, precision='bf16', progress=False)
+        return evaluate_control(load(name), load(f'local_{name}'), method, **options)['edge_f1']
     try: assert f1('features')>f1('nothing')+.15
     except FileNotFoundError as e: pytest.skip(str(e))
 

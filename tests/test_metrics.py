@@ -1,4 +1,4 @@
-"Our scores against those of torch-fidelity and torchmetrics, from pictures to number; and pictures that cannot be scored."
+"Our scores against those of torch-fidelity and torchmetrics; and pictures that cannot be scored."
 import json, pickle
 import pytest, torch
 import torch.nn.functional as F
@@ -57,7 +57,7 @@ def assert_close(a, b):
 def test_torch_fidelity_from_pictures_to_number(net, sets):
     scores = ours(*sets, net)
     assert_close(scores, theirs(*sets, net))
-    assert scores['frechet_inception_distance']>.01 and scores['precision']<1                # the sets differ
+    assert scores['frechet_inception_distance']>.01 and scores['precision']<1         # the sets differ
 
 def test_floats_bytes_and_png_files_score_the_same(sets, tmp_path):
     "Colour, read by torch-fidelity from a folder; ours from floats in memory."
@@ -131,7 +131,7 @@ def test_evaluation_needs_no_real_pictures(net, stored):
     scores = evaluate(train.image[:200], train.label[:200], stored)
     assert scores['n']==200 and Reference.load(stored).floor['100'].keys()==scores.keys() and json.dumps(scores)
     exact = fid(Digits(split='test'), train.image[:200], net)
-    assert scores['fid_digits_evaluator']==pytest.approx(exact, rel=.02)                     # weights and features are halves
+    assert scores['fid_digits_evaluator']==pytest.approx(exact, rel=.02)     # weights and features are halves
 
 def test_a_reference_of_another_network_or_damaged(stored):
     test = Digits(split='test')
