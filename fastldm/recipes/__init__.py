@@ -11,3 +11,4 @@ from .figures import *
 from .probes import *
 from .face_probes import *
 from .control_probes import *
+from .text_probes import *
