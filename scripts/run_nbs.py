@@ -1,4 +1,4 @@
-"Execute notebooks, one fresh kernel each. Outputs are stored, nbdev's directives honoured; two runs write the same bytes."
+"Execute notebooks, one fresh kernel each, and store their outputs. Two runs write the same bytes."
 import argparse
 import json
 import os
@@ -39,8 +39,9 @@ def is_left(src, skip):
     return found.get('eval')=='false' or bool(skip & found.keys()) or 'nbdev_export(' in src
 
 def environment(flags):
-    """Sets what a notebook may depend on, for this process and its kernels. Cells that ask `should_run` run with `flags`;
-    pictures are drawn into the notebook; on one thread sums have one order, so that two runs give the same bytes."""
+    """Sets what a notebook may depend on, for this process and its kernels.
+    Cells that ask `should_run` run with `flags`, pictures are drawn into the notebook, and on one thread
+    sums have one order, so that two runs give the same bytes."""
     os.environ['FASTLDM_RUN'] = ' '.join(flags)
     os.environ['MPLBACKEND'] = 'module://matplotlib_inline.backend_inline'
     os.environ['OMP_NUM_THREADS'] = '1'
