@@ -122,7 +122,8 @@ def score(self:FaceClassifier,
     Raises `ValueError` for another number of rows, and as `predict` does."""
     for rows in (attrs, mask):
         if rows is not None and len(rows)!=len(images):
-            raise ValueError(f'given {len(images)} pictures and {len(rows)} rows of conditions: expected one per picture')
+            raise ValueError(f'given {len(images)} pictures and {len(rows)} rows of conditions: '
+                             'expected one per picture')
     predicted = self.predict(images)
     scores = {}
     if attrs is not None:
