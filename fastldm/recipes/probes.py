@@ -22,7 +22,7 @@ from ..metrics.images import (Evaluator, Reference, fid, image_features, kid, la
 # %% ../../nbs/recipes/08_probes.ipynb #81e7b9d9
 def example_images(
     name:str='fashion', # 'mnist' or 'fashion'
-)->torch.Tensor: # (10,1,28,28) in [-1,1], one picture a class
+)->torch.Tensor: # (10,1,28,28) in [-1,1], one picture per class
     "The first test picture of each class. Raises ValueError for another name."
     with np.load(Path(fastldm.__file__).parent/'assets'/'examples.npz') as file:
         pixels = file[check_choice(name, file.files, 'data set')]
@@ -61,7 +61,7 @@ def label_report(
 
 # %% ../../nbs/recipes/08_probes.ipynb #23a928f9
 def label_distances(
-    images:torch.Tensor, # (N,C,H,W) in [0,1], at least two a label
+    images:torch.Tensor, # (N,C,H,W) in [0,1], at least two per label
     labels:torch.Tensor, # (N,) of these pictures
 )->dict: # within_label and between_means, in grey values
     "Mean Euclidean distance of two pictures of a label, and of the mean pictures of two labels."
@@ -97,7 +97,7 @@ def copy_scores(
     reference:Reference, # real test pictures, by that evaluator
     train, # data set of the training pictures
     train_features:torch.Tensor, # of these, by that evaluator
-)->dict: # numbers by name; `distances` in features, one a sample
+)->dict: # numbers by name; `distances` in features, one per sample
     "Label accuracy, KID, precision and recall of samples, and how near they are to the training pictures."
     features = image_features(images, evaluator)
     precision, recall = precision_recall(reference, features)
@@ -121,7 +121,7 @@ def constraint_scores(
     n:int=4, # fillings of each picture
     seed:int=0, # of the fillings
     **sampling, # for `ldm.sample`
-)->dict: # psnr_outside in dB; diversity_inside and diversity_real, in grey values a pixel
+)->dict: # psnr_outside in dB; diversity_inside and diversity_real, in grey values per pixel
     "Fill a hole in pictures several times: how well the rest is kept, and how much the fillings differ."
     repeated = images.repeat(n,1,1,1)
     constraint = inpaint(repeated, region, paste=False)
@@ -172,7 +172,7 @@ def cosine_matrix(
 def label_confusion(
     ldm:LatentDiffusion, # conditioned on labels
     evaluator:Evaluator, # of the same data set
-    n:int=20, # pictures a label
+    n:int=20, # pictures per label
     seed:int=0, # of the pictures
     **sampling, # for `ldm.sample`
 )->torch.Tensor: # (classes,classes): rows are labels asked for, columns the mean probability of each class
