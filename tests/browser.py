@@ -4,7 +4,8 @@ from contextlib import contextmanager
 import pytest
 
 CHROMIUM = next((p for n in ('chromium','chromium-browser','google-chrome') if (p := shutil.which(n))), None)
-QUIET = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-sync']
+QUIET = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
+         '--disable-background-networking', '--disable-sync']
 
 def free_port():
     with socket.socket() as s:
@@ -18,14 +19,15 @@ def answers(address):
 
 @contextmanager
 def jupyterlab(root, home, **env):
-    "A server whose files are those of `root`, with its own settings in `home`: gives the address of a notebook by its path."
+    "A server of the files in `root`, with its settings in `home`: gives the address of a notebook by its path."
     for package in ('playwright','jupyterlab'): pytest.importorskip(package)
     if CHROMIUM is None: pytest.skip('no Chromium on this machine')
     port = free_port()
     flags = ['--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--IdentityProvider.token=t',
              f'--ServerApp.root_dir={root}', '--expose-app-in-browser', '--LabApp.news_url=None',
              '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate', '--LabApp.extension_manager=readonly']
-    own = {'JUPYTER_CONFIG_DIR':str(home), 'JUPYTER_DATA_DIR':str(home/'data'), 'JUPYTERLAB_WORKSPACES_DIR':str(home/'ws')}
+    own = {'JUPYTER_CONFIG_DIR':str(home), 'JUPYTER_DATA_DIR':str(home/'data'),
+           'JUPYTERLAB_WORKSPACES_DIR':str(home/'ws')}
     with open(home/'log', 'w') as log:
         server = subprocess.Popen([sys.executable,'-m','jupyter','lab',*flags], stdout=log, stderr=log, cwd=home,
                                   env={**os.environ, **own, **env})

@@ -1,7 +1,9 @@
 "Every test: a seed, no network, no window; two threads, or one where `pytest -n` runs several files at once."
 import os
 if 'PYTEST_XDIST_WORKER' in os.environ: os.environ['OMP_NUM_THREADS'] = '1'
-for k,v in dict(OMP_NUM_THREADS='2', MPLBACKEND='Agg', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1', HF_HUB_DISABLE_TELEMETRY='1').items():
+ENVIRONMENT = dict(OMP_NUM_THREADS='2', MPLBACKEND='Agg', TOKENIZERS_PARALLELISM='false', HF_HUB_OFFLINE='1',
+                   HF_HUB_DISABLE_TELEMETRY='1')
+for k,v in ENVIRONMENT.items():
     os.environ.setdefault(k, v)                     # before torch is imported
 
 import pytest, torch
@@ -10,11 +12,14 @@ from fastldm.core import set_seed
 
 def pytest_collection_modifyitems(items):
     "Skip what this machine cannot run, and say why."
-    no = dict(gpu=None if torch.cuda.is_available() else 'no CUDA device', net=None if os.environ.get('FASTLDM_NET') else 'needs the network: set FASTLDM_NET=1')
+    no = {}
+    if not torch.cuda.is_available(): no['gpu'] = 'no CUDA device'
+    if not os.environ.get('FASTLDM_NET'): no['net'] = 'needs the network: set FASTLDM_NET=1'
     for item in items:
         for name,why in no.items():
-            if why and item.get_closest_marker(name): item.add_marker(pytest.mark.skip(reason=why))
-        if item.path.stem!='test_notebooks': item.add_marker(pytest.mark.xdist_group(item.path.stem))      # a file's tests share what they made; each notebook stands alone
+            if item.get_closest_marker(name): item.add_marker(pytest.mark.skip(reason=why))
+        # the tests of a file share what they made, so they stay together; each notebook stands alone
+        if item.path.stem!='test_notebooks': item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 @pytest.fixture(autouse=True)
 def seeded():

@@ -1,4 +1,5 @@
-"The house rules: quick and light imports, notebooks and library that agree, sizes, documentation, nothing unsafe, nothing of one computer."
+"""The house rules: quick and light imports, notebooks and library that agree, how code reads, sizes, documentation,
+nothing unsafe, nothing of one computer."""
 import ast, inspect, json, os, re, shutil, subprocess, sys
 from dataclasses import is_dataclass
 from importlib import import_module
@@ -8,8 +9,9 @@ from fastcore.docments import docments
 
 ROOT = Path(__file__).parents[1]
 MAX_LINE,MAX_CELL = 120,25                          # characters in a line, statements in an exported cell
-HEAVY = set('torchvision matplotlib seaborn transformers diffusers accelerate sklearn scipy pandas torch_fidelity lpips torchmetrics huggingface_hub nbdev IPython'.split())
-CONTRACT = set('self cls denoise x t s cond cb model batch real fake raw'.split())      # the same everywhere: see the six contracts in CONTRIBUTING.md
+HEAVY = set('''torchvision matplotlib seaborn transformers diffusers accelerate sklearn scipy pandas torch_fidelity lpips
+    torchmetrics huggingface_hub nbdev IPython'''.split())
+CONTRACT = set('self cls denoise x t s cond cb model batch real fake raw'.split())     # names of the contracts in CONTRIBUTING.md
 
 def tree():
     "Files of the repository: what git knows or would add."
@@ -24,13 +26,17 @@ def name(f): return f.relative_to(ROOT).as_posix()
 
 NBS = sorted(f for f in (ROOT/'nbs').rglob('*.ipynb') if not any(p[0] in '._' for p in f.relative_to(ROOT).parts))
 PYS = sorted(f for f in (ROOT/'fastldm').rglob('*.py') if f.name!='_modidx.py')
-MODULES = {'.'.join(f.relative_to(ROOT/'fastldm').with_suffix('').parts): f for f in PYS if f.name!='__init__.py'}     # 'diffusion.samplers': its file
+
+def module_name(f): return '.'.join(f.relative_to(ROOT/'fastldm').with_suffix('').parts)
+
+MODULES = {module_name(f): f for f in PYS if f.name!='__init__.py'}                      # 'diffusion.samplers': its file
 PARTS = 'core data diffusion codes control metrics recipes ui'.split()                   # each uses only those before it
 NUMBERED = [f for f in NBS if f.stem[:2].isdigit()]                                      # the notebooks that export
 
 def fresh(program, **env):
     "What a program prints in a new process."
-    p = subprocess.run([sys.executable,'-c',program], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **env})
+    p = subprocess.run([sys.executable,'-c',program], cwd=ROOT, capture_output=True, text=True,
+                       env={**os.environ, **env})
     assert p.returncode==0, p.stderr
     return p.stdout.strip()
 
@@ -48,7 +54,8 @@ def test_each_module_is_light(): assert not imported(*(f'fastldm.{m}' for m in M
 @pytest.mark.bench
 def test_import_is_quick():
     "Two seconds, beside what torch alone takes on this machine now."
-    def best(m): return min(float(fresh(f'import time; t = time.perf_counter(); import {m}; print(time.perf_counter()-t)')) for _ in range(3))
+    def once(m): return float(fresh(f'import time; t = time.perf_counter(); import {m}; print(time.perf_counter()-t)'))
+    def best(m): return min(once(m) for _ in range(3))
     torch,ours = best('torch'),best('fastldm')
     print(f'import torch {torch:.2f} s, import fastldm {ours:.2f} s')
     assert ours < 2+torch
@@ -58,11 +65,13 @@ def imports_of(mod):
     here = mod.split('.')
     for n in ast.walk(ast.parse(MODULES[mod].read_text(encoding='utf-8'))):
         found = []
-        if isinstance(n, ast.Import): found = [a.name.removeprefix('fastldm.') for a in n.names if a.name.startswith('fastldm.')]
+        if isinstance(n, ast.Import):
+            found = [a.name.removeprefix('fastldm.') for a in n.names if a.name.startswith('fastldm.')]
         if isinstance(n, ast.ImportFrom):
             at = '.'.join(here[:len(here)-n.level]) if n.level else (n.module or '')
             name = '.'.join(filter(None, (at, n.module))) if n.level else at.removeprefix('fastldm').lstrip('.')
-            if n.level or at.split('.')[0]=='fastldm': found = [name] if name in MODULES else [f'{name}.{a.name}'.lstrip('.') for a in n.names]
+            if n.level or at.split('.')[0]=='fastldm':
+                found = [name] if name in MODULES else [f'{name}.{a.name}'.lstrip('.') for a in n.names]
         yield from (m for m in found if m in MODULES)
 
 @pytest.mark.parametrize('mod', MODULES)
@@ -83,8 +92,10 @@ def test_no_circles():
 def test_a_part_has_all_its_names(part):
     "`from fastldm.PART import *` gives what its modules export."
     names = vars(import_module(f'fastldm.{part}'))
-    missing = [n for mod in MODULES if mod.startswith(f'{part}.') for n in import_module(f'fastldm.{mod}').__all__ if n not in names]
-    assert not missing
+    for mod in MODULES:
+        if not mod.startswith(f'{part}.'): continue
+        exported = import_module(f'fastldm.{mod}').__all__
+        assert not [n for n in exported if n not in names]
 
 @pytest.mark.parametrize('nb', NUMBERED, ids=name)
 def test_notebook_and_module_have_one_name(nb):
@@ -100,7 +111,8 @@ def test_nothing_is_unpickled(mod):
     for n in ast.walk(ast.parse(MODULES[mod].read_text(encoding='utf-8'))):
         if isinstance(n, (ast.Import,ast.ImportFrom)):
             names = [a.name for a in n.names]+[getattr(n,'module',None)]
-            assert not {'pickle','cPickle','dill','cloudpickle','joblib','shelve'} & {str(o).split('.')[0] for o in names}, n.lineno
+            unsafe = {'pickle','cPickle','dill','cloudpickle','joblib','shelve'}
+            assert not unsafe & {str(o).split('.')[0] for o in names}, n.lineno
         if isinstance(n, ast.Call):
             kw = {k.arg: getattr(k.value,'value',None) for k in n.keywords}
             if ast.unparse(n.func)=='torch.load': assert kw.get('weights_only') is True, n.lineno
@@ -117,9 +129,12 @@ def test_exported_and_clean(tmp_path):
         shutil.copy(ROOT/f, tmp_path/f)
     env = {k:v for k,v in os.environ.items() if k!='IN_TEST'}
     for call in ('nbdev.doclinks import nbdev_export as f','nbdev.clean import nbdev_clean as f'):
-        subprocess.run([sys.executable,'-c',f'from {call}; f.__wrapped__()'], cwd=tmp_path, env=env, check=True, capture_output=True)
-    def files(root): return {f.relative_to(root).as_posix(): f.read_bytes() for p in ('nbs/**/*.ipynb','fastldm/**/*.py','pyproject.toml')
-                             for f in root.glob(p) if '.ipynb_checkpoints' not in f.parts}
+        program = f'from {call}; f.__wrapped__()'
+        subprocess.run([sys.executable,'-c',program], cwd=tmp_path, env=env, check=True, capture_output=True)
+    patterns = ('nbs/**/*.ipynb', 'fastldm/**/*.py', 'pyproject.toml')
+    def files(root):
+        found = [f for pattern in patterns for f in root.glob(pattern) if '.ipynb_checkpoints' not in f.parts]
+        return {f.relative_to(root).as_posix(): f.read_bytes() for f in found}
     was,now = files(ROOT),files(tmp_path)
     assert not [f for f in was.keys()|now.keys() if was.get(f)!=now.get(f)], 'run nbdev_export and nbdev_clean'
 
@@ -129,7 +144,8 @@ def outputs(nb): return [o for c in code(nb) for o in c['outputs']]
 def test_notebook_was_run(nb):
     "It says what it is about, and holds its outputs: some, none of them an error or a warning."
     first,kinds = cells(nb)[0],[o.get('name',o['output_type']) for o in outputs(nb)]
-    assert first['cell_type']=='markdown' and re.match(r'# .+\n+> .+', src(first)), 'begin with "# Title" and "> one line"'
+    assert first['cell_type']=='markdown'
+    assert re.match(r'# .+\n+> .+', src(first)), 'begin with "# Title" and "> one line"'
     assert kinds, 'run it: python scripts/run_nbs.py'
     assert not {'error','stderr'} & set(kinds)
     if nb.stem[:2].isdigit(): assert 'nbdev_export()' in src(code(nb)[-1]), 'end with nbdev.nbdev_export()'
@@ -144,7 +160,8 @@ def test_notebook_has_a_picture(nb):
 @pytest.mark.parametrize('nb', NBS, ids=name)
 def test_notebook_is_small(nb): assert nb.stat().st_size < 2*2**20
 
-def is_docstring(n): return isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) and isinstance(n.value.value, str)
+def is_docstring(n):
+    return isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) and isinstance(n.value.value, str)
 
 def statements(src):
     "Statements of the syntax tree, without docstrings."
@@ -183,7 +200,8 @@ def test_one_statement_a_line(f):
     for n in (n for t in trees(f) for n in ast.walk(t)):
         for field in ('body','orelse','finalbody'):
             block = getattr(n, field, None)
-            if isinstance(block, list): joined += [ast.unparse(b) for a,b in zip(block, block[1:]) if a.end_lineno==b.lineno]
+            if not isinstance(block, list): continue
+            joined += [ast.unparse(b) for a,b in zip(block, block[1:]) if a.end_lineno==b.lineno]
     assert not joined
 
 @pytest.mark.parametrize('f', SOURCES, ids=name)
@@ -193,7 +211,7 @@ def test_a_function_with_a_name_is_a_def(f):
 
 @pytest.mark.parametrize('f', SOURCES, ids=name)
 def test_no_dictionary_arithmetic(f):
-    "Nothing is unpacked that is chosen or built on the spot: `**(a if b else {})`, `**{**a, **b}`, `{**dict(..), **c}`."
+    "Nothing is unpacked that is chosen or built on the spot: `**(a if b else {})`, `**{**a, **b}`."
     unpacked = [k.value for n in found(f, ast.Call) for k in n.keywords if k.arg is None]
     unpacked += [v for n in found(f, ast.Dict) for k,v in zip(n.keys, n.values) if k is None]
     built = [v for v in unpacked if isinstance(v, (ast.IfExp,ast.BoolOp)) or isinstance(v, ast.Dict) and None in v.keys]
@@ -205,7 +223,8 @@ def test_imports_have_cells_of_their_own(nb):
     mixed = []
     for t in trees(nb):
         imports = [n for n in t.body if isinstance(n, (ast.Import,ast.ImportFrom))]
-        if imports and len(imports)<len(t.body) and 'nbdev_export' not in ast.unparse(t): mixed.append(ast.unparse(imports[0]))
+        exports = 'nbdev_export' in ast.unparse(t)
+        if imports and len(imports)<len(t.body) and not exports: mixed.append(ast.unparse(imports[0]))
     assert not mixed
 
 def test_private_names_stay_at_home():
@@ -213,10 +232,13 @@ def test_private_names_stay_at_home():
     crossing = []
     for mod,f in MODULES.items():
         nodes = [*ast.walk(ast.parse(f.read_text(encoding='utf-8')))]
-        modules = {a.asname or a.name for n in nodes if isinstance(n, ast.ImportFrom) for a in n.names if a.name in {m.split('.')[-1] for m in MODULES}}
-        crossing += [f'{mod}: {a.name}' for n in nodes if isinstance(n, ast.ImportFrom) and n.level for a in n.names if a.name.startswith('_')]
-        crossing += [f'{mod}: {n.value.id}.{n.attr}' for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
-                     and n.value.id in modules and n.attr.startswith('_') and not n.attr.startswith('__')]
+        imports = [(n, a) for n in nodes if isinstance(n, ast.ImportFrom) for a in n.names]
+        stems = {m.split('.')[-1] for m in MODULES}
+        modules = {a.asname or a.name for _,a in imports if a.name in stems}
+        crossing += [f'{mod}: {a.name}' for n,a in imports if n.level and a.name.startswith('_')]
+        for n in nodes:
+            if not (isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id in modules): continue
+            if re.match(r'_[^_]', n.attr): crossing.append(f'{mod}: {n.value.id}.{n.attr}')
     assert not crossing
 
 
@@ -225,7 +247,8 @@ def test_gallery_is_whole():
     gallery = (ROOT/'figures/README.md').read_text(encoding='utf-8')
     for f in sorted((ROOT/'nbs/figures').glob('*.ipynb')):
         title = src(cells(f)[0]).splitlines()[0].lstrip('# ')
-        if (ROOT/'figures'/f'{f.stem}.png').exists(): assert f'## [{title}](../nbs/figures/{f.name})' in gallery, f'{f.stem}: run fastldm_figures'
+        if not (ROOT/'figures'/f'{f.stem}.png').exists(): continue
+        assert f'## [{title}](../nbs/figures/{f.name})' in gallery, f'{f.stem}: run fastldm_figures'
 
 # ---- sizes
 

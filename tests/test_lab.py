@@ -11,7 +11,9 @@ SAMPLE = ['index', 'core/01_show', 'data/02_synthetic', 'diffusion/05_samplers',
 NBS = sorted(f.relative_to(ROOT/'nbs').with_suffix('').as_posix() for f in (ROOT/'nbs').rglob('*.ipynb')
              if '.ipynb_checkpoints' not in f.parts)
 
-def marks(name): return [] if name in SAMPLE else [pytest.mark.skipif(not os.environ.get('FASTLDM_LAB'), reason='set FASTLDM_LAB=1')]
+def marks(name):
+    if name in SAMPLE: return []
+    return [pytest.mark.skipif(not os.environ.get('FASTLDM_LAB'), reason='set FASTLDM_LAB=1')]
 
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory):

@@ -40,7 +40,7 @@ def test_no_faults(built):
     assert not built[1], '\n'.join(built[1])
 
 def test_every_page(built, site):
-    "A page for each part and each notebook, with a badge and the way to install; each is in the navigation of the front."
+    "Each part and notebook has a page, with a badge and the way to install, and is in the navigation of the front."
     front = html(built[0]/'index.html')
     for part in site.parts:
         assert f'{part.page}.html' in front, part.name
@@ -70,12 +70,14 @@ def test_api(built, site):
         assert named <= {e.name for e in entries}, module.__name__
         for e in entries:
             found = entry(page, f'{module.__name__}.{e.name}')
-            rows = [[text(c) for c in re.findall(r'(?s)<td>(.*?)</td>', r)] for r in re.findall(r'(?s)<tr.*?</tr>', found)]
+            lines = re.findall(r'(?s)<tr.*?</tr>', found)
+            rows = [[text(cell) for cell in re.findall(r'(?s)<td>(.*?)</td>', line)] for line in lines]
             rows = {r[0]: r[-1] for r in reversed(rows) if r}
             if e.kind=='data': continue
             value = getattr(module, e.name)
             params = [name for name,*_ in e.rows]
-            if inspect.isfunction(value): assert [p.lstrip('*') for p in params] == [*inspect.signature(value).parameters]
+            if inspect.isfunction(value):
+                assert [p.lstrip('*') for p in params] == [*inspect.signature(value).parameters]
             bare = [p for p in params if not rows.get(p) and p.lstrip('*') not in CONTRACT]
             missing += [f'{module.__name__}.{e.name}: {p}' for p in params if p not in rows or p in bare]
     assert not missing, '\n'.join(missing)
@@ -117,5 +119,6 @@ def test_in_a_browser(built, site):
 def test_faults_are_found(tmp_path):
     "A missing page, a missing anchor and a script from elsewhere."
     import check_html
-    (tmp_path/'a.html').write_text('<a href="b.html">b</a> <a href="#no">no</a> <script src="https://example.org/x.js"></script>')
+    page = '<a href="b.html">b</a> <a href="#no">no</a> <script src="https://example.org/x.js"></script>'
+    (tmp_path/'a.html').write_text(page)
     assert len(check_html.faults(tmp_path))==3
