@@ -16,7 +16,7 @@ from .cond import Cond, stack_conds
 # %% ../../nbs/diffusion/04_denoiser.ipynb #25458a97
 def scales(
     denoise, # anything with a `.schedule`
-    t:torch.Tensor, # one time, or one a sample
+    t:torch.Tensor, # one time, or one per sample
     x:torch.Tensor, # the tensor that they will multiply, (B,...)
 )->tuple: # `(alpha, sigma)`, in the precision of `x` and shaped to broadcast over it
     "The scales of picture and noise at `t`, computed in double precision."
@@ -48,7 +48,7 @@ class GaussianDenoiser:
     "The exact denoiser of data from Gaussians of equal weight and one standard deviation."
     def __init__(self,
         schedule, # a `Schedule`
-        mean=0., # a number, or (K,*shape): one mean a component
+        mean=0., # a number, or (K,*shape): one mean per component
         std:float=1., # of each component, in every direction
     ):
         self.schedule = schedule
@@ -108,7 +108,7 @@ class Denoiser(Module):
 
     def forward(self,
         x:torch.Tensor, # noisy latent, (B,C,H,W)
-        t:torch.Tensor, # one time in (0,1], or one a sample
+        t:torch.Tensor, # one time in (0,1], or one per sample
         cond:Cond=None, # the encoded conditions, `conditioner(batch)`; None: no conditions
     )->torch.Tensor: # the predicted clean latent, (B,C,H,W)
         "Predict the clean latent."
@@ -151,7 +151,9 @@ def edm_weight(
     With `sigma_data=1` it is also the loss of `v`."""
     return (1/snr + sigma_data**2)/sigma_data**2
 
-# %% ../../nbs/diffusion/04_denoiser.ipynb #d0d187b1
+# %% ../../nbs/diffusion/04_denoiser.ipynb #a57852c9
+def _scaled_weight(snr, weight, mean): return weight(snr)/mean
+
 def mean_one(
     weight, # a function of the SNR
     schedule, # whose times are drawn uniformly
@@ -160,9 +162,8 @@ def mean_one(
     "Divide a weight by its mean over a schedule."
     midpoints = (torch.arange(n).double() + .5)/n
     a, σ = schedule(schedule.t_min + (1-schedule.t_min)*midpoints)
-    return partial(_over, weight=weight, mean=weight((a/σ)**2).mean().item())
-
-def _over(snr, weight, mean): return weight(snr)/mean
+    mean = weight((a/σ)**2).mean().item()
+    return partial(_scaled_weight, weight=weight, mean=mean)           # not a closure: it can be pickled
 
 # %% ../../nbs/diffusion/04_denoiser.ipynb #90c529d2
 def diffusion_loss(
