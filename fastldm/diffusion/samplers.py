@@ -30,7 +30,7 @@ def sample_generators(
 
 @contextmanager
 def noise_from(
-    generators, # one a sample, or None for the global one
+    generators, # one per sample, or None for the global one
 ):
     "Within this context `noise_like` draws from `generators`."
     token = _generators.set(generators)
@@ -55,7 +55,7 @@ def sample(
     cond=None, # passed to the denoiser
     cb=None, # called as `cb(x, t, s)` with the result of each step
     progress:bool=False, # show a bar
-    generators:list=None, # one a sample, for the noise that the step asks for
+    generators:list=None, # one per sample, for the noise that the step asks for
 )->torch.Tensor: # `x` at the last time
     "Take one step after the other."
     ts = torch.as_tensor(ts).double()
@@ -171,7 +171,7 @@ def heun_step(
     cond=None, # passed to the denoiser
     churn:float=0., # share by which the noise is raised before the step
 )->torch.Tensor: # sample at time `s`
-    "Heun's method in `rho`, two calls a step, one in the step to 0 (Karras et al. 2022, algorithm 2)."
+    "Heun's method in `rho`, two calls per step, one in the step to 0 (Karras et al. 2022, algorithm 2)."
     x, t = _add_churn(denoise, x, t, churn)
     a, σ = scales(denoise, t, x)
     a_s, σ_s = scales(denoise, s, x)
@@ -218,11 +218,13 @@ def pc_step(
 def _mean_norm(x): return x.flatten(1).norm(dim=1).mean()
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #aae74501
-def _lambda(denoise, t): return (denoise.schedule.log_snr(t.double())/2).item()
+def _lambda(denoise, t):
+    "The coordinate of DPM-Solver, λ = ln(α/σ), at a time: half the log-SNR (Lu et al. 2022)."
+    return (denoise.schedule.log_snr(t.double())/2).item()
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #5a13a019
 class DPMSolver2M:
-    "DPM-Solver++ (2M): second order, one call a step (Lu et al. 2022, algorithm 2)."
+    "DPM-Solver++ (2M): second order, one call per step (Lu et al. 2022, algorithm 2)."
     order = 2
     eta = 0. # share of fresh noise; 1: as in the reverse SDE
     def __init__(self): self.reset()
@@ -249,7 +251,7 @@ class DPMSolver2M:
 # %% ../../nbs/diffusion/05_samplers.ipynb #12f86009
 @patch
 def _integral(self:DPMSolver2M, h):
-    "Of the extrapolated prediction over a step of `h` in λ."
+    "Integrate the extrapolated prediction over a step of `h` in λ."
     (λ,d0),*older = self.past
     weight = -np.expm1(-(1+self.eta)*h)
     if not older: return weight*d0
@@ -259,12 +261,12 @@ def _integral(self:DPMSolver2M, h):
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #469f807c
 class DPMSolverSDE(DPMSolver2M):
-    "SDE-DPM-Solver++ (2M): the reverse SDE to second order, one call a step (Lu et al. 2022, appendix B)."
+    "SDE-DPM-Solver++ (2M): the reverse SDE to second order, one call per step (Lu et al. 2022, appendix B)."
     eta = 1.
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #2aefb9f4
 class DPMSolver3M(DPMSolver2M):
-    "DPM-Solver++ (3M): third order, one call a step (Lu et al. 2022, with the exact integral of the parabola)."
+    "DPM-Solver++ (3M): third order, one call per step (Lu et al. 2022, with the exact integral of the parabola)."
     order = 3
     def _integral(self, h):
         if len(self.past)<3: return super()._integral(h)

@@ -64,9 +64,9 @@ def time_of_log_snr(
 )->torch.Tensor: # times in (0,1], double precision, clamped to the ends of the schedule
     "The time at which a schedule reaches a log-SNR."
     target = log_snr.double()
-    low = torch.full_like(target, 1e-9)
+    low = torch.full_like(target, 1e-9)                # not 0, where sigma may vanish and the log-SNR is infinite
     high = torch.ones_like(target)
-    for _ in range(60):
+    for _ in range(60):                                # 2^-60 is below the spacing of doubles near 1: exact
         middle = (low+high)/2
         too_early = schedule.log_snr(middle)>target
         low = torch.where(too_early, middle, low)
@@ -130,19 +130,20 @@ class SqrtLinear(Schedule):
         self.T = T
         betas = torch.linspace(beta_start**.5, beta_end**.5, T, dtype=torch.double)**2
         log_abar = torch.log1p(-betas).cumsum(0)
-        log_abar = torch.cat([torch.zeros(1).double(), log_abar])        # at time 0: the image itself
+        log_abar = torch.cat([torch.zeros(1).double(), log_abar])        # step 0, so that times below 1/T interpolate too
         self.register_buffer('log_abar', log_abar, persistent=False)
 
-    def time_of_step(self, i): return (i+1)/self.T
+    def time_of_step(self, i): return (i+1)/self.T                       # steps are counted from 0
 
-    def _log_abar(self, t):
+    def _interpolate(self, t):
+        "ln alpha_bar at any time, linear between two steps."
         position = (t*self.T).clamp(0, self.T)
         i = position.detach().floor().long().clamp(max=self.T-1)
         table = self.log_abar.to(t.dtype)
         return torch.lerp(table[i], table[i+1], position-i)
 
-    def alpha(self, t): return torch.exp(self._log_abar(t)/2)
-    def sigma(self, t): return torch.expm1(self._log_abar(t)).neg().sqrt()
+    def alpha(self, t): return torch.exp(self._interpolate(t)/2)
+    def sigma(self, t): return torch.expm1(self._interpolate(t)).neg().sqrt()
 
 # %% ../../nbs/diffusion/01_schedules.ipynb #c0481a4e
 class EDM(Schedule):

@@ -216,7 +216,7 @@ class UNet(Module):
     def __init__(self,
         c_in:int, # channels of the latent, in and out
         channels=(64,128), # width of each level; each level has half the size of the one before
-        n_blocks:int=1, # residual blocks a level, down and up
+        n_blocks:int=1, # residual blocks per level, down and up
         attention=(False,True), # levels with a spatial transformer; 'cross': without self-attention, for large maps
         d_emb:int=None, # width of the time embedding and of `vector` conditions; None: 4 times the first level
         d_context:int=None, # width of `context` tokens; None: no cross-attention
@@ -256,7 +256,7 @@ def forward(self:UNet,
     vector:torch.Tensor=None, # added to the time embedding, (B,d_emb)
     context:torch.Tensor=None, # tokens to attend to, (B,n,d_context)
     concat:torch.Tensor=None, # planes stacked on the input, (B,c_concat,H,W)
-    features:list=None, # one map a level, added to the encoder's output there
+    features:list=None, # one map per level, added to the encoder's output there
 )->torch.Tensor: # (B,c_in,H,W)
     "One evaluation. What reaches it has been checked by `Denoiser`."
     emb = self.emb(sinusoidal(t, self.d_time).to(x.dtype))
@@ -323,9 +323,10 @@ def forward(self:TutorialUNet,
 )->torch.Tensor: # the score times sigma, (B,4,10,10)
     "Down three times, up three times, with skips that are added."
     emb = self.time(t).to(x.dtype)
-    eight = self._level(0, x, emb, context)
-    three = self._level(1, eight, emb, context)
-    one = self._level(2, three, emb, context)
-    h = self._level(3, one, emb, context)
-    h = self._level(4, h+three, emb, context)
-    return self.head(h+eight)
+    # without padding the sides of the maps are 10, 8, 3, 1: `h8` is 8×8
+    h8 = self._level(0, x, emb, context)
+    h3 = self._level(1, h8, emb, context)
+    h1 = self._level(2, h3, emb, context)
+    h = self._level(3, h1, emb, context)
+    h = self._level(4, h+h3, emb, context)
+    return self.head(h+h8)
