@@ -9,9 +9,9 @@ from fastcore.docments import docments
 
 ROOT = Path(__file__).parents[1]
 MAX_LINE,MAX_CELL = 120,25                          # characters in a line, statements in an exported cell
-HEAVY = set('''torchvision matplotlib seaborn transformers diffusers accelerate sklearn scipy pandas torch_fidelity lpips
-    torchmetrics huggingface_hub nbdev IPython'''.split())
-CONTRACT = set('self cls denoise x t s cond cb model batch real fake raw'.split())     # names of the contracts in CONTRIBUTING.md
+HEAVY = set('''torchvision matplotlib seaborn transformers diffusers accelerate sklearn scipy pandas torch_fidelity
+    lpips torchmetrics huggingface_hub nbdev IPython'''.split())
+CONTRACT = set('self cls denoise x t s cond cb model batch real fake raw'.split())     # names of the contracts
 
 def tree():
     "Files of the repository: what git knows or would add."
@@ -29,8 +29,8 @@ PYS = sorted(f for f in (ROOT/'fastldm').rglob('*.py') if f.name!='_modidx.py')
 
 def module_name(f): return '.'.join(f.relative_to(ROOT/'fastldm').with_suffix('').parts)
 
-MODULES = {module_name(f): f for f in PYS if f.name!='__init__.py'}                      # 'diffusion.samplers': its file
-PARTS = 'core data diffusion codes control metrics recipes ui'.split()                   # each uses only those before it
+MODULES = {module_name(f): f for f in PYS if f.name!='__init__.py'}            # 'diffusion.samplers': its file
+PARTS = 'core data diffusion codes control metrics recipes ui'.split()         # each uses only those before it
 NUMBERED = [f for f in NBS if f.stem[:2].isdigit()]                                      # the notebooks that export
 
 def fresh(program, **env):

@@ -12,7 +12,7 @@ from run_nbs import checker
 QUICK = {'03_cond', '06_ldm'}
 NBS = sorted(f.relative_to(ROOT).as_posix() for f in (ROOT/'nbs').rglob('*.ipynb')
              if not any(part[0] in '._' for part in f.relative_to(ROOT).parts))
-if CHROMIUM: NBS = [f for f in NBS if not f.endswith('_playground.ipynb')]       # test_playground runs them in a browser
+if CHROMIUM: NBS = [f for f in NBS if not f.endswith('_playground.ipynb')]     # test_playground runs them
 
 def copy_repository(root):
     "What notebooks need of the repository, in a folder of its own; the folder."

@@ -94,6 +94,15 @@ def _modules():
     found = pkgutil.walk_packages(fastldm.__path__, 'fastldm.', onerror=stop)
     return [m.name for m in found if not m.ispkg and not m.name.endswith('_modidx')]
 
+def _class_in(module, name):
+    "The recorded class `name` of a module, or None: also where this version has no such module."
+    try: found = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as e:
+        if not module.startswith(e.name or ''): raise      # the module is there, and misses something that it imports
+        return None
+    return found if isinstance(found, type) and issubclass(found, Recorded) else None
+
+# %% ../../nbs/core/00_models.ipynb #7dc5ce44
 def _find_class(name, module):
     """The recorded class `name`: of `module` where it is there, else of whatever module of this library has it now.
     Raises `ValueError` where it is not ours and not imported."""
@@ -101,11 +110,11 @@ def _find_class(name, module):
     ours = module.split('.')[0]=='fastldm'
     if not ours and module not in sys.modules:
         raise ValueError(f"{need}, which is not part of fastldm: `import {module}` first, then load again")
-    places = [module]
-    if ours: places = sorted(_modules(), key=lambda m: m!=module)      # the recorded one first
-    for place in places:
-        cls = getattr(importlib.import_module(place), name, None)
-        if isinstance(cls, type) and issubclass(cls, Recorded): return cls
+    cls = _class_in(module, name)
+    if cls is None and ours:                               # it moved since the record was written
+        elsewhere = (_class_in(m, name) for m in _modules())
+        cls = next(filter(None, elsewhere), None)
+    if cls is not None: return cls
     if ours: raise ValueError(f"{need}, which this version of fastldm does not have: upgrade fastldm")
     raise ValueError(f"{need}, where there is no such Module: import or define it there first, then load again")
 
