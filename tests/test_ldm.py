@@ -1,7 +1,9 @@
 "What a user can get wrong with a model, end to end on the shipped ones: one clear error each, before work starts."
+import errno
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -188,8 +190,10 @@ def test_load_refuses(tmp_path, ldm):
     with pytest.raises(FileNotFoundError, match="did you mean 'mnist'"): load('mnits')
 
 class RecordingApi:
-    "Stands for `HfApi`, and keeps its calls."
+    "Stands for `HfApi`, and keeps its calls; a repository in `public` exists already."
     calls = []
+    public = ['me/public']
+    def repo_info(self, repo): return SimpleNamespace(private=repo not in self.public)
     def create_repo(self, repo, **kwargs): self.calls.append(('create', repo, kwargs['private']))
     def upload_folder(self, **kwargs):
         self.calls.append(('upload', kwargs['repo_id'], kwargs['folder_path']))
@@ -206,6 +210,17 @@ def test_push_to_hub(tmp_path, ldm, monkeypatch):
     with pytest.raises(FileNotFoundError): push_to_hub(tmp_path/'nothing', 'me/model')
     assert len(RecordingApi.calls)==2
 
+def test_push_to_hub_stays_private(tmp_path, ldm, monkeypatch):
+    "With `private`, nothing is uploaded to a repository that exists and is public; without it, it is."
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub, 'HfApi', RecordingApi)
+    monkeypatch.setattr(RecordingApi, 'calls', [])
+    folder = save(ldm, tmp_path/'m')
+    with pytest.raises(ValueError, match="'me/public' exists on the hub and is public"):
+        push_to_hub(folder, 'me/public', private=True)
+    assert [call[0] for call in RecordingApi.calls]==['create']
+    assert push_to_hub(folder, 'me/public')=='address'
+
 def test_load_from_hub(tmp_path, ldm, monkeypatch):
     "What comes from the hub is loaded as a folder is; without a network the error says so."
     import huggingface_hub
@@ -214,4 +229,24 @@ def test_load_from_hub(tmp_path, ldm, monkeypatch):
     assert torch.equal(draw_one(load('me/model')), draw_one(load(folder)))
     def offline(*args, **kwargs): raise OSError('no network')
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', offline)
-    with pytest.raises(FileNotFoundError, match="'me/other' is no folder here"): load('me/other')
+    message = "'me/other' is not a local folder.*OSError: no network"
+    with pytest.raises(FileNotFoundError, match=message): load('me/other')
+
+def test_a_full_disk_is_not_a_wrong_name(monkeypatch):
+    "An error of the disk in a download passes as it is."
+    import huggingface_hub
+    def full(*args, **kwargs): raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', full)
+    with pytest.raises(OSError, match='No space left') as error: load('me/other')
+    assert error.value.errno==errno.ENOSPC
+
+def test_a_misspelt_folder_does_not_ask_the_hub(tmp_path, ldm, monkeypatch):
+    "Where the folder above exists, a folder in it is meant, and the nearest is named."
+    import huggingface_hub
+    def fail(*args, **kwargs): raise AssertionError('the hub was asked')
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', fail)
+    monkeypatch.chdir(tmp_path)
+    save(ldm, tmp_path/'runs'/'faces')
+    assert torch.equal(draw_one(load('runs/faces')), draw_one(load(tmp_path/'runs'/'faces')))
+    with pytest.raises(FileNotFoundError, match="no folder 'face' in 'runs'.*did you mean 'faces'"): load('runs/face')
+    with pytest.raises(FileNotFoundError, match="no folder 'other'"): load('runs/other')

@@ -7,7 +7,7 @@ __all__ = ['NAMES_ELSEWHERE', 'LatentDiffusion', 'argument_hint', 'Constraint', 
            'push_to_hub']
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #6eac1fbd
-import inspect, json, os, torch
+import errno, inspect, json, os, torch
 from difflib import get_close_matches
 from fastcore.basics import patch
 from pathlib import Path
@@ -18,7 +18,7 @@ from .denoiser import guide
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #ece62f57
 def _sampler(name):
-    "A step or time grid of `fastldm.diffusion.samplers` by name; a solver object is made new."
+    "Look up a step or time grid of `fastldm.diffusion.samplers` by name; make a new object of a solver class."
     if name not in samplers.__all__:
         closest = get_close_matches(name, samplers.__all__, 1, 0)[0]
         raise ValueError(f'there is no sampler or time grid {name!r} in fastldm.diffusion.samplers; '
@@ -53,7 +53,7 @@ class LatentDiffusion(Module):
     def encode(self,
         images:torch.Tensor, # (B,C,H,W) in [-1,1]
     )->torch.Tensor: # latents of unit variance, (B,c,h,w)
-        """From pictures to latents.
+        """Encode pictures as latents.
 
         Raises `ValueError` for pictures of another size, number of channels, range or type."""
         return self.autoencoder.eval().encode(images.to(self.device) if torch.is_tensor(images) else images)
@@ -62,7 +62,7 @@ class LatentDiffusion(Module):
     def decode(self,
         z:torch.Tensor, # latents, (B,c,h,w)
     )->torch.Tensor: # pictures in [-1,1], (B,C,H,W)
-        """From latents to pictures.
+        """Decode latents to pictures.
 
         Raises `ValueError` for latents of another shape."""
         if tuple(z.shape[1:])!=self.shape:
@@ -98,7 +98,7 @@ def argument_hint(
     name:str, # an argument that is not known
     expected, # names of those that are
 )->str: # for an error message; '' where nothing is near
-    "What an argument of another library, or a misspelt one, is called here."
+    "Say what an argument of another library, or a misspelt one, is called here."
     for here,elsewhere in NAMES_ELSEWHERE.items():
         group = [here, *elsewhere.split()]
         if name not in group: continue
@@ -113,7 +113,7 @@ def _check_call(n, precision):
     if precision not in (None,'bf16'): raise ValueError(f"precision={precision!r}: expected None or 'bf16'")
 
 def _step_and_times(ldm, constraint, step, times, steps):
-    "The step and the grid of times: as asked for, or as the constraint, or the model, is best sampled."
+    "Choose the step and the grid of times: as asked for, or as the constraint, or the model, is best sampled."
     step = step or constraint.step or ldm.step
     times = times or ldm.times
     if steps is None: steps = constraint.steps or ldm.steps
@@ -127,7 +127,7 @@ def _condition_names(ldm):
     return [] if conditioner is None else list(conditioner.embedders)
 
 def _parse_conditions(ldm, n, conditions):
-    "A batch with one field a condition."
+    "Make a batch with one field per condition."
     names = _condition_names(ldm)
     for name in conditions:
         if name in names: continue
@@ -140,7 +140,7 @@ def _parse_conditions(ldm, n, conditions):
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #9e92f295
 def _guidance_scales(ldm, guidance_scale, conditions):
-    "{condition: scale}: one scale for all conditions that are given, or a dict, checked."
+    "Return {condition: scale}, checked: one scale for all conditions that are given, or a dict."
     names = _condition_names(ldm)
     given = [name for name,value in conditions.items() if value is not None]
     scales = guidance_scale if isinstance(guidance_scale, dict) else dict.fromkeys(given, guidance_scale)
@@ -164,7 +164,7 @@ class Constraint:
         ldm, # the `LatentDiffusion` that samples
         n:int, # number of samples
     )->list: # tensors with `n` rows each; each batch gets its rows
-        "Its tensors. Raises `ValueError` where they do not fit the model or the number of samples."
+        "Return its tensors. Raises `ValueError` where they do not fit the model or the number of samples."
         return []
 
     def start(self,
@@ -174,19 +174,19 @@ class Constraint:
         ts:torch.Tensor, # times, falling
         data:list, # the batch's rows of what `prepare` gave
     )->tuple: # denoiser, start and times to sample the batch with
-        "How to sample one batch."
+        "Set up the sampling of one batch."
         return denoise, x, ts
 
     def finish(self,
         pictures:torch.Tensor, # (B,C,H,W) in [-1,1]
         *data, # the batch's rows of what `prepare` gave
     )->torch.Tensor: # pictures in [-1,1]
-        "The last touch on the finished pictures."
+        "Edit the finished pictures."
         return pictures
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #0ce400a0
 def _noise(ldm, t, generators):
-    "The start of each sample: unit noise, scaled to its time."
+    "Draw the start of each sample: unit noise, scaled to its time."
     empty = torch.empty(len(generators), *ldm.shape, device=ldm.device)
     _, σ = ldm.denoiser.schedule(t[None].to(ldm.device))
     with noise_from(generators): return σ.float()*noise_like(empty)
@@ -211,7 +211,7 @@ def sample(self:LatentDiffusion,
     progress:bool=False, # show a bar
     callback=None, # called as `callback(x, t, s)` with the latents after each step
     latents:bool=False, # return the latents, not the pictures
-    **conditions, # what to sample: a value for all, or one a picture
+    **conditions, # what to sample: a value for all, or one per picture
 )->torch.Tensor: # (n,C,H,W) in [0,1]
     """Sample `n` pictures.
 
@@ -239,7 +239,7 @@ def sample(self:LatentDiffusion,
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #50b64760
 def weights_folders()->list: # folders with one model each inside
-    "Where `load` looks for a name: `FASTLDM_WEIGHTS`, if set, then the package."
+    "List where `load` looks for a name: `FASTLDM_WEIGHTS`, if set, then the package."
     import fastldm
     shipped = Path(fastldm.__file__).parent/'weights'
     own = os.environ.get('FASTLDM_WEIGHTS')
@@ -248,7 +248,7 @@ def weights_folders()->list: # folders with one model each inside
 def available(
     cls=('LatentDiffusion','TextToImage'), # class of the models, or the end of its name, or several: those that sample
 )->list: # names that `load` takes
-    "The trained models that ship with the package; `available('Evaluator')` lists the networks that score them."
+    "List the trained models that ship with the package; `available('Evaluator')` lists the networks that score them."
     names = []
     for config in (f for folder in weights_folders() for f in folder.glob('*/config.json')):
         if json.loads(config.read_text())['config']['cls'].endswith(cls): names.append(config.parent.name)
@@ -263,11 +263,25 @@ def save(
     return save_model(model, folder, **meta)
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #53001478
+def _hint(name, names):
+    "Suggest the nearest of some names; '' where none is near."
+    close = get_close_matches(name, names, 1)
+    return f'did you mean {close[0]!r}? ' if close else ''
+
+def _check_parent(folder):
+    "Raise `FileNotFoundError` for a folder that does not exist, in one that does."
+    if not folder.parent.is_dir(): return
+    siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()]
+    hint = _hint(folder.name, siblings)
+    raise FileNotFoundError(f'no folder {folder.name!r} in {str(folder.parent)!r}, which is a folder here: {hint}'
+                            f'It holds {", ".join(sorted(siblings)[:10]) or "no folders"}. '
+                            'To load from the hub, run this in another folder')
+
 def load(
     name, # a shipped model, a folder, or `user/name` on the Hugging Face hub
     device=None, # where to put it; None: a GPU where there is one
 )->Module: # in eval mode; its card is `.meta`
-    """A trained model.
+    """Load a trained model.
 
     Raises `FileNotFoundError` or `ValueError` that says what is missing, altered or misspelt."""
     name = str(name)
@@ -275,33 +289,45 @@ def load(
         for weights in weights_folders():
             if (weights/name/'config.json').exists(): return load_model(weights/name, device)
     if Path(name).exists(): return load_model(name, device)
+    if '/' in name: _check_parent(Path(name))
     if name.count('/')==1 and not name.startswith(('.','/','~')): return load_model(_from_hub(name), device)
     shipped = available('')
-    close = get_close_matches(name, shipped, 1)
-    hint = f'did you mean {close[0]!r}? ' if close else ''
-    raise FileNotFoundError(f"no model {name!r}: {hint}Shipped are {', '.join(shipped)}; "
+    raise FileNotFoundError(f"no model {name!r}: {_hint(name, shipped)}Shipped are {', '.join(shipped)}; "
                             'otherwise give a folder that `save` wrote, or `user/name` on the hub')
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #5f8e9510
 _hub_files = ['model*.safetensors', 'config.json', 'README.md']
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 def _from_hub(repo):
-    "The folder of a repository, downloaded."
+    "Download a repository; return its folder."
     from huggingface_hub import snapshot_download
     try: return snapshot_download(repo, allow_patterns=_hub_files)
     except Exception as e:
-        raise FileNotFoundError(f'{repo!r} is no folder here, and could not be fetched from the Hugging Face hub '
-                                f'({type(e).__name__}): check the name and the connection') from e
+        if isinstance(e, OSError) and e.errno in _DISK_ERRORS: raise
+        raise FileNotFoundError(f'{repo!r} is not a local folder, and could not be downloaded from the '
+                                f'Hugging Face hub; check the name and the connection. {type(e).__name__}: {e}') from e
+
+# %% ../../nbs/diffusion/06_ldm.ipynb #707b3314
+def _make_repo(api, repo, private):
+    "Create a repository, or check that the one that exists is as private as asked for."
+    api.create_repo(repo, private=private, exist_ok=True)
+    if private and not api.repo_info(repo).private:
+        raise ValueError(f'private=True, but {repo!r} exists on the hub and is public, so the upload would be public: '
+                         'give another name, or make the repository private in its settings. Nothing was uploaded')
 
 def push_to_hub(
     folder, # that `save` wrote
     repo:str, # `user/name`
     private:bool=False, # visible to you alone
 )->str: # address of the upload
-    """Put a saved model on the Hugging Face hub; needs `huggingface-cli login`.
+    """Upload a saved model to the Hugging Face hub; log in first with `hf auth login`
+    (`huggingface-cli login` in old versions).
 
-    Raises `FileNotFoundError` or `ValueError` for a folder that cannot be loaded, then the errors of the hub."""
+    Raises `FileNotFoundError` or `ValueError` for a folder that cannot be loaded, `ValueError` for a public
+    repository where `private` was asked for, and the errors of the hub."""
     load_model(folder, 'cpu')
     from huggingface_hub import HfApi
-    HfApi().create_repo(repo, private=private, exist_ok=True)
-    return str(HfApi().upload_folder(repo_id=repo, folder_path=str(folder), allow_patterns=_hub_files))
+    api = HfApi()
+    _make_repo(api, repo, private)
+    return str(api.upload_folder(repo_id=repo, folder_path=str(folder), allow_patterns=_hub_files))
