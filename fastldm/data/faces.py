@@ -109,7 +109,8 @@ def mirror(
     mask:torch.Tensor, # class ids (…,H,W)
     names:list=PARTS, # of the classes
 )->torch.Tensor: # of the mirrored picture
-    "Left and right exchanged: the pixels, and the classes whose names begin with l_ or r_."
+    """Left and right exchanged: the pixels, and the classes that come in pairs, of `PARTS` l_eye and r_eye, l_brow
+    and r_brow, l_ear and r_ear. `l_lip` has no `r_lip` (it is the lower lip) and stays."""
     table = [names.index(_other_side(n, names)) for n in names]
     return torch.tensor(table, dtype=mask.dtype, device=mask.device)[mask.flip(-1).long()]
 
@@ -340,7 +341,7 @@ def _read_masks(readers, size):
 class CelebAMaskHQ(Faces):
     """30,000 faces with attributes and 19 classes of pixels (Lee et al.
     2020), read from the folder as it is published; for research."""
-    licence = 'for non-commercial research only, so this model too'
+    licence = 'for non-commercial research only'
     how_to_get = ("CelebAMask-HQ.zip of https://github.com/switchablenorms/CelebAMask-HQ, unpacked, "
                   "its folder CelebAMask-HQ in root or FASTLDM_DATA")
     def __init__(self,
@@ -421,7 +422,7 @@ class CelebA(Faces):
     """Aligned faces with 40 attributes (Liu et al.
     2015): a folder celeba as published, without masks, or a folder celeba10k (attributes.csv, images.zip,
     masks.zip), with masks of `PARTS8`; for research."""
-    licence = 'for non-commercial research only, so this model too'
+    licence = 'for non-commercial research only'
     how_to_get = ("img_align_celeba, list_attr_celeba.txt and list_eval_partition.txt of "
                   "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html in a folder celeba; "
                   "or torchvision.datasets.CelebA, which fetches them")

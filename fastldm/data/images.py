@@ -170,7 +170,7 @@ def open_image(
     return x[None] if channels==1 else x.movedim(-1,0)
 
 def _flatten(im):
-    "A picture without transparency, of 8 bits a channel."
+    "A picture without transparency, of 8 bits per channel."
     if im.mode.startswith('I'): im = Image.fromarray((np.asarray(im)/257).clip(0,255).astype(np.uint8))  # 16 bits
     if 'A' not in im.getbands() and 'transparency' not in im.info: return im
     im = im.convert('RGBA')
@@ -178,7 +178,7 @@ def _flatten(im):
 
 # %% ../../nbs/data/00_images.ipynb #44731822
 class ImageFolder(Pictures):
-    "Any folder of pictures: one folder a class, or flat and without labels."
+    "Any folder of pictures: one folder per class, or flat and without labels."
     def __init__(self,
         root, # the folder
         split='train', # 'train' or 'test': a subfolder of this name is used where there is one
@@ -193,7 +193,7 @@ class ImageFolder(Pictures):
         flat = [parts[0] for parts in tops if len(parts)==1]
         if 0<len(flat)<len(tops):
             raise ValueError(f"{root} has pictures beside its folders of pictures ({flat[0]}): "
-                             "move them into a folder, one folder a class")
+                             "move them into a folder, one folder per class")
         classes = [] if flat else sorted({parts[0] for parts in tops})
         label = None if flat else [classes.index(parts[0]) for parts in tops]
         self.hold_files(files, label, classes, size, channels, cache)
@@ -212,7 +212,7 @@ def _find_pictures(root):
     files = [f for f in files if not any(part.startswith('.') for part in f.relative_to(root).parts)]
     if not files:
         raise FileNotFoundError(f"{root} has no pictures ({' '.join(sorted(IMAGE_SUFFIXES))}) in it or below it; "
-                                "put them there, one folder a class or all in one")
+                                "put them there, one folder per class or all in one")
     return files
 
 # %% ../../nbs/data/00_images.ipynb #8115fd57

@@ -208,7 +208,7 @@ def _read_labels(folder):
 # %% ../../nbs/data/01_public.ipynb #1dd2b944
 class Flowers17(ImageFolder):
     "1,360 photographs of 17 flowers (Nilsback and Zisserman 2006), for research."
-    licence = 'for research only, so this model too'
+    licence = 'for research only'
     name,marker = 'flowers17','jpg' # its folder, and what lies in it if the folder has another name
     how_to_get = ("17flowers.tgz of https://www.robots.ox.ac.uk/~vgg/data/flowers/17/, unpacked in a folder flowers17, "
                   "and give the folder that holds it as root or FASTLDM_DATA")
@@ -232,19 +232,27 @@ class Flowers17(ImageFolder):
         raise not_found(type(self).__name__, root, self.how_to_get)
 
     def read_layout(self, folder):
-        "(files, labels, classes) in the authors' layout, 80 pictures a class in order; None without files."
+        """(files, labels, classes) in the authors' layout: pictures 1 to 80 are of the first class, and so on; None
+        without files. Raises ValueError unless all 1,360 are there."""
         files = sorted((folder/'jpg').glob('image_*.jpg'))
-        return (files, [i//80 for i in range(len(files))], [str(i) for i in range(17)]) if files else None
+        if not files: return None
+        expected = {f'image_{number:04d}.jpg' for number in range(1, 17*80+1)}
+        different = sorted({f.name for f in files}^expected)
+        if different:
+            raise ValueError(f"{folder/'jpg'} has {len(files)} pictures; image_0001.jpg to image_1360.jpg are expected, "
+                             f"and {different[0]} is missing or of another set: unpack 17flowers.tgz again")
+        numbers = [int(f.stem.removeprefix('image_')) for f in files]
+        return files, [(number-1)//80 for number in numbers], [str(i) for i in range(17)]
 
 # %% ../../nbs/data/01_public.ipynb #21426cd4
 class Flowers5(Flowers17):
     "About 4,300 photographs of daisies, dandelions, roses, sunflowers and tulips, for research."
     name,marker = 'flowers5','daisy'
-    how_to_get = ("the Flowers Recognition set of Kaggle, or flower_photos of TensorFlow, one folder a class "
+    how_to_get = ("the Flowers Recognition set of Kaggle, or flower_photos of TensorFlow, one folder per class "
                   "in a folder flowers5, and give the folder that holds it as root or FASTLDM_DATA")
 
     def read_layout(self, folder):
-        "(files, labels, classes) of one folder a class; None without files."
+        "(files, labels, classes) of one folder per class; None without files."
         classes = sorted(p.name for p in folder.glob('[!.]*') if p.is_dir())
         files = [f for c in classes for f in sorted((folder/c).glob('*.jpg'))]
         return (files, [classes.index(f.parent.name) for f in files], classes) if files else None
@@ -258,7 +266,7 @@ def _flowers102(folder, splits, fetch):
 
 class Flowers102(ImageFolder):
     "8,189 photographs of 102 flowers (Nilsback and Zisserman 2008), for research, by torchvision."
-    licence = 'for research only, so this model too'
+    licence = 'for research only'
     def __init__(self,
         root=None, # where to look first
         split='train', # 'train' (torchvision's train and val) or 'test'

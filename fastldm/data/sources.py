@@ -232,7 +232,7 @@ def _n_pixels(png):
     return int.from_bytes(head[16:20],'big')*int.from_bytes(head[20:24],'big')
 
 # %% ../../nbs/data/05_sources.ipynb #ba045a9c
-_UNWANTED = 'buttons computer logos shapes signs_and_symbols'.split() # folders of Debian's packages
+_UNWANTED = 'buttons computer logos shapes signs_and_symbols'.split() # folders that are left out
 _LICENCE = re.compile(rb'<(?:\w+:)?license[^>]*resource="([^"]*)"')
 _TITLE = re.compile(rb'<dc:title[^>]*>\s*([^<]*?)\s*</dc:title>')
 
@@ -398,7 +398,8 @@ DATASETS['emoji'] = Emoji
 
 # %% ../../nbs/data/05_sources.ipynb #976c0b55
 def _clipart_and_emoji(root=None, split='train', size:int=64, download=True):
-    "Clip art and, where a font is installed, emoji."
+    """Clip art and emoji, `Together` and so without labels.
+    On a machine without a colour emoji font: `ClipArt` alone, which has labels, and a warning."""
     clips = ClipArt(root, split, size=size)
     try: return Together(clips, Emoji(split=split, size=size))
     except FileNotFoundError as e: warnings.warn(f'clip art without emoji: {e}')
@@ -417,7 +418,7 @@ def _fill_template(template, rows):
 class Paintings(Captioned):
     """Titled paintings (a folder wikiart-titles: images.zip, captions.csv with file, style, artist, title, year),
     for research; the label is the style."""
-    licence = 'for research only, so this model too'
+    licence = 'for research only'
     def __init__(self,
         root=None, # where to look first
         split='train', # 'train' or 'test'
@@ -444,7 +445,7 @@ class Paintings(Captioned):
 class Photos(Captioned):
     """Photographs of Flickr8k with five sentences each (a folder flickr8k-1k, or the whole as `Captioned` reads
     it), for research."""
-    licence = 'for research only, so this model too'
+    licence = 'for research only'
     def __init__(self,
         root=None, # where to look first
         split='train', # 'train' or 'test'

@@ -91,7 +91,7 @@ def train_autoencoder(
     folder, # of the whole model; the stage is in `folder/autoencoder`
     model=None, # an autoencoder; None: a KL autoencoder that fits the data
     c_latent:int=8, # channels of the latent
-    channels=(48,64), # of the autoencoder, one number a level
+    channels=(48,64), # of the autoencoder, one number per level
     loss_fn=None, # None: mean squared error and KL
     steps:int=6000, # of the optimiser
     seed:int=0, # as in `train_stage`
@@ -162,8 +162,10 @@ def write_card(
 def licence_line(
     ds, # a data set
 )->str: # for the card of a model that was trained on it
-    "The licence of the weights, and that of the data."
-    return f'weights Apache-2.0; data {licence_of(ds)}'
+    "The licence of the weights, and that of the data; a restriction of the data to research holds for the model, too."
+    data = licence_of(ds)
+    restriction = ', so this model too' if 'research only' in data else ''
+    return f'weights Apache-2.0; data {data}{restriction}'
 
 def save_grid(
     pictures:torch.Tensor, # (n,C,H,W) in [0,1]
