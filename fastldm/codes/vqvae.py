@@ -22,13 +22,14 @@ def _check_quantizer(n_codes, d_code, **shares):
         if size<1: raise ValueError(f"{name}={size!r}: expected a positive whole number")
     for name, share in shares.items():
         if not 0<=share<1 or name=='eps' and share==0:
-            raise ValueError(f"{name}={share!r}: expected a number from 0 to below 1")
+            lowest = 'above 0' if name=='eps' else 'from 0'
+            raise ValueError(f"{name}={share!r}: expected a number {lowest} to below 1")
 
 # %% ../../nbs/codes/00_vqvae.ipynb #9e393914
 class VectorQuantizer(Module):
     """Vectors to the nearest of `n_codes` codes, which follow them as moving averages.
     See van den Oord et al. 2017, appendix A.1.
-    Raises `ValueError` for sizes that cannot be."""
+    Raises `ValueError` for invalid sizes."""
     def __init__(self,
         n_codes:int=512, # codes in the book
         d_code:int=8, # numbers in each
@@ -42,7 +43,7 @@ class VectorQuantizer(Module):
         self.decay, self.eps, self.revive = decay, eps, revive
         self.register_buffer('codebook', torch.randn(n_codes, d_code))
         self.register_buffer('count', torch.ones(n_codes))             # in uses of an average code
-        self.register_buffer('started', torch.tensor(False))
+        self.register_buffer('started', torch.tensor(False))           # have the codes been placed by data yet?
 
     def embed(self, indices): # codes (B,h,w) -> their vectors (B,d,h,w)
         return F.embedding(indices, self.codebook).movedim(-1,1).float()
@@ -64,7 +65,7 @@ class VectorQuantizer(Module):
 def nearest(self:VectorQuantizer,
     vectors:torch.Tensor, # (n,d)
 )->torch.Tensor: # (n,) codes
-    "The nearest code of each vector."
+    "Find the nearest code of each vector."
     codebook = self.codebook.float()
     squares = codebook.square().sum(1)
     numbers = 2**19 if vectors.device.type=='cpu' else 2**25           # 2 MiB, or 128
@@ -78,7 +79,7 @@ def nearest(self:VectorQuantizer,
 
 # %% ../../nbs/codes/00_vqvae.ipynb #ecdf7866
 def _processes():
-    "How many processes train together, and which this is."
+    "Return how many processes train together, and which this is."
     if not (dist.is_available() and dist.is_initialized()): return 1, 0
     return dist.get_world_size(), dist.get_rank()
 
@@ -88,7 +89,7 @@ def statistics(self:VectorQuantizer,
     vectors:torch.Tensor, # (n,d)
     codes:torch.Tensor, # (n,) the nearest of each
 )->tuple: # uses of each code (K,1); the sum of its vectors (K,d); a vector far from its code for each (K,d)
-    "Over all processes."
+    "Add up what a batch contributes, over all processes."
     K = self.n_codes
     uses = torch.bincount(codes, minlength=K).float()
     sums = torch.zeros_like(self.codebook, dtype=torch.float).index_add_(0, codes, vectors)
@@ -108,7 +109,7 @@ def statistics(self:VectorQuantizer,
 def begin(self:VectorQuantizer,
     vectors:torch.Tensor, # the first batch, (n,d)
 ):
-    "Codes from the first vectors: k-means, in which a code without vectors is moved to where the error is."
+    "Place the codes among the first vectors: k-means; a code without vectors is moved to where the error is."
     for _ in range(10):
         uses, sums, far = self.statistics(vectors, self.nearest(vectors))
         self.codebook.copy_(torch.where(uses>0, sums/uses.clamp_min(1), far))
@@ -136,56 +137,30 @@ def perplexity(
     indices:torch.Tensor, # whole numbers, of any shape
     n_codes:int, # codes in the book
 )->torch.Tensor: # a number from 1 to `n_codes`
-    "The exponential of the entropy of the shares of codes."
+    "Compute the exponential of the entropy of the shares of codes."
     p = torch.bincount(indices.flatten(), minlength=n_codes)/indices.numel()
     return torch.special.entr(p).sum().exp()
 
-# %% ../../nbs/codes/00_vqvae.ipynb #27d8ff9f
-class _NarrowBlock(nn.Module):
-    "x + (ReLU, a convolution to few channels, ReLU, a convolution back) of x."
-    def __init__(self, c, narrow): # channels; those in between
-        super().__init__()
-        self.conv = nn.Sequential(nn.ReLU(), nn.Conv2d(c, narrow, 3, 1, 1), nn.ReLU(), nn.Conv2d(narrow, c, 1))
-
-    def forward(self, x): return x+self.conv(x)
-
-def _halvings(factor): return factor.bit_length()-1
-
-def _narrow_encoder(c_in, c, n_blocks, narrow, factor):
-    "From `c_in` to `c` channels: a strided convolution for each halving, one more convolution, residual blocks."
-    widths = [c_in, c//2] + [c]*(_halvings(factor)-1)
-    layers = []
-    for a, b in zip(widths, widths[1:]): layers += [nn.Conv2d(a, b, 4, 2, 1), nn.ReLU()]
-    layers.append(nn.Conv2d(widths[-1], c, 3, 1, 1))
-    layers += [_NarrowBlock(c, narrow) for _ in range(n_blocks)]
-    return nn.Sequential(*layers, nn.ReLU())
-
-def _narrow_decoder(c_out, c_in, c, n_blocks, narrow, factor):
-    "From `c_in` to `c_out` channels: a convolution, residual blocks, a transposed convolution for each doubling."
-    widths = [c] + [c//2]*(_halvings(factor)-1) + [c_out]
-    doublings = []
-    for a, b in zip(widths, widths[1:]): doublings += [nn.ReLU(), nn.ConvTranspose2d(a, b, 4, 2, 1)]
-    first = nn.Conv2d(c_in, c, 3, 1, 1)
-    blocks = [_NarrowBlock(c, narrow) for _ in range(n_blocks)]
-    return nn.Sequential(first, *blocks, *doublings)
-
 # %% ../../nbs/codes/00_vqvae.ipynb #7e828b0f
-def _encoder(c_in, widths, factor, n_blocks, narrow):
-    if narrow: return _narrow_encoder(c_in, widths[-1], n_blocks, narrow, factor)
-    patch = factor//2**(len(widths)-1)
-    return Encoder(c_in, widths[-1], widths, n_blocks, patch)
+def _folded(factor, widths):
+    "Return the side of the square of pixels that is folded into channels: what the halvings leave of the factor."
+    return factor//2**(len(widths)-1)
 
-def _decoder(c_out, c_in, widths, factor, n_blocks, narrow):
-    if narrow: return _narrow_decoder(c_out, c_in, widths[-1], n_blocks, narrow, factor)
-    patch = factor//2**(len(widths)-1)
-    return Decoder(c_out, c_in, widths, n_blocks, patch)
+def _encoder(c_in, widths, factor, n_blocks, narrow):
+    c_out = widths[-1]
+    if narrow: return _narrow_encoder(c_in, c_out, factor, n_blocks, narrow)
+    return Encoder(c_in, c_out, widths, n_blocks, patch=_folded(factor, widths))
+
+def _decoder(c_in, c_out, widths, factor, n_blocks, narrow):
+    if narrow: return _narrow_decoder(c_in, c_out, widths[-1], factor, n_blocks, narrow)
+    return Decoder(c_out, c_in, widths, n_blocks, patch=_folded(factor, widths))
 
 def _check_vqvae(channels, n_blocks, levels, factor, narrow, **sizes):
     "`ValueError` for sizes that are not positive, or do not fit together."
     sizes = dict(sizes, levels=levels, channels=min(channels, default=0))
     for name, size in sizes.items():
         if size<1: raise ValueError(f"{name}={size!r}: expected a positive whole number")
-    if n_blocks<0: raise ValueError(f"n_blocks={n_blocks!r}: expected a positive whole number")
+    if n_blocks<0: raise ValueError(f"n_blocks={n_blocks!r}: expected a whole number of at least 0")
     smallest = max(2**(len(channels)-1), 2)
     power_of_2 = factor&(factor-1)==0
     if factor%smallest or factor<2 or (narrow and (levels!=2 or not power_of_2)):
@@ -196,7 +171,7 @@ def _check_vqvae(channels, n_blocks, levels, factor, narrow, **sizes):
 # %% ../../nbs/codes/00_vqvae.ipynb #ba014dc8
 class VQVAE(FirstStage):
     """Images to codes on one grid or more, each twice as fine as the one before (Razavi et al. 2019).
-    Raises `ValueError` for sizes that cannot be."""
+    Raises `ValueError` for invalid sizes."""
     def __init__(self,
         c_in:int=3, # channels of an image
         n_codes:int=512, # codes in the book of each level
@@ -210,8 +185,9 @@ class VQVAE(FirstStage):
         narrow:int=None, # channels in a residual block of rosinality's networks; None: our networks
     ):
         _check_vqvae(channels, n_blocks, levels, factor, narrow, c_in=c_in, n_codes=n_codes, d_code=d_code)
-        super().__init__(c_in, levels*d_code, factor*2**(levels-1))
-        self.n_codes, self.d_code, self.levels, self.stride = n_codes, d_code, levels, factor
+        super().__init__(c_in, levels*d_code, factor*2**(levels-1))     # `.factor`: of the coarsest grid
+        self.fine_factor = factor                                       # of the finest
+        self.n_codes, self.d_code, self.levels = n_codes, d_code, levels
         c = channels[-1]
         c_up = d_code if narrow else c                                  # of what the coarser codes contribute
         encoder = partial(_encoder, n_blocks=n_blocks, narrow=narrow)
@@ -221,9 +197,9 @@ class VQVAE(FirstStage):
         # coarsest first, here and below
         self.to_code = nn.ModuleList(nn.Conv2d(c+c_up*(level>0), d_code, 1) for level in range(levels))
         self.quantizers = nn.ModuleList(VectorQuantizer(n_codes, d_code, decay, revive=revive) for _ in range(levels))
-        self.ups = nn.ModuleList(decoder(c_up, d_code*(level+1), (c,), 2) for level in range(levels-1))
+        self.ups = nn.ModuleList(decoder(d_code*(level+1), c_up, (c,), 2) for level in range(levels-1))
         self.enlarge = nn.ConvTranspose2d(d_code, d_code, 4, 2, 1) if narrow else None
-        self.decoder = decoder(c_in, levels*d_code, channels, factor)
+        self.decoder = decoder(levels*d_code, c_in, channels, factor)
 
 # %% ../../nbs/codes/00_vqvae.ipynb #cf97555a
 def _stack(grids):
@@ -234,7 +210,7 @@ def _stack(grids):
 def mix(self:VQVAE,
     vectors:list, # of the codes of some levels, (B,d,h,w), coarsest first
 )->torch.Tensor: # what a decoder takes
-    "The coarser levels beside the finest."
+    "Lay the coarser levels beside the finest."
     if self.enlarge is None or len(vectors)==1: return _stack(vectors)
     coarse, fine = vectors
     return torch.cat([self.enlarge(coarse), fine], 1)
@@ -243,7 +219,7 @@ def mix(self:VQVAE,
 def quantize(self:VQVAE,
     x:torch.Tensor, # images (B,C,H,W)
 )->tuple: # three lists, coarsest first: vectors (B,d,h,w), commitments, codes (B,h,w)
-    "All levels: each sees the features of its size, and what the coarser codes hold."
+    "Quantise all levels: each sees the features of its size, and what the coarser codes hold."
     features = []
     for encoder in self.encoders: features.insert(0, encoder(features[0] if features else x))
     vectors, commitments, codes = [], [], []
@@ -269,8 +245,8 @@ def code_shapes(self:VQVAE,
     h:int, # height of an image in pixels
     w:int=None, # its width; None: square
 )->list: # [(h,w), ...], coarsest first
-    "Sizes of the codes of an image."
-    pixels = [self.stride*2**(self.levels-1-level) for level in range(self.levels)]
+    "List the sizes of the codes of an image."
+    pixels = [self.fine_factor*2**(self.levels-1-level) for level in range(self.levels)]
     return [(h//p, (w or h)//p) for p in pixels]
 
 @patch
@@ -278,7 +254,7 @@ def code_shapes(self:VQVAE,
 def encode_codes(self:VQVAE,
     x:torch.Tensor, # images (B,C,H,W) in [-1,1]
 )->list: # [(B,h,w), ...] int64, coarsest first
-    """Images to codes.
+    """Encode images as codes.
     Raises `ValueError` for images of the wrong size, channels, type or range."""
     self.check(x)
     with evaluating(self): return self.quantize(x.to(self.shift))[2]
@@ -288,7 +264,7 @@ def encode_codes(self:VQVAE,
 def decode_codes(self:VQVAE,
     codes:list, # [(B,h,w), ...] whole numbers, coarsest first
 )->torch.Tensor: # images (B,C,H,W) in [-1,1]
-    """Codes to images.
+    """Decode codes to images.
     Raises `ValueError` for another number of levels, other sizes, or a number that is no code."""
     with evaluating(self): return self.decoder(self.mix(self.embed_codes(codes))).clamp(-1,1)
 
@@ -404,8 +380,37 @@ def code_use(
     return found
 
 # %% ../../nbs/codes/00_vqvae.ipynb #ad69d5ff
+class _NarrowBlock(nn.Module):
+    "x + (ReLU, a convolution to few channels, ReLU, a convolution back) of x."
+    def __init__(self, c, narrow): # channels; those in between
+        super().__init__()
+        self.conv = nn.Sequential(nn.ReLU(), nn.Conv2d(c, narrow, 3, 1, 1), nn.ReLU(), nn.Conv2d(narrow, c, 1))
+
+    def forward(self, x): return x+self.conv(x)
+
+def _halvings(factor): return factor.bit_length()-1
+
+def _narrow_encoder(c_in, c, factor, n_blocks, narrow):
+    "Build from `c_in` to `c` channels: a strided convolution for each halving, a convolution, residual blocks."
+    widths = [c_in, c//2] + [c]*(_halvings(factor)-1)
+    layers = []
+    for a, b in zip(widths, widths[1:]): layers += [nn.Conv2d(a, b, 4, 2, 1), nn.ReLU()]
+    layers.append(nn.Conv2d(widths[-1], c, 3, 1, 1))
+    layers += [_NarrowBlock(c, narrow) for _ in range(n_blocks)]
+    return nn.Sequential(*layers, nn.ReLU())
+
+def _narrow_decoder(c_in, c_out, c, factor, n_blocks, narrow):
+    "Build from `c_in` to `c_out` channels: a convolution, blocks, a transposed convolution for each doubling."
+    widths = [c] + [c//2]*(_halvings(factor)-1) + [c_out]
+    doublings = []
+    for a, b in zip(widths, widths[1:]): doublings += [nn.ReLU(), nn.ConvTranspose2d(a, b, 4, 2, 1)]
+    first = nn.Conv2d(c_in, c, 3, 1, 1)
+    blocks = [_NarrowBlock(c, narrow) for _ in range(n_blocks)]
+    return nn.Sequential(first, *blocks, *doublings)
+
+# %% ../../nbs/codes/00_vqvae.ipynb #f933e374
 _ROSINALITY = { # beginnings of their names, and of ours
-    'enc_b.blocks':'encoders.0',
+    'enc_b.blocks':'encoders.0', # finest first; all else coarsest first
     'enc_t.blocks':'encoders.1',
     'quantize_conv_t':'to_code.0',
     'quantize_conv_b':'to_code.1',
@@ -415,7 +420,7 @@ _ROSINALITY = { # beginnings of their names, and of ours
 }
 
 def _rosinality_sizes(state):
-    "What the shapes in their state dict determine; `ValueError` where it is none."
+    "Model sizes from the shapes of a rosinality state dict; raises `ValueError` if it is not one."
     try:
         c, c_in = state['enc_b.blocks.4.weight'].shape[0], state['enc_b.blocks.0.weight'].shape[1]
         d, K = state['quantize_t.embed'].shape
@@ -427,18 +432,21 @@ def _rosinality_sizes(state):
     return dict(c_in=c_in, n_codes=K, d_code=d, channels=(c,), n_blocks=n_blocks, narrow=narrow)
 
 def _rosinality_quantizer(state, theirs, ours):
-    "Take their quantiser out of `state`, and give ours."
-    codebook, uses, _ = (state.pop(f'{theirs}.{k}', None) for k in ('embed','cluster_size','embed_avg'))
+    "Pop their quantiser from `state`; return it under our names."
+    codebook = state.pop(f'{theirs}.embed', None)
+    uses = state.pop(f'{theirs}.cluster_size', None)
+    state.pop(f'{theirs}.embed_avg', None)                              # the sum m_k: codes are updated without it
     if codebook is None or uses is None:
-        raise ValueError(f"`{theirs}.embed` or `{theirs}.cluster_size` is missing: the state dict is not whole")
+        raise ValueError(f"`{theirs}.embed` or `{theirs}.cluster_size` is missing: the state dict is incomplete")
     count = uses/uses.mean() if uses.sum()>0 else torch.ones_like(uses)
-    return {f'{ours}.codebook':codebook.T.contiguous(), f'{ours}.count':count, f'{ours}.started':torch.tensor(True)}
+    started = torch.tensor(True)                                        # the codes are trained: no k-means on a batch
+    return {f'{ours}.codebook':codebook.T.contiguous(), f'{ours}.count':count, f'{ours}.started':started}
 
-# %% ../../nbs/codes/00_vqvae.ipynb #f933e374
+# %% ../../nbs/codes/00_vqvae.ipynb #ded4aa60
 def from_rosinality(
     state_dict:dict, # of a `VQVAE` of rosinality/vq-vae-2-pytorch
 )->VQVAE: # in eval mode
-    """Their weights as our model, with equal codes and images.
+    """Convert their weights to our model, with equal codes and images.
     Raises `ValueError` for weights of something else."""
     state = {k.removeprefix('module.'):v for k,v in state_dict.items()}
     with torch.random.fork_rng(devices=[]): model = VQVAE(**_rosinality_sizes(state))
