@@ -19,7 +19,7 @@ def scales(
     t:torch.Tensor, # one time, or one per sample
     x:torch.Tensor, # the tensor that they will multiply, (B,...)
 )->tuple: # `(alpha, sigma)`, in the precision of `x` and shaped to broadcast over it
-    "The scales of picture and noise at `t`, computed in double precision."
+    "Compute the scales of picture and noise at `t`, in double precision."
     t = torch.as_tensor(t, device=x.device).double().reshape(-1, *[1]*(x.ndim-1))
     return tuple(s.to(x.dtype) for s in denoise.schedule(t))
 
@@ -29,7 +29,7 @@ def eps_of(
     t:torch.Tensor, # its time
     x0:torch.Tensor, # predicted clean latent
 )->torch.Tensor: # the predicted unit noise
-    "The noise that explains `x`, given the clean latent."
+    "Compute the noise that explains `x`, given the clean latent."
     a, σ = scales(denoise, t, x)
     return (x - a*x0)/σ
 
@@ -39,7 +39,7 @@ def score_of(
     t:torch.Tensor, # its time
     x0:torch.Tensor, # predicted clean latent
 )->torch.Tensor: # gradient of the log-density of `x` at time `t`
-    "The score that belongs to a prediction, by Tweedie's formula (Efron 2011)."
+    "Compute the score that belongs to a prediction, by Tweedie's formula (Efron 2011)."
     a, σ = scales(denoise, t, x)
     return (a*x0 - x)/σ**2
 
@@ -73,7 +73,7 @@ def precondition(
     σ:torch.Tensor, # sigma
     sigma_data:float=1., # standard deviation of the data, for 'edm'
 )->tuple: # `(c_skip, c_out)` of `x0_hat = c_skip x + c_out net`
-    """How to read a network's output (Salimans and Ho 2022, appendix D; Karras et al. 2022, table 1).
+    """Return how to read a network's output (Salimans and Ho 2022, appendix D; Karras et al. 2022, table 1).
 
     Raises `ValueError` for another name."""
     d = sigma_data
@@ -123,7 +123,7 @@ class Denoiser(Module):
 def uniform_weight(
     snr:torch.Tensor, # alpha²/sigma²
 )->torch.Tensor: # weight of the squared error of the noise
-    "The 'simple' loss of Ho et al. 2020."
+    "Weight all noise levels alike: the 'simple' loss of Ho et al. 2020."
     return torch.ones_like(snr)
 
 def min_snr_weight(
@@ -173,7 +173,7 @@ def diffusion_loss(
     sample_t=uniform_t, # draws the times: `(schedule, n, device) -> (n,)`
     total:bool=False, # sum over the elements of the latent, not their mean
 )->dict: # `loss`, a scalar
-    "Denoising score matching in terms of the predicted latent (Vincent 2011; Ho et al. 2020)."
+    "Compute the loss of denoising score matching, from the predicted latent (Vincent 2011; Ho et al. 2020)."
     x0 = batch['latent']
     t = sample_t(model.schedule, len(x0), x0.device)
     a, σ = scales(model, t, x0)
@@ -216,7 +216,7 @@ def guide(
     order=None, # names of the conditions, from the one that is added first; None: as the model has them
     **guidance_scales, # condition = scale; 1: as in the data (the default), 0: ignored
 )->Guided: # a denoiser
-    """Classifier-free guidance (Ho and Salimans 2022), a scale for each condition, on an interval of times.
+    """Guide a denoiser without a classifier (Ho and Salimans 2022): a scale for each condition, an interval of times.
 
     Raises `ValueError` for an unknown condition, or an order that does not name each condition once."""
     names = list(model.conditioner.embedders)

@@ -25,14 +25,14 @@ def sample_generators(
     n:int, # number of samples
     first:int=0, # index of the first of them
 )->list: # one `torch.Generator` a sample
-    "Generators of samples `first` to `first+n-1` of a seed."
+    "Make the generators of samples `first` to `first+n-1` of a seed."
     return [torch.Generator().manual_seed((seed*1_000_003 + i) % 2**32) for i in range(first, first+n)]
 
 @contextmanager
 def noise_from(
     generators, # one per sample, or None for the global one
 ):
-    "Within this context `noise_like` draws from `generators`."
+    "Let `noise_like` draw from `generators` within this context."
     token = _generators.set(generators)
     try: yield
     finally: _generators.reset(token)
@@ -40,7 +40,7 @@ def noise_from(
 def noise_like(
     x:torch.Tensor, # (B,...)
 )->torch.Tensor: # unit noise of its shape, device and precision
-    "Unit noise; row `i` comes from generator `i`."
+    "Draw unit noise; row `i` comes from generator `i`."
     generators = _generators.get()
     if generators is None: return torch.randn_like(x)
     return torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x)
@@ -76,7 +76,7 @@ def uniform_times(
     n:int, # number of steps
     t_min:float=1e-3, # the last time before 0
 )->torch.Tensor: # (n+1,), from 1 to 0
-    """Times at equal distance.
+    """Place times at equal distance.
 
     Raises `ValueError` when `n` is not a positive whole number, as all grids do."""
     _check_steps(n)
@@ -87,7 +87,7 @@ def log_snr_times(
     n:int, # number of steps
     t_min:float=1e-3, # the last time before 0
 )->torch.Tensor: # (n+1,), from 1 to 0
-    "Times at equal distance in log-SNR (Lu et al. 2022)."
+    "Place times at equal distance in log-SNR (Lu et al. 2022)."
     _check_steps(n)
     first, last = schedule.log_snr(torch.tensor([1.,t_min]).double())
     return _with_zero(time_of_log_snr(schedule, torch.linspace(first, last, n).double()))
@@ -100,7 +100,7 @@ def karras_times(
     rho:float=7., # exponent; larger spends more steps on small noise
     sigma_max:float=80., # largest `sigma/alpha` to start from; with more noise nothing of the picture is left
 )->torch.Tensor: # (n+1,), from the start to 0
-    "Times at equal distance in `(sigma/alpha)^(1/rho)` (Karras et al. 2022, eq. 5)."
+    "Place times at equal distance in `(sigma/alpha)^(1/rho)` (Karras et al. 2022, eq. 5)."
     _check_steps(n)
     ratio = (-schedule.log_snr(torch.tensor([1.,t_min]).double())/2).exp().clamp(max=sigma_max)
     log_snr = -2*rho*torch.linspace(*ratio**(1/rho), n).double().log()
@@ -110,7 +110,7 @@ def angle_times(
     schedule, # a `Schedule`
     n:int, # number of steps
 )->torch.Tensor: # (n+1,), from 1 to 0
-    "Times at equal distance in the angle `arctan(sigma/alpha)`; on the cosine schedule, at equal distance in time."
+    "Place times at equal distance in the angle `arctan(sigma/alpha)`: on the cosine schedule, in time itself."
     _check_steps(n)
     top = (-schedule.log_snr(torch.ones(1).double())/2).exp().atan()
     θ = top*torch.linspace(1, 0, n+1).double()[:-1]
@@ -125,7 +125,7 @@ def ddim_step(
     cond=None, # passed to the denoiser
     eta:float=0., # 0: deterministic DDIM, 1: ancestral DDPM
 )->torch.Tensor: # sample at time `s`
-    "From `t` to `s`: keep the predicted latent, carry over the noise (Song et al. 2021a, eq. 12)."
+    "Step from `t` to `s`: keep the predicted latent, carry over the noise (Song et al. 2021a, eq. 12)."
     a, σ = scales(denoise, t, x)
     a_s, σ_s = scales(denoise, s, x)
     x0 = denoise(x, t, cond)
@@ -137,7 +137,7 @@ ddpm_step = partial(ddim_step, eta=1.)
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #5e9bab79
 def _add_churn(denoise, x, t, churn):
-    "The sample with its noise raised by a share `churn`, and the time at which there is that much."
+    "Raise the noise by a share `churn`; return the sample, and the time at which there is that much."
     if not churn: return x, t
     schedule = denoise.schedule
     raised = schedule.log_snr(t.double()) - 2*torch.log1p(torch.tensor(churn).double())
@@ -155,7 +155,7 @@ def euler_step(
     cond=None, # passed to the denoiser
     churn:float=0., # share by which the noise is raised before the step
 )->torch.Tensor: # sample at time `s`
-    "Euler's method in `rho` (Karras et al. 2022, algorithm 2 without the correction)."
+    "Step by Euler's method in `rho` (Karras et al. 2022, algorithm 2 without the correction)."
     x, t = _add_churn(denoise, x, t, churn)
     a, σ = scales(denoise, t, x)
     a_s, σ_s = scales(denoise, s, x)
@@ -171,7 +171,7 @@ def heun_step(
     cond=None, # passed to the denoiser
     churn:float=0., # share by which the noise is raised before the step
 )->torch.Tensor: # sample at time `s`
-    "Heun's method in `rho`, two calls per step, one in the step to 0 (Karras et al. 2022, algorithm 2)."
+    "Step by Heun's method in `rho`: two calls, one in the step to 0 (Karras et al. 2022, algorithm 2)."
     x, t = _add_churn(denoise, x, t, churn)
     a, σ = scales(denoise, t, x)
     a_s, σ_s = scales(denoise, s, x)
@@ -191,7 +191,7 @@ def euler_maruyama_step(
     s:torch.Tensor, # next time, smaller
     cond=None, # passed to the denoiser
 )->torch.Tensor: # sample at time `s`
-    "The reverse SDE, with drift and diffusion held over the step; no noise in the step to 0 (Song et al. 2021b)."
+    "Step along the reverse SDE, drift and diffusion held constant; no noise in the step to 0 (Song et al. 2021b)."
     f = drift(denoise.schedule, t.double()).to(x.dtype)
     g = diffusion(denoise.schedule, t.double()).to(x.dtype)
     score = score_of(denoise, x, t, denoise(x,t,cond))
@@ -207,7 +207,7 @@ def pc_step(
     cond=None, # passed to the denoiser
     snr:float=.16, # signal-to-noise ratio of the Langevin step
 )->torch.Tensor: # sample at time `s`
-    "An Euler-Maruyama step, then one of Langevin dynamics; two calls (Song et al. 2021b, algorithms 2 and 4)."
+    "Make an Euler-Maruyama step, then one of Langevin dynamics; two calls (Song et al. 2021b, algorithms 2 and 4)."
     x = euler_maruyama_step(denoise, x, t, s, cond)
     if s==0: return x
     score = score_of(denoise, x, s, denoise(x,s,cond))
@@ -219,7 +219,7 @@ def _mean_norm(x): return x.flatten(1).norm(dim=1).mean()
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #aae74501
 def _lambda(denoise, t):
-    "The coordinate of DPM-Solver, λ = ln(α/σ), at a time: half the log-SNR (Lu et al. 2022)."
+    "Compute the coordinate of DPM-Solver, λ = ln(α/σ): half the log-SNR (Lu et al. 2022)."
     return (denoise.schedule.log_snr(t.double())/2).item()
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #5a13a019
@@ -282,7 +282,7 @@ class DPMSolver3M(DPMSolver2M):
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #9b69e3df
 def _unipc_weights(h, rs):
-    "Weights of the predictions at distances `rs` (in steps), so that the step is exact for polynomials in λ."
+    "Weight the predictions at distances `rs` (in steps) so that the step is exact for polynomials in λ."
     if not rs: return []
     if len(rs)==1: return [.5]                                          # the authors' choice, still of the right order
     k = len(rs)
@@ -326,7 +326,7 @@ class UniPC(DPMSolver2M):
 # %% ../../nbs/diffusion/05_samplers.ipynb #18e6c900
 @patch
 def _update(self:UniPC, denoise, x, t, s, newest=None):
-    "From `t` to `s` with the past predictions and, as a correction, with the newest."
+    "Step from `t` to `s` with the past predictions and, as a correction, with the newest."
     _, σ = scales(denoise, t, x)
     a_s, σ_s = scales(denoise, s, x)
     (λ,d0),*older = self.past
@@ -362,7 +362,7 @@ def log_likelihood(
     probes:int=4, # estimates of each trace
     seed:int=0, # of the probes
 )->tuple: # `log p` in nats, (B,), and its standard error from the probes, (B,)
-    "Density of samples under the model's own ODE (Song et al. 2021b, eq. 39), integrated by Heun's method."
+    "Integrate the density of samples along the model's own ODE, by Heun's method (Song et al. 2021b, eq. 39)."
     ts = times(denoise.schedule, steps)[:-1].flip(0)
     θs = (-denoise.schedule.log_snr(ts)/2).exp().atan()
     gen = torch.Generator().manual_seed(seed)
@@ -384,5 +384,5 @@ def bits_per_dim(
     log_p:torch.Tensor, # nats
     x:torch.Tensor, # the samples, (B,...)
 )->torch.Tensor: # of a density: can be negative
-    "Nats of a sample to bits a dimension."
+    "Convert nats of a sample to bits per dimension."
     return -log_p/(x[0].numel()*math.log(2))
