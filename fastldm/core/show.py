@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np, torch
 from torch import nn
 from PIL import Image
+from fastcore.basics import patch
 from .models import fingerprint, json_text, write_atomic
 
 # %% ../../nbs/core/01_show.ipynb #f904ac10
@@ -22,11 +23,14 @@ def _bytes(x, lo):
     return x.round().clamp(0, 255).nan_to_num(0)
 
 def _pixels(images, lo=None):
-    "A tensor or array (…,H,W), a PIL picture, or a list of these, as uint8 (B,H,W,3)."
+    """Pictures as uint8 (B,H,W,3): a tensor or array (H,W), (C,H,W) or (B,C,H,W), a PIL picture, or a list of these.
+    Bytes stay as they are, a mask of bools is black (false) and white (true). One `lo` holds for a whole list; where
+    it is None, each picture of a list decides for itself."""
     if isinstance(images, (list, tuple)): return np.concatenate([_pixels(image, lo) for image in images])
     if isinstance(images, Image.Image): return np.asarray(images.convert('RGB'))[None]
     x = torch.as_tensor(images).detach().cpu()
     if x.is_floating_point(): x = _bytes(x, lo)
+    if x.dtype==torch.bool: x = x*255
     x = x.to(torch.uint8)
     if x.dim()==2: x = x[None]
     if x.dim()==3: x = x[None]
@@ -39,7 +43,7 @@ def image_grid(
     ncol:int=8, # pictures in a row
     pad:int=1, # white pixels between them
     lo:float=None, # value of black: -1 or 0; None: -1 if there is a negative value
-    head:int=0, # white pixels above each
+    head:int=0, # white pixels above each picture
 )->np.ndarray: # (H,W,3) uint8
     "Many pictures as one."
     pixels = np.pad(_pixels(x, lo), ((0,0), (head,pad), (0,pad), (0,0)), constant_values=255)
@@ -188,48 +192,53 @@ class Diagram:
         self.bg.set(xlim=(0, w), ylim=(0, h))
         self.bg.axis('off')
 
-    def tile(self,
-        x:float, # centre, in inches from the left
-        y:float, # centre, in inches from the bottom
-        im, # picture, as `imshow` takes it
-        title:str='', # words below
-        w:float=1.25, # inches
-        h:float=None, # inches; None: as wide as high
-        **kw, # for `imshow`
-    ): # its axes
-        "A picture with words below."
-        h = h or w
-        ax = self.fig.add_axes(((x-w/2)/self.w, (y-h/2)/self.h, w/self.w, h/self.h))
-        ax.imshow(im, aspect='auto', interpolation='nearest', **kw)
-        ax.set(xticks=[], yticks=[])
-        for spine in ax.spines.values(): spine.set(color='.6', linewidth=.6)
-        self.bg.text(x, y-h/2-.07, title, ha='center', va='top', fontsize=7.5, linespacing=1.25)
-        return ax
+# %% ../../nbs/core/01_show.ipynb #831c91b1
+@patch
+def tile(self:Diagram,
+    x:float, # centre, in inches from the left
+    y:float, # centre, in inches from the bottom
+    im, # picture, as `imshow` takes it
+    title:str='', # words below
+    w:float=1.25, # inches
+    h:float=None, # inches; None: as wide as high
+    **kw, # for `imshow`
+): # its axes
+    "A picture with words below."
+    h = h or w
+    ax = self.fig.add_axes(((x-w/2)/self.w, (y-h/2)/self.h, w/self.w, h/self.h))
+    ax.imshow(im, aspect='auto', interpolation='nearest', **kw)
+    ax.set(xticks=[], yticks=[])
+    for spine in ax.spines.values(): spine.set(color='.6', linewidth=.6)
+    self.bg.text(x, y-h/2-.07, title, ha='center', va='top', fontsize=7.5, linespacing=1.25)
+    return ax
 
-    def box(self,
-        x:float, # centre, in inches from the left
-        y:float, # centre, in inches from the bottom
-        text:str, # words inside
-        colour, # of the face
-        w:float=1.3, # inches
-        h:float=.95, # inches
-    ):
-        "A part of the system."
-        from matplotlib.patches import FancyBboxPatch
-        shape = dict(boxstyle='round,pad=0,rounding_size=.12', fc=colour, ec='.5', lw=.8)
-        self.bg.add_patch(FancyBboxPatch((x-w/2, y-h/2), w, h, **shape))
-        self.bg.text(x, y, text, ha='center', va='center', fontsize=8, linespacing=1.3)
+# %% ../../nbs/core/01_show.ipynb #e7ed571a
+@patch
+def box(self:Diagram,
+    x:float, # centre, in inches from the left
+    y:float, # centre, in inches from the bottom
+    text:str, # words inside
+    color, # of the face
+    w:float=1.3, # inches
+    h:float=.95, # inches
+):
+    "A part of the system."
+    from matplotlib.patches import FancyBboxPatch
+    shape = dict(boxstyle='round,pad=0,rounding_size=.12', fc=color, ec='.5', lw=.8)
+    self.bg.add_patch(FancyBboxPatch((x-w/2, y-h/2), w, h, **shape))
+    self.bg.text(x, y, text, ha='center', va='center', fontsize=8, linespacing=1.3)
 
-    def arrow(self,
-        x0:float, # where it begins
-        y0:float, # where it begins
-        x1:float, # where its head is
-        y1:float, # where its head is
-        **kw, # for matplotlib's arrow, e.g. `connectionstyle`
-    ):
-        "What goes where."
-        style = dict(arrowstyle='-|>', color='.3', lw=1.1, shrinkA=0, shrinkB=0, **kw)
-        self.bg.annotate('', (x1, y1), (x0, y0), arrowprops=style)
+@patch
+def arrow(self:Diagram,
+    x0:float, # where it begins
+    y0:float, # where it begins
+    x1:float, # where its head is
+    y1:float, # where its head is
+    **kw, # for matplotlib's arrow, e.g. `connectionstyle`
+):
+    "What goes where."
+    style = dict(arrowstyle='-|>', color='.3', lw=1.1, shrinkA=0, shrinkB=0, **kw)
+    self.bg.annotate('', (x1, y1), (x0, y0), arrowprops=style)
 
 # %% ../../nbs/core/01_show.ipynb #f0695975
 def figures_path()->Path: # the folder
@@ -244,13 +253,14 @@ def leaves(
     values, # dicts and lists, nested
     name:str='', # of the whole
 )->dict: # {'a.b.0': value}
-    "What is at the ends of nested dicts and lists, by path."
+    "Flatten nested dicts and lists to {path: value}."
     if isinstance(values, list): values = dict(enumerate(values))
     if not isinstance(values, dict): return {name: values}
     found = {}
-    for key,value in values.items(): found |= leaves(value, f'{name}.{key}'.strip('.'))
+    for key, value in values.items(): found |= leaves(value, f'{name}.{key}'.strip('.'))
     return found
 
+# %% ../../nbs/core/01_show.ipynb #0f25377f
 _timing = re.compile(r'(^|[. _])(seconds\w*|per_second|ms|minutes|hours|gb_s|gflops)($|\.)')
 
 def is_timing(
@@ -259,19 +269,49 @@ def is_timing(
     "Whether a number depends on how fast the machine is."
     return _timing.search(name) is not None
 
+# %% ../../nbs/core/01_show.ipynb #fbd329cb
+def _far(old, new, tolerance):
+    "Whether two values differ by more than rounding; NaN is equal to NaN and to nothing else."
+    if isinstance(old, bool) or isinstance(new, bool): return old is not new
+    if math.isnan(old) or math.isnan(new): return not (math.isnan(old) and math.isnan(new))
+    if math.isinf(old) or math.isinf(new): return old!=new
+    return abs(old-new)>tolerance*max(abs(old), abs(new), 1e-9)
+
 def moved(
     old:dict, # numbers of a figure, nested
     new:dict, # the same, later
     tolerance:float=.01, # relative change that does not count
     timings:bool=True, # whether times count
 )->list: # 'name: old -> new'
-    "Which numbers changed, came or went."
+    "Which numbers and bools changed, came or went."
     def numbers(values):
-        found = {k: v for k,v in leaves(values).items() if isinstance(v, (int,float)) and not isinstance(v, bool)}
-        return {k: v for k,v in found.items() if timings or not is_timing(k)}
+        found = {name: value for name, value in leaves(values).items() if isinstance(value, (int,float))}
+        return {name: value for name, value in found.items() if timings or not is_timing(name)}
     old, new = numbers(old), numbers(new)
-    def far(k): return k not in old or k not in new or abs(old[k]-new[k])>tolerance*max(abs(old[k]), abs(new[k]), 1e-9)
-    return [f'{k}: {old.get(k, "-")} -> {new.get(k, "-")}' for k in sorted({*old, *new}) if far(k)]
+    changed = []
+    for name in sorted({*old, *new}):
+        if name not in old or name not in new or _far(old[name], new[name], tolerance):
+            changed.append(f'{name}: {old.get(name, "-")} -> {new.get(name, "-")}')
+    return changed
+
+# %% ../../nbs/core/01_show.ipynb #70398480
+def _fingerprints(weights):
+    "Modules as their fingerprints."
+    if isinstance(weights, dict): return {k: _fingerprints(v) for k,v in weights.items()}
+    return fingerprint(weights) if isinstance(weights, nn.Module) else weights
+
+def _code_hash(cells):
+    "Short hash of the cells run so far; None outside of a notebook."
+    sources = [cell.strip() for cell in cells if cell.strip()]
+    return hashlib.sha256('\n\n'.join(sources).encode()).hexdigest()[:8] if sources else None
+
+def _is_current(file, new):
+    "Whether a figure's record would be the same but for rounding, times and the version."
+    old = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
+    if any(old.get(k)!=new[k] for k in ('seed','weights')): return False
+    if new['code'] is not None and new['code']!=old.get('code'): return False
+    def texts(record): return {k: v for k,v in leaves(record['numbers']).items() if not isinstance(v, (int,float))}
+    return texts(old)==texts(new) and not moved(old['numbers'], new['numbers'], 1e-3, timings=False)
 
 # %% ../../nbs/core/01_show.ipynb #9852819c
 def save_figure(
@@ -298,22 +338,3 @@ def save_figure(
         else: fig.savefig(p, dpi=150, bbox_inches='tight', metadata={'Software': None})
         j.write_text(text, encoding='utf-8')
     return picture
-
-# %% ../../nbs/core/01_show.ipynb #70398480
-def _fingerprints(weights):
-    "Modules as their fingerprints."
-    if isinstance(weights, dict): return {k: _fingerprints(v) for k,v in weights.items()}
-    return fingerprint(weights) if isinstance(weights, nn.Module) else weights
-
-def _code_hash(cells):
-    "A mark of the cells that a notebook has run; None outside of a notebook."
-    sources = [cell.strip() for cell in cells if cell.strip()]
-    return hashlib.sha256('\n\n'.join(sources).encode()).hexdigest()[:8] if sources else None
-
-def _is_current(file, new):
-    "Whether a figure's record would be the same but for rounding, times and the version."
-    old = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
-    if any(old.get(k)!=new[k] for k in ('seed','weights')): return False
-    if new['code'] is not None and new['code']!=old.get('code'): return False
-    def texts(record): return {k: v for k,v in leaves(record['numbers']).items() if not isinstance(v, (int,float))}
-    return texts(old)==texts(new) and not moved(old['numbers'], new['numbers'], 1e-3, timings=False)
