@@ -11,7 +11,8 @@ from fastldm.data.synthetic import *
     (dict(colour='red',kind='ship',background='moon'),"background is 'moon'"),
     (dict(colour='red',kind='ship',relation='beside',colour2='red',kind2='sun'),"relation is 'beside'"),
     (dict(colour='red',kind='ship',relation='above'),"second colour is None"),
-    (dict(colour='red',kind='ship',kind2='sun'),"second kind is 'sun'")])
+    (dict(colour='red',kind='ship',kind2='sun'),"second kind is 'sun'"),
+    (dict(colour='red',kind='ship',relation='above',colour2='blue',kind2='ship'),'both a ship')])
 def test_words_that_the_grammar_has_not(kw, says):
     with pytest.raises(ValueError, match=says): Scene(**kw)
 
@@ -20,7 +21,7 @@ def test_words_that_the_grammar_has_not(kw, says):
     'a red ship left of a yellow sun above a blue fish at night', 'a red ship left of above a yellow sun at night',
     'a red ship left of at night', '船 в шторм', 'a red ship '*3000, 'redship in the snow'])
 def test_sentences_that_say_no_scene(said):
-    with pytest.raises(ValueError, match='expected one thing, or two and a relation, and a place') as e:
+    with pytest.raises(ValueError, match='expected one thing, or two and a relation, and a background') as e:
         parse_scene(said)
     assert len(str(e.value))<2000 and 'Things: ship, house' in str(e.value)
 

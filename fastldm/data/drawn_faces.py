@@ -251,7 +251,7 @@ class DrawnFaces(Faces):
         size:int, # side of the pictures
         n:int, # faces; None: 20,000, or 2,000 to test
         seed:int, # which faces
-        keep:bool, # draw a set of 2,000 or more once, into a file
+        keep:bool, # draw a set of 2,000 or more once, and read it from a file on disk afterwards
     ):
         if n is None: n = 20_000 if split=='train' else 2_000
         if n<1 or size<16: raise ValueError(f"n is {n}, size is {size}; n is at least 1, size at least 16")
@@ -336,7 +336,7 @@ class SyntheticFaces(DrawnFaces):
         n:int=None, # faces; None: 20,000, or 2,000 to test
         seed:int=0, # which faces
         parts:list=PARTS, # names of the mask's classes
-        keep:bool=True, # draw a set of 2,000 or more once, into a file
+        keep:bool=True, # draw a set of 2,000 or more once, and read it from a file on disk afterwards
         download=True, # not needed either
     ):
         super().__init__(split, size, n, seed, keep)
@@ -488,7 +488,7 @@ class Avatars(DrawnFaces):
         size:int=64, # side of the pictures
         n:int=None, # faces; None: 20,000, or 2,000 to test
         seed:int=0, # which faces
-        keep:bool=True, # draw a set of 2,000 or more once, into a file
+        keep:bool=True, # draw a set of 2,000 or more once, and read it from a file on disk afterwards
         download=True, # not needed either
     ):
         try: import python_avatars,resvg_py  # noqa: F401

@@ -35,8 +35,9 @@ def _check_word(what, word, words):
 # %% ../../nbs/data/06_synthetic.ipynb #7c192e3c
 @dataclass(frozen=True)
 class Scene:
-    """One thing, or two and a relation between them, in a place.
-    Raises ValueError for a word that is not in the grammar."""
+    """One thing, or two of different kinds and a relation between them, before a background.
+    Raises ValueError for a word that is not in the grammar, and for two things of one kind: a mask has one class id,
+    and so one distance, per kind."""
     colour:str # of the first thing
     kind:str # of the first thing
     relation:str=None # of the first to the second: left of, right of, above, below
@@ -52,6 +53,7 @@ class Scene:
         _check_word('relation', self.relation, [*RELATIONS,None])
         _check_word('second colour', self.colour2, COLOURS if two else [None])
         _check_word('second kind', self.kind2, KINDS if two else [None])
+        if self.kind==self.kind2: raise ValueError(f"a scene's two things are both a {self.kind}; give two kinds")
 
     @property
     def things(self): # [(colour, kind, role)], role: alone, left, right, above, below
@@ -62,7 +64,9 @@ class Scene:
 
 # %% ../../nbs/data/06_synthetic.ipynb #10f9ed53
 @patch
-def caption(self:Scene, form:int=0)->str: # 0 to 7; from 4 with the relation in other words
+def caption(self:Scene,
+    form:int=0, # 0 to 7; from 4 with the relation in other words
+)->str: # such as "a red ship left of a yellow sun on the sea"
     "The scene in words."
     what = _noun_phrase(self.colour, self.kind)
     if self.relation is not None:
@@ -74,29 +78,32 @@ def caption(self:Scene, form:int=0)->str: # 0 to 7; from 4 with the relation in 
 def _any_of(words): return '|'.join(words)
 
 _THING = re.compile(rf"\b({_any_of(COLOURS)}) ({_any_of(KINDS)})\b")
-_PLACE = re.compile(rf"\b({_any_of(BACKGROUNDS)})\b")
+_BACKGROUND = re.compile(rf"\b({_any_of(BACKGROUNDS)})\b")
 _RELATION = re.compile(rf"\b({_any_of([*RELATIONS,'over','under'])})\b") # "to the left of" has "left of" in it
 
 def parse_scene(
     caption:str, # such as "a red ship left of a yellow sun on the sea"
 )->Scene: # the inverse of `Scene.caption`, whatever the form
-    "The meaning of a sentence. Raises ValueError that lists what was found in it, and what there can be."
+    "The meaning of a sentence. Raises ValueError for any other, listing what was found and what is allowed."
     text = ' '.join(caption.lower().split())
-    things,places,relations = _THING.findall(text),_PLACE.findall(text),_RELATION.findall(text)
+    things = _THING.findall(text)
+    relations = _RELATION.findall(text)
+    backgrounds = _BACKGROUND.findall(text)
     two = len(things)==2
-    if not 1<=len(things)<=2 or len(places)!=1 or len(relations)!=two:
-        raise _no_scene(caption, things, relations, places)
-    if not two: return Scene(*things[0], background=places[0])
+    if not 1<=len(things)<=2 or len(backgrounds)!=1 or len(relations)!=two:
+        raise _no_scene(caption, things, relations, backgrounds)
+    if not two: return Scene(*things[0], background=backgrounds[0])
     standard = {'over':'above', 'under':'below'}
-    return Scene(*things[0], standard.get(relations[0], relations[0]), *things[1], places[0])
+    return Scene(*things[0], standard.get(relations[0], relations[0]), *things[1], backgrounds[0])
 
-def _no_scene(caption, things, relations, places):
+def _no_scene(caption, things, relations, backgrounds):
     example = Scene('red','ship','left of','yellow','sun').caption()
     return ValueError(
         f"given {caption[:200]!r}, in which I read {len(things)} things {things[:4]}, relations {relations[:4]}, "
-        f"places {places[:4]}; expected one thing, or two and a relation, and a place, such as {example!r}. "
+        f"backgrounds {backgrounds[:4]}; expected one thing, or two and a relation, and a background, "
+        f"such as {example!r}. "
         f"Things: {', '.join(KINDS)}; colours: {', '.join(COLOURS)}; relations: {', '.join(RELATIONS)}; "
-        f"places: {', '.join(BACKGROUNDS.values())}")
+        f"backgrounds: {', '.join(BACKGROUNDS.values())}")
 
 # %% ../../nbs/data/06_synthetic.ipynb #001ef3e3
 def ellipse(
@@ -124,12 +131,17 @@ def _ray(t): return [(ρ*math.sin(t+d), ρ*math.cos(t+d)) for ρ,d in ((.64,-.13
 
 _HALF_VASE = [(.3,-.9),(.2,-.72),(.2,-.5),(.5,-.18),(.62,.16),(.5,.5),(.3,.7),(.42,.92)]
 
-# %% ../../nbs/data/06_synthetic.ipynb #cd77886e
+# %% ../../nbs/data/06_synthetic.ipynb #cd12c9c3
 _BROWN,_LEAF,_DARK,_PALE = (118,76,42),(58,140,58),(40,34,40),(252,238,170)
+_SHIP = [ # back to front: (outline, shade of the own colour or a fixed colour)
+    (_box(-.07,-.95,.05,.4), _BROWN),
+    ([(.1,-.9),(.86,.2),(.1,.2)], 1.),
+    ([(-.12,-.62),(-.12,.2),(-.72,.2)], 1.35),
+    ([(-.98,.34),(.98,.34),(.62,.88),(-.62,.88)], .86)]
+
+# %% ../../nbs/data/06_synthetic.ipynb #cd77886e
 _PARTS = dict( # of each kind, back to front: (outline, shade of the own colour or a fixed colour)
-    ship=[(_box(-.07,-.95,.05,.4), _BROWN), ([(.1,-.9),(.86,.2),(.1,.2)], 1.),
-          ([(-.12,-.62),(-.12,.2),(-.72,.2)], 1.35),
-          ([(-.98,.34),(.98,.34),(.62,.88),(-.62,.88)], .86)],
+    ship=_SHIP,
     house=[(_box(.34,-.86,.58,-.3), .6), (_box(-.72,-.12,.72,.9), 1.), ([(-.94,-.06),(0,-.9),(.94,-.06)], .8),
            (_box(-.18,.3,.18,.9), _DARK), (_box(-.56,.14,-.28,.44), _PALE), (_box(.28,.14,.56,.44), _PALE)],
     tree=[(_box(-.14,.2,.14,.95), _BROWN), (ellipse(-.42,.06,.44), .9), (ellipse(.42,.06,.44), .9),
@@ -325,10 +337,11 @@ def _depth(mask, layout):
     for t in layout.things: depth[mask==KINDS.index(t.kind)+1] = t.distance
     return torch.from_numpy(depth)[None]
 
+# %% ../../nbs/data/06_synthetic.ipynb #73537ab0
 def draw_scene(
     scene:Scene, # or a sentence
     size:int=64, # side of the picture
-    seed:int=None, # of small variations of place, size and shade; None: none
+    seed:int=None, # of small variations of position, size and shade; None: none
 )->dict: # image (3,H,W) in [-1,1], mask (H,W) and depth (1,H,W)
     """Picture, class of each pixel (0 background, then `KINDS`), and its distance from 0 to 1 (infinity).
     Raises ValueError for a sentence that is no scene, and for a size below 16."""
@@ -373,9 +386,10 @@ def _sample_scene(rng, test):
 # %% ../../nbs/data/06_synthetic.ipynb #e1123e62
 def near_miss(
     caption:str, # of a scene of the training split
-    seed:int=0, # which of them
+    seed:int=0, # which mistake
 )->str: # never one of a held-out scene
-    """The same sentence with one mistake: the relation reversed, colours or kinds exchanged, or else another place.
+    """The same sentence with one mistake: the relation reversed, colours or kinds exchanged, or else another
+    background.
     Raises ValueError as `parse_scene` does."""
     s,rng = parse_scene(caption),random.Random(seed)
     form = next((f for f in range(2*len(FORMS)) if s.caption(f)==caption), 0)
@@ -388,6 +402,7 @@ def near_miss(
     if not wrong: wrong = [replace(s, background=b) for b in BACKGROUNDS if b!=s.background]
     return rng.choice(wrong).caption(form)
 
+# %% ../../nbs/data/06_synthetic.ipynb #c1a5205a
 def paraphrase(
     caption:str, # of a scene
     seed:int=0, # which words
@@ -435,16 +450,19 @@ class SyntheticScenes(Pictures):
 
 # %% ../../nbs/data/06_synthetic.ipynb #c500e7b2
 @patch
-def scene(self:SyntheticScenes, i:int)->Scene: # the parameters
+def scene(self:SyntheticScenes,
+    i:int, # its number, from 0
+)->Scene: # the parameters
     "Scene `i`, not drawn."
     return self._sample(i)[0]
 
 @patch(as_prop=True)
 def caption(self:SyntheticScenes)->list: # of sentences
-    "The sentence of each scene."
+    "The sentence of each scene, in a new list: all are built at each access, so keep it where you need it twice."
     samples = (self._sample(i) for i in range(self.n))
     return [scene.caption(form) for scene,form,_ in samples]
 
+# %% ../../nbs/data/06_synthetic.ipynb #87289965
 @patch
 def pixels(self:SyntheticScenes, idxs)->torch.Tensor: # uint8 (B,3,H,W)
     "The pictures at `idxs`, as bytes."
