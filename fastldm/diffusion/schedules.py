@@ -20,7 +20,7 @@ class Schedule(Module):
     def forward(self,
         t:torch.Tensor, # times in [0,1], any shape
     )->tuple: # `(alpha, sigma)` of that shape; at `t=0` exactly `(1, 0)`: the image itself
-        "Both scales at `t`."
+        "Compute both scales at `t`."
         positive = t>0
         safe = torch.where(positive, t, self.t_min)
         alpha = torch.where(positive, self.alpha(safe), 1.)
@@ -30,12 +30,12 @@ class Schedule(Module):
     def log_snr(self,
         t:torch.Tensor, # times in (0,1]
     )->torch.Tensor: # `log(alpha²/sigma²)`, falling in `t`
-        "The signal-to-noise ratio, as a natural logarithm (Kingma et al. 2021)."
+        "Compute the logarithm of the signal-to-noise ratio (Kingma et al. 2021)."
         return 2*(self.alpha(t).log() - self.sigma(t).log())
 
 # %% ../../nbs/diffusion/01_schedules.ipynb #d16efa33
 def _derivative(function, t):
-    "Of a function of time, elementwise."
+    "Differentiate a function of time, elementwise."
     with torch.enable_grad():
         t = t.detach().requires_grad_()
         value = function(t) + 0*t                      # a constant has a derivative too
@@ -45,14 +45,14 @@ def drift(
     schedule, # a `Schedule`
     t:torch.Tensor, # times in (0,1]
 )->torch.Tensor: # `f(t)`, the rate at which the image fades
-    "The linear drift of the forward SDE, from the derivative of its mean (Song et al. 2021b, eq. 5)."
+    "Derive the linear drift of the forward SDE, from the derivative of its mean (Song et al. 2021b, eq. 5)."
     return _derivative(lambda u: schedule.alpha(u).log(), t)
 
 def diffusion(
     schedule, # a `Schedule`
     t:torch.Tensor, # times in (0,1]
 )->torch.Tensor: # `g(t)`, the rate at which noise comes in
-    "The diffusion coefficient of the forward SDE, from the derivative of its variance (Song et al. 2021b, eq. 5)."
+    "Derive the diffusion coefficient of the forward SDE from its variance (Song et al. 2021b, eq. 5)."
     growth = _derivative(lambda u: schedule.sigma(u)**2, t)
     g2 = growth - 2*drift(schedule, t)*schedule.sigma(t)**2
     return g2.clamp(min=0).sqrt()
@@ -62,7 +62,7 @@ def time_of_log_snr(
     schedule, # a `Schedule`
     log_snr:torch.Tensor, # values to reach, any shape
 )->torch.Tensor: # times in (0,1], double precision, clamped to the ends of the schedule
-    "The time at which a schedule reaches a log-SNR."
+    "Find the time at which a schedule reaches a log-SNR, by bisection."
     target = log_snr.double()
     low = torch.full_like(target, 1e-9)                # not 0, where sigma may vanish and the log-SNR is infinite
     high = torch.ones_like(target)
@@ -130,7 +130,8 @@ class SqrtLinear(Schedule):
         self.T = T
         betas = torch.linspace(beta_start**.5, beta_end**.5, T, dtype=torch.double)**2
         log_abar = torch.log1p(-betas).cumsum(0)
-        log_abar = torch.cat([torch.zeros(1).double(), log_abar])        # step 0, so that times below 1/T interpolate too
+        # step 0, so that times below 1/T interpolate too
+        log_abar = torch.cat([torch.zeros(1).double(), log_abar])
         self.register_buffer('log_abar', log_abar, persistent=False)
 
     def time_of_step(self, i): return (i+1)/self.T                       # steps are counted from 0
@@ -178,12 +179,12 @@ class Flow(Schedule):
 
 # %% ../../nbs/diffusion/01_schedules.ipynb #b6d4d7ff
 def _stratified(n, device=None):
-    "Uniform numbers in [0,1), one in each of `n` equal slices."
+    "Draw uniform numbers in [0,1), one in each of `n` equal slices."
     shift = torch.rand(1, device=device)
     return (shift + torch.arange(n, device=device)/n).remainder(1)
 
 def _stratified_normal(n, device=None):
-    "The same as standard normal numbers: pushed through the normal quantile function."
+    "Draw the same as standard normal numbers: pushed through the normal quantile function."
     return torch.special.ndtri(_stratified(n, device).clamp(1e-4, 1-1e-4))
 
 def uniform_t(
@@ -191,7 +192,7 @@ def uniform_t(
     n:int, # how many
     device=None, # of the times
 )->torch.Tensor: # (n,) in [t_min,1]
-    "Uniform times, one in each of `n` equal slices (Kingma et al. 2021, appendix I)."
+    "Draw uniform times, one in each of `n` equal slices (Kingma et al. 2021, appendix I)."
     return schedule.t_min + (1-schedule.t_min)*_stratified(n, device)
 
 # %% ../../nbs/diffusion/01_schedules.ipynb #ac1c3f2f
@@ -202,7 +203,7 @@ def logit_normal_t(
     mean:float=0., # of the logit
     std:float=1., # of the logit
 )->torch.Tensor: # (n,) in [t_min,1)
-    "Times whose logit is normal: more of the middle (Esser et al. 2024)."
+    "Draw times whose logit is normal: more of the middle (Esser et al. 2024)."
     logit = mean + std*_stratified_normal(n, device)
     return torch.sigmoid(logit).clamp(min=schedule.t_min)
 
@@ -213,6 +214,6 @@ def log_normal_t(
     mean:float=-1.2, # of log(sigma/alpha)
     std:float=1.2, # of log(sigma/alpha)
 )->torch.Tensor: # (n,) in (0,1]
-    "Times at which `sigma/alpha` is log-normal (Karras et al. 2022, table 1)."
+    "Draw times at which `sigma/alpha` is log-normal (Karras et al. 2022, table 1)."
     log_sigma = mean + std*_stratified_normal(n, device)
     return time_of_log_snr(schedule, -2*log_sigma).float()
