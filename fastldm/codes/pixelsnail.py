@@ -22,8 +22,9 @@ from ..diffusion.unet import attend
 
 # %% ../../nbs/codes/02_pixelsnail.ipynb #f70008d1
 def _elu(x):
-    "ELU (Clevert et al. 2015). PyTorch's is not vectorised on a CPU, and takes 7 to 8 times as long there."
+    "Compute ELU (Clevert et al. 2015). PyTorch's is not vectorised on a CPU, and takes 7 to 8 times as long there."
     if x.is_cuda: return F.elu(x)
+    # the gradient at exactly 0 is 0, where that of `F.elu` is 1; an input is hardly ever exactly 0
     return F.relu(x) + (-F.relu(-x)).expm1()
 
 class CausalConv2d(nn.Module):
@@ -48,7 +49,7 @@ class CausalConv2d(nn.Module):
 
 # %% ../../nbs/codes/02_pixelsnail.ipynb #91b37337
 class CodeConv(nn.Module):
-    "Causal convolution of one-hot codes before the position: one row of a table for each tap, added up."
+    "Strictly causal convolution of one-hot codes, done as a lookup: sum one table row per tap."
     def __init__(self,
         n_codes, # codes run from 0 to `n_codes-1`
         c_out, # channels out
@@ -179,7 +180,7 @@ def _check_sizes(channels, n_heads, kernel, **sizes):
 # %% ../../nbs/codes/02_pixelsnail.ipynb #5534de1c
 class PixelSNAIL(Module):
     """Probabilities of a map of codes, each given those before it, a coarser map and a text (Chen et al. 2017).
-    Raises `ValueError` for sizes that cannot be."""
+    Raises `ValueError` for invalid sizes."""
     def __init__(self,
         n_codes:int=512, # codes in the book
         shape=(8,8), # rows and columns of the map
@@ -217,7 +218,7 @@ def condition(self:PixelSNAIL,
     above=None, # codes of the coarser level, (n,h',w')
     text=None, # (n,1+L,d_text); None: the empty text
 )->tuple: # (n,h,w,channels) for the layers, and the tokens of the text
-    "What is known of each position before any code: its coordinates, the coarser level, the text."
+    "Compute what is known of each position before any code: its coordinates, the coarser level, the text."
     rows, columns = (torch.linspace(-1, 1, side, device=self.where.weight.device) for side in self.shape)
     coordinates = torch.stack(torch.meshgrid(rows, columns, indexing='ij'), -1)
     known = self.where(coordinates).expand(n,-1,-1,-1)
@@ -233,7 +234,7 @@ def logits(self:PixelSNAIL,
     condition:torch.Tensor, # (B,rows,w,channels), see `condition`
     tokens:torch.Tensor, # of the text, or None
 )->torch.Tensor: # (B,rows,w,n_codes)
-    "Logits at all positions at once."
+    "Compute the logits at all positions at once."
     x, code = self.first(codes), self.code(codes)
     for layer in self.layers: x = layer(x, condition, code, tokens)
     return self.head(_elu(self.norm(x)))
@@ -244,7 +245,7 @@ def forward(self:PixelSNAIL,
     above:torch.Tensor=None, # codes of the coarser level, (B,h',w')
     text:torch.Tensor=None, # (B,1+L,d_text)
 )->torch.Tensor: # logits (B,n_codes,h,w)
-    "Logits at all positions; in training, some texts are dropped."
+    "Compute the logits at all positions; in training, drop some texts."
     self.check(codes, above, text)
     if self.training and text is not None:
         keep = torch.rand(len(text),1,1, device=text.device) >= self.drop_text
@@ -303,7 +304,7 @@ def pixelsnail_loss(
 
 # %% ../../nbs/codes/02_pixelsnail.ipynb #3b4f8c8b
 def _level_of(model, codes):
-    "The level of codes that has the model's shape."
+    "Find the level of codes that has the model's shape."
     shapes = [tuple(c.shape[1:]) for c in codes]
     if model.shape in shapes: return shapes.index(model.shape)
     raise ValueError(f"the codes are {shapes}, expected a level of {model.shape} for this prior")
@@ -315,7 +316,7 @@ def bits_per_code(
     level:int=None, # of the codes; None: the first of the model's shape
     batch_size:int=64, # maps at a time
 )->float: # bits
-    """Mean bits per code over a data set, in eval mode.
+    """Measure the mean bits per code over a data set, in eval mode.
     Raises `ValueError` where no level has the model's shape."""
     total, device = 0., next(model.parameters()).device
     with evaluating(model):
@@ -334,7 +335,7 @@ def unigram_bits(
     test:torch.Tensor=None, # (M,h,w) to code with these counts; None: the same
     n_codes:int=None, # codes in the book; None: as many as the largest needs
 )->float: # bits
-    "Bits per code of a model that knows how often each code occurs (each counted once more than it did)."
+    "Compute the bits per code of a model that knows how often each code occurs (counted once more than it did)."
     test = codes if test is None else test
     n = n_codes or int(max(codes.max(),test.max()))+1
     counts = torch.bincount(codes.flatten(), minlength=n).double()+1
@@ -375,7 +376,7 @@ def file(self:EarlyStopCB, learn):
 
 @patch
 def keep(self:EarlyStopCB, learn, bits):
-    "These weights are the best so far."
+    "Keep these weights: they are the best so far."
     from safetensors.torch import save_file
     self.best, self.since = bits, 0
     self.weights = {k:v.detach().cpu().clone().contiguous() for k,v in learn.ema_model.state_dict().items()}
@@ -403,7 +404,7 @@ def choose_codes(
     top_k:int=None, # only the most probable codes; None: all
     top_p:float=None, # only the fewest codes with this probability together; None: all
 )->torch.Tensor: # (n,) codes
-    "One code from each row, by inverting the distribution function at `u`."
+    "Draw one code from each row, by inverting the distribution function at `u`."
     if not temperature: return logits.argmax(-1)
     p = (logits.double()/temperature).softmax(-1)
     if top_k or top_p is not None:
@@ -430,7 +431,7 @@ def _check_settings(n, temperature, guidance_scale, top_k, top_p, text):
         raise ValueError(f"guidance_scale={guidance_scale}, but no text was given to be guided by")
 
 def _uniform_numbers(model, n, seed, first):
-    "One number for each code of each sample, (n,h*w); those of the coarser level are passed over."
+    "Draw one number for each code of each sample, (n,h*w); those of the coarser level are passed over."
     coarser = 2*math.prod(model.above[1]) if model.above else 0
     size = coarser+math.prod(model.shape)
     rows = [torch.rand(size, generator=g, dtype=torch.float64)[coarser:] for g in sample_generators(seed, n, first)]
@@ -480,17 +481,23 @@ def sample_codes_slow(
     n:int, # number of maps
     **settings, # as in `sample_codes`
 )->torch.Tensor: # (n,h,w)
-    "The same as `sample_codes`, by the whole network once a code: the reference."
+    "Draw the same as `sample_codes`, by the whole network once per code: the reference."
     return _sample(whole_network, model, n, **settings)
 
 # %% ../../nbs/codes/02_pixelsnail.ipynb #da1b6371
 def _packed_linear(weight, bias, n): # (O,K), (O,) or None -> a function of x (n,K) that gives (n,O)
-    "A linear layer for inputs of `n` rows, on a CPU with its weights laid out once as the kernel reads them."
-    kernels = torch.ops.mkldnn
+    """Make a linear layer for inputs of `n` rows; on a CPU, weights are packed once for oneDNN.
+    The kernels are private to PyTorch: where they are missing or changed, `F.linear` does the same, more slowly."""
+    def plain(x): return F.linear(x, weight, bias)
     can_pack = weight.device.type=='cpu' and weight.dtype==torch.float32 and torch.backends.mkldnn.is_available()
-    if not can_pack or not hasattr(kernels, '_reorder_linear_weight'): return lambda x: F.linear(x, weight, bias)
-    packed = kernels._reorder_linear_weight(weight.detach().contiguous(), n)
-    return lambda x: kernels._linear_pointwise(x, packed, bias, 'none', [], '')
+    if not can_pack: return plain
+    try:
+        kernels = torch.ops.mkldnn
+        packed = kernels._reorder_linear_weight(weight.detach().contiguous(), n)
+        def fast(x): return kernels._linear_pointwise(x, packed, bias, 'none', [], '')
+        is_right = fast(weight.new_zeros(n, weight.shape[1])).shape==(n,len(weight))    # a trial, with all arguments
+    except (AttributeError,RuntimeError,TypeError,NotImplementedError): return plain
+    return fast if is_right else plain
 
 # %% ../../nbs/codes/02_pixelsnail.ipynb #27f9751b
 class _ConvStep:
@@ -513,13 +520,13 @@ class _ConvStep:
         return y
 
     def begin_row(self):
-        "What the rows above contribute to each position of this row."
+        "Compute what the rows above contribute to each position of this row."
         n = len(self.above)
         windows = self.above.unfold(1,self.k,1).permute(0,1,4,2,3).reshape(n*self.w,-1)
         self.base = self.of_above(windows).view(n,self.w,-1)
 
     def end_row(self):
-        "All rows move up by one."
+        "Move all rows up by one."
         inner = slice(self.k//2, self.k//2+self.w)                                  # without the zeros
         self.above[:,inner] = torch.cat([self.above[:,inner,1:], self.row[:,self.k-1:,None]], 2)
 
