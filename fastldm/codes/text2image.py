@@ -75,7 +75,7 @@ def _per_level(settings, n_levels):
     "The settings of each level: a list has one value for each, anything else is for all."
     for name, value in settings.items():
         if isinstance(value, (list,tuple)) and len(value)!=n_levels:
-            raise ValueError(f'{name}={value!r}: expected a number, or {n_levels} of them, one a level')
+            raise ValueError(f'{name}={value!r}: expected a number, or {n_levels} of them, one per level')
     def of(level): return {k:v[level] if isinstance(v, (list,tuple)) else v for k,v in settings.items()}
     return [of(level) for level in range(n_levels)]
 
@@ -135,14 +135,14 @@ def _best(self:TextToImage, images, prompts, candidates):
 @torch.no_grad()
 def sample(self:TextToImage,
     prompt=None, # a text for all images, or a list with one an image; None: of anything
-    n:int=None, # number of images; None: 1, or one a prompt
+    n:int=None, # number of images; None: 1, or one per prompt
     *,
     prior:str=None, # 'codes' or 'diffusion'; None: the first that the model has, diffusion where there is a constraint
     seed:int=None, # whole number: the same seed gives the same images; None: new ones each time
     candidates:int=1, # images sampled for each one kept; the text encoder chooses
     batch_size:int=64, # images at a time
     progress:bool=False, # show bars
-    **how, # codes: temperature, top_k, top_p, guidance_scale (each a value, or one a level);
+    **how, # codes: temperature, top_k, top_p, guidance_scale (each a value, or one per level);
            # diffusion: steps, step, times, guidance_scale, interval, precision, constraint
 )->torch.Tensor: # (n,C,H,W) in [0,1]
     """Sample images of a text.

@@ -44,7 +44,7 @@ class PosteriorDenoiser:
     def __init__(self,
         denoise, # the denoiser, guided or not
         measure, # differentiable: from latents to what was measured
-        y:torch.Tensor, # what was measured, one row a sample
+        y:torch.Tensor, # what was measured, one row per sample
         noise:float=.1, # its standard deviation
         iters:int=4, # conjugate gradients a call
     ):
@@ -82,7 +82,7 @@ def check_pictures(
     raise ValueError(f'{caller} takes pictures (C,H,W) or (B,C,H,W) in [-1,1]; given {given}')
 
 def check_region(
-    region:torch.Tensor, # (H,W), or (n,1,H,W) with one a picture
+    region:torch.Tensor, # (H,W), or (n,1,H,W) with one per picture
     images:torch.Tensor, # (n,C,H,W)
     name:str='region', # what it is called in the message
 )->torch.Tensor: # (n,1,H,W) booleans
@@ -93,26 +93,26 @@ def check_region(
     one_each = region.ndim==4 and len(region) in (1,len(images))
     if region.shape[-2:]!=images.shape[-2:] or not (region.ndim==2 or one_each):
         raise ValueError(f'the {name} has shape {tuple(region.shape)}, the pictures {tuple(images.shape)}: '
-                         'give (H,W), or (n,1,H,W) with one a picture')
+                         'give (H,W), or (n,1,H,W) with one per picture')
     return region.expand(len(images), 1, -1, -1)
 
 # %% ../../nbs/diffusion/07_constraints.ipynb #d34d463c
 class PictureConstraint(Constraint):
-    "A constraint that rests on pictures: one for all samples, or one a sample."
+    "A constraint that rests on pictures: one for all samples, or one per sample."
     def __init__(self,
-        *data, # tensors with one row, or one a sample; the pictures, or what was measured of them, come first
+        *data, # tensors with one row, or one per sample; the pictures, or what was measured of them, come first
     ):
         self.data = data
 
     def measure(self, pictures, *data): return pictures # as `data[0]` is
 
     def prepare(self, ldm, n):
-        """The tensors with a row a sample.
+        """The tensors with a row per sample.
 
         Raises `ValueError` for another number of pictures, or pictures that the model does not make."""
         given = self.data[0]
         if len(given) not in (1,n):
-            raise ValueError(f'{len(given)} pictures were given for {n} samples: give one, or one a sample')
+            raise ValueError(f'{len(given)} pictures were given for {n} samples: give one, or one per sample')
         blank = ldm.decode(torch.zeros(1, *ldm.shape)).cpu()
         try: fits = self.measure(blank, *(d[:1].cpu() for d in self.data)).shape[1:]==given.shape[1:]
         except RuntimeError: fits = False                       # shapes that cannot be combined
@@ -127,7 +127,7 @@ class LinearInverse(PictureConstraint):
     step = 'ddpm_step'
     steps = 50
     def __init__(self,
-        data, # tensors with one row, or one a sample; what was measured comes first
+        data, # tensors with one row, or one per sample; what was measured comes first
         measure, # `(pictures in [-1,1], *data) -> what was measured`, differentiable
         finish=None, # `(pictures, *data) -> pictures`, the last touch
         noise:float=.1, # standard deviation of what was measured
@@ -147,8 +147,8 @@ class LinearInverse(PictureConstraint):
 
 # %% ../../nbs/diffusion/07_constraints.ipynb #640fc05e
 def inpaint(
-    images:torch.Tensor, # (C,H,W), or (n,C,H,W) with one a sample, in [-1,1]
-    hole:torch.Tensor, # (H,W), or (n,1,H,W) with one a sample: true where the picture is to be made up
+    images:torch.Tensor, # (C,H,W), or (n,C,H,W) with one per sample, in [-1,1]
+    hole:torch.Tensor, # (H,W), or (n,1,H,W) with one per sample: true where the picture is to be made up
     paste:bool=True, # put the known pixels back at the end
     **kw, # `noise` and `iters` of `LinearInverse`
 )->Constraint: # for `sample(constraint=...)`
@@ -163,7 +163,7 @@ def inpaint(
 
 # %% ../../nbs/diffusion/07_constraints.ipynb #fc490592
 def upscale(
-    images:torch.Tensor, # (C,h,w), or (n,C,h,w) with one a sample, in [-1,1]
+    images:torch.Tensor, # (C,h,w), or (n,C,h,w) with one per sample, in [-1,1]
     factor:int, # how many times as large the result is, in each direction
     **kw, # `noise` and `iters` of `LinearInverse`
 )->Constraint: # for `sample(constraint=...)`
@@ -182,7 +182,7 @@ class Variation(PictureConstraint):
     def __init__(self,
         images:torch.Tensor, # (1 or n,C,H,W) in [-1,1]
         strength:float, # time up to which they are noised, in (0,1]
-        *data, # further tensors, with one row or one a sample
+        *data, # further tensors, with one row or one per sample
     ):
         super().__init__(images, *data)
         if not 0<strength<=1: raise ValueError(f'strength={strength!r}: expected a number above 0 and at most 1')
@@ -197,7 +197,7 @@ class Variation(PictureConstraint):
         return denoise, noised, torch.cat([s[None], ts[ts<s]])
 
 def vary(
-    images:torch.Tensor, # (C,H,W), or (n,C,H,W) with one a sample, in [-1,1]
+    images:torch.Tensor, # (C,H,W), or (n,C,H,W) with one per sample, in [-1,1]
     strength:float=.6, # time up to which it is noised: near 0 the picture, 1 another one
 )->Constraint: # for `sample(constraint=...)`
     """Pictures like `images` (SDEdit, Meng et al. 2022).

@@ -39,8 +39,8 @@ class RegionEdit(Variation):
     def finish(self, pictures, image, region): return torch.where(region>0, pictures, image)
 
 def edit(
-    images:torch.Tensor, # (C,H,W), or (n,C,H,W) with one a sample, in [-1,1]
-    region:torch.Tensor, # (H,W), or (n,1,H,W) with one a sample: true where the picture may change
+    images:torch.Tensor, # (C,H,W), or (n,C,H,W) with one per sample, in [-1,1]
+    region:torch.Tensor, # (H,W), or (n,1,H,W) with one per sample: true where the picture may change
     strength:float=.8, # time up to which it is noised: near 0 little changes, 1 redraws the region
 )->Constraint: # for `sample(constraint=...)`, with the conditions of the new picture
     """Redraw a region under other conditions, and keep the rest.
@@ -88,7 +88,7 @@ class Inversion(Constraint):
 
         Raises `ValueError` for another number of pictures, or conditions that make no sense."""
         if len(self.images) not in (1,n):
-            raise ValueError(f'{len(self.images)} pictures were given for {n} samples: give one, or one a sample')
+            raise ValueError(f'{len(self.images)} pictures were given for {n} samples: give one, or one per sample')
         z = ldm.encode(self.images)
         conditioner = ldm.denoiser.conditioner
         self.fields = {} if conditioner is None else conditioner.parse(n, ldm.device, **self.conditions)
@@ -104,7 +104,7 @@ class Inversion(Constraint):
         return denoise, z, ts
 
 def invert(
-    images:torch.Tensor, # (C,H,W), or (n,C,H,W) with one a sample, in [-1,1]
+    images:torch.Tensor, # (C,H,W), or (n,C,H,W) with one per sample, in [-1,1]
     rounds:int=2, # of `ddim_inverse_step`
     **conditions, # of the picture as it is
 )->Constraint: # for `sample(constraint=...)`, with the conditions of the new picture
