@@ -39,14 +39,15 @@ def seed_by(
 class Batches:
     "All batches of a run: `batches[m]` depends on `seed` and `m` alone."
     def __init__(self,
-        data, # `data[i] -> dict`, or `data.__getitems__(indices)` -> the stacked dict
+        data, # `data[i] -> dict`, or `data.__getitems__(indices)` -> the stacked dict; may have an order of its own:
+              # `data.order(generator)` -> the indices of an epoch, drawn with that generator alone
         batch_size:int, # examples in a batch, over all processes
         seed:int=0, # of the order of the data
         rank:int=0, # number of this process
         world:int=1, # number of processes
     ):
         store_attr()
-        self.n_epoch = len(data)//batch_size               # batches in an epoch
+        self.batches_per_epoch = len(data)//batch_size
         self.epoch = None                                  # whose order is in `self.order`
 
     def shuffled(self,
@@ -60,8 +61,9 @@ class Batches:
     def indices(self,
         m:int, # number of the batch, from 0
     )->list: # indices of the data
-        "Which examples batch `m` holds, over all processes."
-        epoch, batch = divmod(m, self.n_epoch)
+        """Which examples batch `m` holds, over all processes.
+        It depends on `m`, `batch_size`, `seed`, and the length of the data or its `order`; not on `world`."""
+        epoch, batch = divmod(m, self.batches_per_epoch)
         if epoch!=self.epoch:
             self.order = self.shuffled(epoch)
             self.epoch = epoch
@@ -271,7 +273,7 @@ def setup(self:Learner):
     self.params = [p for p in self.model.parameters() if p.requires_grad]
     adamw = partial(torch.optim.AdamW, betas=self.betas, weight_decay=self.weight_decay)
     optimizer = (self.optimizer or adamw)(self.params, lr=self.lr)
-    self.net, self.opt = acc.prepare(_LossOf(self.model, self.loss_fn), optimizer)
+    self.loss_module, self.opt = acc.prepare(_LossOf(self.model, self.loss_fn), optimizer)
     if self.ema is not None: self.setup_average()
     self.batches = Batches(self.data, self.batch_size, self.seed, acc.process_index, acc.num_processes)
     self.shared = self.settings()
@@ -288,8 +290,8 @@ def train_step(self:Learner,
     for i in range(self.accumulate):
         batch = send_to_device(next(batches), self.acc.device, non_blocking=True)
         seed_by(self.seed, 'step', self.step, i, self.acc.process_index)
-        with self.acc.accumulate(self.net):
-            out = self.net(batch)
+        with self.acc.accumulate(self.loss_module):
+            out = self.loss_module(batch)
             self.acc.backward(out['loss'])
             if self.clip and self.acc.sync_gradients:
                 out['grad_norm'] = self.acc.clip_grad_norm_(self.params, self.clip)
@@ -326,7 +328,7 @@ def average(self:Learner):
 # %% ../../nbs/core/02_train.ipynb #054b841b
 @patch
 def recent_values(self:Learner)->dict: # {name: values since the last row}
-    """What the steps gave since the last row of the log, as means over the processes.
+    """The logged values of each pass since the last row, averaged over processes.
     Raises `FloatingPointError` for a loss that is not finite."""
     values = {name: self.acc.reduce(torch.stack(passes).float(), 'mean').cpu() for name, passes in self.recent.items()}
     losses = values.get('loss', torch.zeros(0))
@@ -344,10 +346,11 @@ def fail_at(self:Learner,
     kept = "there is no checkpoint"
     if self.folder and self.checkpoint.exists():
         kept = f"the checkpoint of step {read_checkpoint(self.checkpoint)[0]['step']} is kept"
+    clip = '' if self.clip is None else ', or lower `clip`'
+    advice = f"Look at that batch, lower `lr`{' or' if not clip else ','} raise `warmup`{clip}"
     raise FloatingPointError(
         f"the loss is {losses[i]} in step {m//self.accumulate+1}, "
-        f"whose batch is {self.batches.indices(m)} of the data; {kept}. "
-        "Look at that batch, lower `lr`, raise `warmup`, or lower `clip`")
+        f"whose batch is {self.batches.indices(m)} of the data; {kept}. {advice}")
 
 # %% ../../nbs/core/02_train.ipynb #f6e4222d
 @patch
@@ -541,7 +544,8 @@ def load_optimizer(self:Learner,
 # %% ../../nbs/core/02_train.ipynb #372073f2
 @contextmanager
 def _locked(folder):
-    "Hold the folder while the block runs. Raises `RuntimeError` where another process holds it."
+    """Hold the folder while the block runs; without a folder, as in all processes but the main one, nothing is held.
+    Raises `RuntimeError` where another process holds it."""
     try: import fcntl
     except ImportError: fcntl = None                       # Windows
     if not folder or not fcntl:
@@ -553,7 +557,8 @@ def _locked(folder):
         except (BlockingIOError, PermissionError):
             raise RuntimeError(f"another process is training in {folder}: "
                                "wait until it ends, or give another folder") from None
-        for half in folder.glob('.checkpoint-*.safetensors'): half.unlink(missing_ok=True)   # killed while saving
+        for unfinished in folder.glob('.checkpoint-*.safetensors'): # its process was killed while saving
+            unfinished.unlink(missing_ok=True)
         yield
 
 # %% ../../nbs/core/02_train.ipynb #358310c0
