@@ -231,18 +231,20 @@ class Flowers17(ImageFolder):
             if found := _read_labels(folder) or self.read_layout(folder): return found
         raise not_found(type(self).__name__, root, self.how_to_get)
 
-    def read_layout(self, folder):
-        """(files, labels, classes) in the authors' layout: pictures 1 to 80 are of the first class, and so on; None
-        without files. Raises ValueError unless all 1,360 are there."""
-        files = sorted((folder/'jpg').glob('image_*.jpg'))
-        if not files: return None
-        expected = {f'image_{number:04d}.jpg' for number in range(1, 17*80+1)}
-        different = sorted({f.name for f in files}^expected)
-        if different:
-            raise ValueError(f"{folder/'jpg'} has {len(files)} pictures; image_0001.jpg to image_1360.jpg are expected, "
-                             f"and {different[0]} is missing or of another set: unpack 17flowers.tgz again")
-        numbers = [int(f.stem.removeprefix('image_')) for f in files]
-        return files, [(number-1)//80 for number in numbers], [str(i) for i in range(17)]
+# %% ../../nbs/data/01_public.ipynb #5d1abba5
+@patch
+def read_layout(self:Flowers17, folder):
+    """(files, labels, classes) in the authors' layout: pictures 1 to 80 are of the first class, and so on; None
+    without files. Raises ValueError unless all 1,360 are there."""
+    files = sorted((folder/'jpg').glob('image_*.jpg'))
+    if not files: return None
+    expected = {f'image_{number:04d}.jpg' for number in range(1, 17*80+1)}
+    different = sorted({f.name for f in files}^expected)
+    if different:
+        raise ValueError(f"{folder/'jpg'} has {len(files)} pictures, expected are image_0001.jpg to image_1360.jpg; "
+                         f"{different[0]} is missing or of another set: unpack 17flowers.tgz again")
+    numbers = [int(f.stem.removeprefix('image_')) for f in files]
+    return files, [(number-1)//80 for number in numbers], [str(i) for i in range(17)]
 
 # %% ../../nbs/data/01_public.ipynb #21426cd4
 class Flowers5(Flowers17):
