@@ -71,7 +71,7 @@ def import_module_of(
 def train_cli(
     recipe:str, # a recipe by name; `folder` for pictures of your own
     out:str=None, # where the model goes (default: runs/RECIPE)
-    data:str=None, # for `folder`: pictures, one folder a class, or flat; for `captioned`: a folder, table or zip file
+    data:str=None, # for `folder`: pictures, one folder per class, or flat; for `captioned`: a folder, table or zip file
     model:str=None, # for `local`: the base, a shipped model or a folder
     kinds:str=None, # for `local`: edges, segmentation, silhouette, depth or colour; several with + between them
     root:str=None, # where a public data set is looked for first

@@ -43,7 +43,7 @@ def train_adapter(
     width:float=2., # of the adapter, over the U-Net's
     interval=(.5,1.), # times at which it is trained and used
     pictures=None, # a `ControlData` that is made already, to train several adapters
-    batch_size:int=32, # pictures a step
+    batch_size:int=32, # pictures per step
     seed:int=0, # of everything
     precision:str=None, # 'bf16' where the processor has it
     progress:bool=True, # show bars

@@ -60,8 +60,8 @@ def face_denoiser(
     ds, # a set of faces
     c_latent:int, # channels of its latents
     factor:int=4, # pixels to one position of the latent, in each direction
-    channels=(64,128), # of the U-Net, one number a level
-    n_blocks:int=1, # residual blocks a level
+    channels=(64,128), # of the U-Net, one number per level
+    n_blocks:int=1, # residual blocks per level
     d_context:int=128, # width of the tokens
     attrs='context', # slot of the attributes, as in `face_embedders`
     mask='context', # slot of the mask

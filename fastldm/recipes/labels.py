@@ -27,8 +27,8 @@ from .stages import (finish, licence_line, recipe, run_stage, train_autoencoder,
 def label_denoiser(
     ds, # a set of pictures, with or without labels
     c_latent:int, # channels of its latents
-    channels=(64,128), # of the U-Net, one number a level
-    n_blocks:int=1, # residual blocks a level
+    channels=(64,128), # of the U-Net, one number per level
+    n_blocks:int=1, # residual blocks per level
     drop:float=.1, # rate at which the label is left out in training
     views:bool=False, # whether the set is `Augmented`
 )->Denoiser: # to be trained
@@ -64,7 +64,7 @@ def score_cb(
 
 # %% ../../nbs/recipes/01_labels.ipynb #c2894497
 def label_ldm(
-    data='digits', # a set by name, or a folder of pictures: one folder a class, or flat
+    data='digits', # a set by name, or a folder of pictures: one folder per class, or flat
     folder='runs/label_ldm', # where the stages and the model go
     root=None, # where the set is looked for first
     size:int=None, # side of the pictures, for a folder of them
@@ -72,7 +72,7 @@ def label_ldm(
     ae_channels=(48,64), # of the autoencoder
     ae_steps:int=6000, # of the autoencoder's training
     channels=(64,128), # of the U-Net
-    n_blocks:int=1, # residual blocks a level
+    n_blocks:int=1, # residual blocks per level
     steps:int=20000, # of the denoiser's training
     drop:float=.1, # rate at which the label is left out in training
     copies:int=1, # views of each picture, for few pictures: see `Augmented`
@@ -166,7 +166,7 @@ def train_evaluator(
     folder='runs/evaluator', # where it goes
     root=None, # where the set is looked for first
     epochs:int=8, # of training
-    batch_size:int=128, # pictures a step
+    batch_size:int=128, # pictures per step
     shift:int=2, # largest move, in pixels
     turn:float=0., # largest turn, in radians
     flip:bool=False, # mirror pictures: right for clothes, wrong for digits

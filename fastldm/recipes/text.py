@@ -98,7 +98,7 @@ _text_times = partial(logit_normal_t, mean=.8, std=1.2)
 def text_denoiser(
     c_latent:int, # channels of the latents
     d_text:int, # width of the text features
-    channels=(48,96), # of the U-Net, one number a level
+    channels=(48,96), # of the U-Net, one number per level
 )->Denoiser: # to be trained
     "A U-Net with self-attention at every level that attends to the tokens of a text."
     d_emb = 4*channels[0]
@@ -120,7 +120,7 @@ def text_to_image(
     prior_steps=(8000,8000), # of each level's prior, at most
     steps:int=8000, # of the diffusion prior's training
     channels=(48,96), # of the diffusion prior
-    prior_channels=(96,96), # of the other priors, one number a level
+    prior_channels=(96,96), # of the other priors, one number per level
     copies:int=1, # views of each picture for the priors, for few pictures on a plain ground: see `Augmented`
     codes:dict=None, # settings to draw by codes with, as in `TextToImage`
     diffusion:dict=None, # settings to draw by diffusion with, as in `TextToImage`
