@@ -103,7 +103,8 @@ def argument_hint(
         group = [here, *elsewhere.split()]
         if name not in group: continue
         known = [o for o in group if o in expected or '=' in o]
-        return f'did you mean {known[0]}?' if known else f'that would be {here!r}, which is not taken here'
+        if known: return f'did you mean {known[0]}?'
+        return '' if name==here else f'that would be {here!r}, which is not taken here'
     close = get_close_matches(name, list(expected), 1, .75)
     return f'did you mean {close[0]}?' if close else ''
 

@@ -8,7 +8,7 @@ __all__ = ['PROGRAMS', 'KINDS_OF_WORK', 'seconds', 'best_seconds', 'Ours', 'Diff
            'read_bandwidth']
 
 # %% ../../nbs/metrics/05_bench.ipynb #080bc0cd
-import math, subprocess, sys, threading, time
+import subprocess, sys, threading, time
 import torch, torch.nn.functional as F
 from functools import partial
 from ..codes.pixelsnail import PixelSNAIL, Stepper, sample_codes
