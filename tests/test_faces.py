@@ -265,7 +265,7 @@ def test_scores_of_faces(trained, given):
     from fastldm.diffusion import load
     from fastldm.recipes import evaluate_faces
     res = evaluate_faces(load('few'), 'few', 40, given, steps=2, progress=False)
-    assert res['given']==[*given] and res['n']==40
+    assert res['conditions']==[*given] and res['n']==40
     assert 0<=res['accuracy_mean']<=1 and 0<=res['iou_mean']<=1
     assert {*res['accuracy']}=={*DRAWN} and {*res['iou']}=={*PARTS8}
     assert res['fid']>0 and res['real_accuracy_mean']>0 and res['nearest']>0

@@ -323,7 +323,7 @@ def test_shifted_autoencoder():
 
 def test_no_pipeline(tokenizer, tmp_path):
     index = tmp_path/'model_index.json'
-    with pytest.raises(FileNotFoundError, match='no folder here'): from_diffusers('nobody/nothing')
+    with pytest.raises(FileNotFoundError, match='not a local folder'): from_diffusers('nobody/nothing')
     with pytest.raises(ValueError, match='no model_index.json'): from_diffusers(tmp_path)
     index.write_text('{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}')
     with pytest.raises(ValueError, match='could not be loaded'): from_diffusers(tmp_path)

@@ -144,7 +144,7 @@ def local_features(
 
 # %% ../../nbs/control/01_stable.ipynb #0a9d3284
 class Tabulated(Schedule):
-    "The process of a table of ᾱ, one value per step; between the steps the log-SNR is interpolated linearly."
+    "A noise schedule read from a table of ᾱ, one value per step; between the steps the log-SNR is interpolated linearly."
     def __init__(self,
         abar, # ᾱ of each step, falling
     ):
@@ -307,12 +307,12 @@ def _load_pipeline(name, options):
         raise ValueError(f'{name} is a file: {expected}, or `user/name` on the hub '
                          '(for a single file, load it with `StableDiffusionPipeline.from_single_file` and give that)')
     if folder.is_dir() and not (folder/'model_index.json').exists():
-        raise ValueError(f'{name} has no model_index.json, so it is no pipeline of diffusers: {expected}')
+        raise ValueError(f'{name} has no model_index.json, so it is not a pipeline of diffusers: {expected}')
     options = dict(use_safetensors=True)|options
     try: return load(str(folder if folder.is_dir() else name), **options)
     except Exception as e:
         if folder.is_dir(): raise ValueError(f'{name} could not be loaded ({type(e).__name__}: {e})') from e
-        raise FileNotFoundError(f'{str(name)!r} is no folder here, and could not be fetched from the Hugging Face hub '
+        raise FileNotFoundError(f'{str(name)!r} is not a local folder, and could not be fetched from the Hugging Face hub '
                                 f'({type(e).__name__}): check the name and the connection') from e
 
 # %% ../../nbs/control/01_stable.ipynb #f4e15c2e
@@ -350,7 +350,7 @@ def _latent_size(unet, vae, size):
     if size is None: return (trained,trained) if isinstance(trained, int) else tuple(trained)
     pixels = [size,size] if isinstance(size, int) else [*size]
     bad = [side for side in pixels if side<1 or side%vae.factor]
-    if bad: raise ValueError(f'size={size!r}: {bad[0]} is no multiple of {vae.factor}')
+    if bad: raise ValueError(f'size={size!r}: {bad[0]} is not a multiple of {vae.factor}')
     return tuple(side//vae.factor for side in pixels)
 
 # %% ../../nbs/control/01_stable.ipynb #54a060d1

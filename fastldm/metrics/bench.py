@@ -108,7 +108,7 @@ def race(
     side:int, # of the latent
     n:int, # pictures at a time
 )->dict: # pictures per second, by '{sample or train} {ours or theirs} {fp32 or bf16}'
-    "Time sampling in 20 calls and training steps of both programs."
+    "Time 20-call sampling and one training step of both libraries."
     set_seed(0)
     x = torch.randn(n, 4, side, side)
     rates = {}
@@ -201,7 +201,7 @@ def roofline(
     side:int=16, # of the latent
     n:int=64, # pictures at a time
 )->dict: # for fp32 and bf16: `peak_gflops`, `reached_gflops`, `share_of_peak`, and shares of the `time`
-    "The rate that our network reaches, over the largest that the processor reaches."
+    "Our network's FLOP rate as a share of the processor's peak."
     from torch.utils.flop_counter import FlopCounterMode
     model = Ours.network(width, side).eval()
     x = torch.randn(n, 4, side, side)

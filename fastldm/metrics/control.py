@@ -96,7 +96,7 @@ def coloured_edges(
 
     Raises `ValueError` for other shapes."""
     edges, _, m = _check_edges(edges, edges, region)
-    green = torch.tensor([.35,1.,.45]).view(1,3,1,1)
-    red = torch.tensor([1.,.35,.3]).view(1,3,1,1)
+    green = edges.new_tensor([.35,1.,.45]).view(1,3,1,1)
+    red = edges.new_tensor([1.,.35,.3]).view(1,3,1,1)
     shade = .12*m*(1-edges)
     return edges*(m*green+(1-m)*red) + shade

@@ -86,7 +86,7 @@ def predict(self:SceneClassifier,
 
 # %% ../../nbs/metrics/04_scenes.ipynb #e2817c12
 def _relation(a, b):
-    "How a thing at `a` lies to a thing at `b`; centres (2,)."
+    "Where `a` lies relative to `b`; centres (2,)."
     dx, dy = (a-b).tolist()
     if abs(dx)>abs(dy): return 'left of' if dx<0 else 'right of'
     return 'above' if dy<0 else 'below'

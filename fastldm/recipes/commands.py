@@ -252,10 +252,10 @@ def control_from_files(
 @command
 def sample_cli(
     model:str, # a shipped model, a folder, or user/name on the hub
-    prompt:str=None, # what to draw, for a model of texts
+    prompt:str=None, # what to draw, for a text-to-image model
     n:int=None, # pictures (default: 16, or 8 of a text)
     label:int=None, # class of all of them, for a model of labels (default: one after the other)
-    attributes:str=None, # for a model of faces: what is so, and with =0 what is not, as in Smiling,Eyeglasses=0
+    attributes:str=None, # for a model of faces: attributes that are present, or absent with =0, as in Smiling,Eyeglasses=0
     mask:str=None, # for a model of faces: a PNG file whose pixels are class ids
     condition:Param('any condition, as NAME=VALUE; as often as you like', str, action='append')=None, # e.g. ink=1,0,0
     steps:int=None, # of sampling
