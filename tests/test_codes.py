@@ -281,6 +281,7 @@ def text(captions): return torch.full((len(captions),40,256), .25)
 def reader(seed):
     rng, seen, sizes = random.Random(seed), 0, set()
     while seen<n:
+        with open(f'{path}.{seed}', 'a') as looks: looks.write('.')
         try: stored = CodeDataset(path, unfinished=True)
         except (FileNotFoundError,ValueError) as e:
             assert 'no codes' in str(e) or 'is empty' in str(e) or 'damaged' in str(e) and not sizes, e
@@ -295,6 +296,16 @@ def reader(seed):
             b = stored.__getitems__(i)
             assert all(torch.equal(c, w[i]) for c,w in zip(b['codes'], expected)) and (b['text']==.25).all()
     return len(sizes)
+class Watched(Lazy):
+    "Waits before each batch until both readers have looked again, ten seconds at most: so a busy machine hides nothing."
+    looks = [0, 0]
+    def __getitems__(self, idxs):
+        until = time.time()+10
+        def now(): return [os.path.getsize(f'{path}.{seed}') for seed in range(2)]
+        while time.time()<until and any(a<=b for a,b in zip(now(), self.looks)): time.sleep(.005)
+        self.looks = now()
+        return super().__getitems__(idxs)
+for seed in range(2): open(f'{path}.{seed}', 'w').close()
 kids = []
 for seed in range(2):
     if not (pid := os.fork()):
@@ -303,7 +314,7 @@ for seed in range(2):
             print(seed, repr(e), flush=True)
             os._exit(1)
     kids.append(pid)
-write(Lazy(n, wait=.02), path, text_features=text)
+write(Watched(n, wait=.02), path, text_features=text)
 for pid in kids: assert os.waitpid(pid, 0)[1]==0
 assert Path(path,'data.mdb').stat().st_size>2**24               # the map grew under their eyes
 """

@@ -11,7 +11,7 @@ for package in ('sphinx', 'myst_nb', 'sphinx_book_theme', 'sphinx_copybutton', '
     pytest.importorskip(package, reason='the site needs pip install -e ".[docs]"')
 sys.path.append(str(ROOT/'scripts'))
 from test_house import CONTRACT
-from test_playground import CHROMIUM
+from browser import CHROMIUM
 import build_site
 from mathml import to_mathml
 
