@@ -297,7 +297,7 @@ def reader(seed):
             assert all(torch.equal(c, w[i]) for c,w in zip(b['codes'], expected)) and (b['text']==.25).all()
     return len(sizes)
 class Watched(Lazy):
-    "Waits before each batch until both readers have looked again, ten seconds at most: so a busy machine hides nothing."
+    "Waits before each batch until both readers have looked again, ten seconds at most, as on a busy machine."
     looks = [0, 0]
     def __getitems__(self, idxs):
         until = time.time()+10

@@ -255,7 +255,7 @@ def sample_cli(
     prompt:str=None, # what to draw, for a text-to-image model
     n:int=None, # pictures (default: 16, or 8 of a text)
     label:int=None, # class of all of them, for a model of labels (default: one after the other)
-    attributes:str=None, # for a model of faces: attributes that are present, or absent with =0, as in Smiling,Eyeglasses=0
+    attributes:str=None, # of a face: those present, and with =0 those absent, as in Smiling,Eyeglasses=0
     mask:str=None, # for a model of faces: a PNG file whose pixels are class ids
     condition:Param('any condition, as NAME=VALUE; as often as you like', str, action='append')=None, # e.g. ink=1,0,0
     steps:int=None, # of sampling
