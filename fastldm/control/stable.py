@@ -144,7 +144,7 @@ def local_features(
 
 # %% ../../nbs/control/01_stable.ipynb #0a9d3284
 class Tabulated(Schedule):
-    "A noise schedule read from a table of ᾱ, one value per step; between steps the log-SNR is interpolated linearly."
+    "A noise schedule read from a table of ᾱ, one value per step; log-SNR is linear in between."
     def __init__(self,
         abar, # ᾱ of each step, falling
     ):
@@ -312,7 +312,7 @@ def _load_pipeline(name, options):
     try: return load(str(folder if folder.is_dir() else name), **options)
     except Exception as e:
         if folder.is_dir(): raise ValueError(f'{name} could not be loaded ({type(e).__name__}: {e})') from e
-        raise FileNotFoundError(f'{str(name)!r} is not a local folder and could not be fetched from the Hugging Face hub '
+        raise FileNotFoundError(f'{str(name)!r} is not a local folder and could not be fetched from the hub '
                                 f'({type(e).__name__}): check the name and the connection') from e
 
 # %% ../../nbs/control/01_stable.ipynb #f4e15c2e
