@@ -251,7 +251,12 @@ class Control(Constraint):
         self.parts = parts
         self.branch = branch
 
-    def __add__(self, other): return Control(self.parts+other.parts, self.branch)
+    def __add__(self, other):
+        "Use both; raises `ValueError` where they are meant for different branches of guidance."
+        if self.branch!=other.branch:
+            raise ValueError(f'controls of branches {self.branch!r} and {other.branch!r} cannot be added: '
+                             'give both the same `branch`')
+        return Control(self.parts+other.parts, self.branch)
 
     @property
     def intervals(self): return list(dict.fromkeys(part.interval for part in self.parts))

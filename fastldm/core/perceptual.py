@@ -135,7 +135,8 @@ def _trunk_file(net):
     if file.exists(): return file
     others = [f'LPIPS({name!r}), ' for name, other in TRUNKS.items() if (folder/other).exists()]
     raise FileNotFoundError(
-        f"LPIPS ({net}) needs {file.name} in {folder}: fetch https://download.pytorch.org/models/{file.name} and put it "
+        f"LPIPS ({net}) needs {file.name} in {folder}: "
+        f"fetch https://download.pytorch.org/models/{file.name} and put it "
         f"there. Or use {''.join(others)}STLPIPS() (pip install --no-deps stlpips-pytorch), "
         "or FeatureDistance(a trained classifier)")
 

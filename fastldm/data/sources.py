@@ -127,7 +127,8 @@ def _find_musti(file, root):
         else: candidates += [*sorted((folder/'musti').glob('*.json')),*sorted(folder.glob('*musti*.json'))]
     for path in candidates:
         if path.is_file(): return path
-    raise FileNotFoundError(f"{file or 'A MUSTI file'} was not found: give the JSON file of https://multimediaeval.github.io "
+    raise FileNotFoundError(f"{file or 'A MUSTI file'} was not found: "
+                            "give the JSON file of https://multimediaeval.github.io "
                             "(task MUSTI), or put it into a folder musti of root or FASTLDM_DATA")
 
 # %% ../../nbs/data/05_sources.ipynb #6fa94c60
