@@ -248,3 +248,9 @@ def test_a_training_step(model, scene):
     def step(): loss(net, batch)['loss'].backward()
     exact, ours = best_in_turn(bare, step, 12)
     assert exact>.85*ours
+
+def test_controls_of_different_branches_are_not_added():
+    "One sum has one branch, so the other's is never dropped in silence."
+    from fastldm.control import Control
+    assert (Control([], 'both')+Control([], 'both')).branch=='both'
+    with pytest.raises(ValueError, match='same `branch`'): Control([], 'both')+Control([], 'conditional')
