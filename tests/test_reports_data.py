@@ -1,0 +1,185 @@
+"Symptoms of real files and folders: each set gives the right pictures, or one clear error before work starts."
+import os
+import numpy as np, pytest, torch
+from PIL import Image
+from fastldm.data import *
+
+def save(f, grey=0, mode='RGB', size=(8,8), **kw):
+    "A picture of one colour in a file."
+    f.parent.mkdir(parents=True, exist_ok=True)
+    Image.new('L', size, grey).convert(mode).save(f, **kw)
+    return f
+
+def greys(ds): return [round(x.float().mean().item()) for x in ds.pixels(range(len(ds)))]
+
+
+# ---- reading
+
+LEVELS = np.array([[0,16500,33200,50000]], np.uint16)               # 16 bits, and what they are in 8
+BYTES = LEVELS//257
+
+@pytest.mark.parametrize('suffix', ['png','tif','ppm'])
+def test_sixteen_bits_are_not_clipped(tmp_path, suffix):
+    "From a file, from PIL and from an array, the picture is the same."
+    f = tmp_path/f'deep.{suffix}'
+    Image.fromarray(LEVELS.repeat(4, 0)).save(f)
+    ways = open_image(f, 4),to_uint8(from_image(Image.open(f))),to_uint8(from_image(LEVELS.repeat(4, 0)))
+    for x in ways: assert x[0,0].tolist()==BYTES[0].tolist()==[0,64,129,194]
+    assert [len(x) for x in ways]==[3,3,1]
+
+@pytest.mark.parametrize('dtype,scale', [
+    (np.float32,1), (np.float32,1/255), (np.int32,1), (np.int32,257)])
+def test_tiffs_of_32_bits_are_not_black(tmp_path, dtype, scale):
+    steps = np.arange(0, 256, 5, dtype=np.uint8)[None].repeat(52, 0)
+    Image.fromarray((steps*np.array(scale)).astype(dtype)).save(tmp_path/'a.tif')
+    assert np.array_equal(open_image(tmp_path/'a.tif', 52)[0], steps)
+    assert np.array_equal(to_uint8(from_image(Image.open(tmp_path/'a.tif')))[1], steps)
+
+@pytest.mark.parametrize('values', [[-1.,1.], [0.,300.], [float('nan'),1.], [0.,float('inf')]])
+def test_a_tiff_whose_white_is_not_known(tmp_path, values):
+    Image.fromarray(np.array([values], np.float32)).save(tmp_path/'a.tif')
+    with pytest.raises(ValueError, match='a.tif.*values go from .* expected 0 to 1 or 0 to 255: save it'):
+        ImageFolder(tmp_path)
+    with pytest.raises(ValueError, match='values go from'): from_image(Image.open(tmp_path/'a.tif'))
+
+@pytest.mark.parametrize('mode,value', [
+    ('RGBA',(200,0,0,0)), ('LA',(9,0)), ('PA',(0,0)), ('RGBA',(255,255,255,255))])
+def test_what_is_transparent_is_white_everywhere(tmp_path, mode, value):
+    im = Image.new(mode, (4,4), value)
+    im.save(tmp_path/'a.tif') if mode=='PA' else im.save(tmp_path/'a.png')
+    assert (from_image(im)==1).all() and (ImageFolder(tmp_path, size=4).image==255).all()
+    assert from_image(im).shape==(3,4,4)
+
+@pytest.mark.parametrize('mode,key', [('L',7), ('RGB',(7,7,7)), ('P',0), ('1',0), ('I;16',7)])
+def test_a_transparent_colour_is_white(tmp_path, mode, key):
+    x = np.full((4,4), 7, np.uint16 if mode=='I;16' else np.uint8)
+    im = Image.fromarray(x) if mode=='I;16' else Image.fromarray(x).convert('L' if mode=='P' else mode)
+    if mode=='P': im = im.quantize(2)
+    if mode=='1': im = Image.new('1', (4,4), 0)
+    im.save(tmp_path/'a.png', transparency=key)
+    assert (ImageFolder(tmp_path, size=4).image==255).all()
+    assert (from_image(Image.open(tmp_path/'a.png'))==1).all()
+
+def test_an_array_with_alpha_has_three_channels_or_one():
+    half = np.array([[[0,0,0,0],[0,0,0,255]]], np.uint8)
+    assert from_image(half)[:,0].tolist()==[[1,-1]]*3
+    assert from_image(half[...,2:])[:,0].tolist()==[[1,-1]]
+    for shape in ((3,8,8),(2,8,8,3),(8,)):
+        with pytest.raises(ValueError, match='is no picture: expected'): from_image(np.zeros(shape, np.uint8))
+    for dtype in (np.float32,np.int64,bool):
+        with pytest.raises(ValueError, match='from_image takes bytes'): from_image(np.zeros((2,2), dtype))
+
+def sideways(orientation):
+    "A picture that is black at the left when it is upright, and its EXIF block."
+    upright = Image.fromarray(np.array([[0]*4+[255]*4]*8, np.uint8)).convert('RGB')
+    back = {1:None,3:Image.ROTATE_180,6:Image.ROTATE_90,8:Image.ROTATE_270}[orientation]
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    return (upright if back is None else upright.transpose(back)),exif
+
+@pytest.mark.parametrize('orientation', [1,3,6,8])
+def test_the_camera_lay_on_its_side(tmp_path, orientation):
+    im,exif = sideways(orientation)
+    im.save(tmp_path/'a.png', exif=exif)
+    x = from_image(Image.open(tmp_path/'a.png'))
+    assert (x[...,:4]==-1).all() and (x[...,4:]==1).all()
+    assert torch.equal(to_uint8(x), ImageFolder(tmp_path, size=8).image[0])
+    again = plain_picture(plain_picture(Image.open(tmp_path/'a.png')))
+    assert np.array_equal(again, plain_picture(Image.open(tmp_path/'a.png')))       # it is turned once
+
+@pytest.mark.parametrize('kind', ['png','jpeg','webp','tiff'])
+@pytest.mark.parametrize('junk', [b'', b'Exif\0\0', b'Exif\0\0II*\0\x08\0\0\0\xff\xff'+b'\x12\x01\x07\0'*9, b'\xff'*40])
+def test_a_junk_exif_block_does_not_condemn_a_picture(tmp_path, kind, junk):
+    im,_ = sideways(1)
+    f = tmp_path/f'a.{kind}'
+    im.save(f, exif=junk) if kind!='tiff' else im.save(f)
+    if kind=='tiff': f.write_bytes(f.read_bytes()+junk)
+    x = open_image(f, 8).int()
+    assert x[...,:3].max()<60 and x[...,5:].min()>190
+
+def test_one_bad_file_of_a_large_folder(tmp_path):
+    "It is an error that names the file; `skip='warn'` leaves it out, counted and named, also without a cache."
+    for c in 'ab':
+        for i in range(3): save(tmp_path/c/f'{i}.png', 10*i)
+    (tmp_path/'a'/'1.png').write_bytes(b'broken')
+    with pytest.raises(ValueError, match='1.png cannot be read'): ImageFolder(tmp_path)
+    for cache in (0,2.):
+        with pytest.warns(UserWarning, match='leaves out 1 pictures.*1.png'):
+            ds = get_dataset(tmp_path, size=8, cache=cache, skip='warn')
+        assert ds.label.tolist()==[0,0,1,1,1] and greys(ds)==[0,20,0,10,20]
+        assert [*ds.failed]==[str(tmp_path/'a'/'1.png')]
+    for f in tmp_path.rglob('*.png'): f.write_bytes(b'')
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match='none of 6 pictures can be read'):
+        ImageFolder(tmp_path, skip='warn')
+    with pytest.raises(ValueError, match="skip is 'yes'"): ImageFolder(tmp_path, skip='yes')
+
+
+# ---- folders
+
+def test_a_class_folder_called_train(tmp_path):
+    "bus/, car/ and train/ are three classes; somebody who meant a part is told."
+    for i,c in enumerate(('bus','car','train')): save(tmp_path/c/'0.png', 50*i)
+    with pytest.warns(UserWarning, match="'train' is taken for a class"): ds = ImageFolder(tmp_path, size=8)
+    assert ds.classes==['bus','car','train'] and ds.label.tolist()==[0,1,2] and greys(ds)==[0,50,100]
+    with pytest.raises(FileNotFoundError, match='no folder `test`'): ImageFolder(tmp_path, 'test')
+    for c in ('bus','car','train'): save(tmp_path/'all'/'train'/c/'0.png')          # without a warning
+    assert ImageFolder(tmp_path/'all').classes==['bus','car','train']
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('files,train,test', [
+    ('train/a/1 train/b/2 test/b/3', 'a/1 b/2', 'b/3'), ('Train/a/1 TEST/a/2', 'a/1', 'a/2'),
+    ('train/1 test/2', '1', '2'), ('train/a/1 val/a/2 extra/3 test/a/4', 'a/1', 'a/4'),
+    ('train/1 masks/2 test/3', '1', '3'), ('train/cat/1 test/2', 'cat/1', '2'),
+    ('valid/1 invalid/2','invalid/2 valid/1','')])
+def test_parts_of_a_folder(tmp_path, files, train, test):
+    for f in files.split(): save(tmp_path/f'{f}.png', int(f[-1])*10)
+    for split,expected in (('train',train),('test',test)):
+        if not expected: continue
+        ds = ImageFolder(tmp_path, split, size=8)
+        assert greys(ds)==[int(e[-1])*10 for e in expected.split()]
+        names = [e.split('/')[0] for e in expected.split()]
+        if ds.label is not None: assert [ds.classes[l] for l in ds.label]==names
+
+@pytest.mark.parametrize('files,split,says', [
+    ('a/1 b/2 test/a/3', 'train', 'no folder `train`'), ('test/1', 'train', 'no folder `train`'),
+    ('a/1 b/2 val/a/3', 'train', 'no folder `train`'), ('train/1 test/a/2', 'train', 'both need the same folders'),
+    ('train/a/1 test/b/2', 'test', r'does not have \(b\)'), ('train/a/1 train/2', 'train', 'beside its folders')])
+def test_folders_that_can_be_read_in_two_ways(tmp_path, files, split, says):
+    for f in files.split(): save(tmp_path/f'{f}.png')
+    with pytest.raises((ValueError,FileNotFoundError), match=says): ImageFolder(tmp_path, split)
+
+def test_labels_of_the_two_parts_agree(tmp_path):
+    "A class that has no picture for testing does not move the others."
+    for f in ('train/a','train/b','train/c','test/a','test/c'): save(tmp_path/f/'1.png')
+    assert ImageFolder(tmp_path, 'test').label.tolist()==[0,2]
+    assert ImageFolder(tmp_path, 'test').classes==['a','b','c']
+
+def test_linked_class_folders(tmp_path):
+    "Links to folders are followed, as torchvision does; a link back to a folder above adds nothing."
+    save(tmp_path/'real'/'1.png', 90)
+    save(tmp_path/'set'/'b'/'1.png', 20)
+    (tmp_path/'set'/'a').symlink_to(tmp_path/'real')
+    (tmp_path/'set'/'b'/'up').symlink_to(tmp_path/'set')
+    (tmp_path/'set'/'loop').symlink_to('loop')
+    ds = ImageFolder(tmp_path/'set', size=8)
+    assert ds.classes==['a','b'] and greys(ds)[:1]==[90] and 20 in greys(ds)
+    (tmp_path/'set'/'b'/'2.png').symlink_to(tmp_path/'nowhere.png')
+    with pytest.raises(ValueError, match='2.png cannot be read'): ImageFolder(tmp_path/'set')
+
+def test_only_pictures_are_pictures(tmp_path):
+    "A folder with a picture's name is a folder, and a pipe is not opened."
+    save(tmp_path/'a.png'/'1.png')
+    save(tmp_path/'b.png'/'1.PNG')
+    os.mkfifo(tmp_path/'a.png'/'pipe.png')
+    assert ImageFolder(tmp_path).classes==['a.png','b.png']
+    for folder in ('.ipynb_checkpoints','__MACOSX'): save(tmp_path/'a.png'/folder/'._1.png')
+    assert len(ImageFolder(tmp_path))==2
+
+def test_class_names_that_are_not_utf8(tmp_path):
+    "They are escaped, so that whatever is trained on them can be saved."
+    os.mkdir(os.fsencode(tmp_path)+b'/caf\xe9')
+    save(tmp_path/'b'/'1.png').rename(os.fsdecode(os.fsencode(tmp_path)+b'/caf\xe9/1.png'))
+    save(tmp_path/'b'/'1.png')
+    ds = ImageFolder(tmp_path)
+    assert ds.classes==['b','caf\\udce9'] and [c.encode() for c in ds.classes]
+    assert Pictures(ds.image, ds.label, ['a','\ud800']).classes==['a','\\ud800']
