@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['RENAMED_CLASSES', 'RENAMED_ARGUMENTS', 'RENAMED_WEIGHTS', 'PICKLES', 'Recorded', 'Module', 'upgrade_record',
-           'upgrade_weights', 'from_config', 'write_atomic', 'json_text', 'fingerprint', 'config_fingerprint',
-           'n_params', 'tensor_digest', 'save_model', 'check_weights', 'default_device', 'load_model', 'evaluating',
-           'fetch_batch', 'set_seed', 'should_run', 'require_package', 'check_choice', 'check_flags']
+           'upgrade_weights', 'from_config', 'write_atomic', 'Busy', 'json_text', 'fingerprint', 'config_fingerprint',
+           'n_params', 'tensor_digest', 'fits_half', 'check_folder', 'save_model', 'check_weights', 'default_device',
+           'load_model', 'check_saveable', 'evaluating', 'fetch_batch', 'set_seed', 'should_run', 'require_package',
+           'check_choice', 'check_flags', 'whole_number', 'real_number']
 
 # %% ../../nbs/core/00_models.ipynb #c0a18586
 import difflib, hashlib, importlib, inspect, json, math, os, pkgutil, random, sys
@@ -109,14 +110,16 @@ def _find_class(name, module):
     need = f"this model needs the class `{name}` of `{module}`"
     ours = module.split('.')[0]=='fastldm'
     if not ours and module not in sys.modules:
-        raise ValueError(f"{need}, which is not part of fastldm: `import {module}` first, then load again")
+        raise ValueError(f"{need}, which is not part of fastldm: `import {module}` first, then load again "
+                         f"(on the command line, give --module {module})")
     cls = _class_in(module, name)
     if cls is None and ours:                               # it moved since the record was written
         elsewhere = (_class_in(m, name) for m in _modules())
         cls = next(filter(None, elsewhere), None)
     if cls is not None: return cls
     if ours: raise ValueError(f"{need}, which this version of fastldm does not have: upgrade fastldm")
-    raise ValueError(f"{need}, where there is no such Module: import or define it there first, then load again")
+    raise ValueError(f"{need}, where there is no such Module: import or define it there first, then load again "
+                     "(on the command line, give --module and the file that defines it)")
 
 # %% ../../nbs/core/00_models.ipynb #bd611708
 def from_config(
@@ -146,9 +149,15 @@ def write_atomic(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.stem}-{os.getpid()}-{os.urandom(4).hex()}{path.suffix}')
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode                        # of a new file, as the umask has it
         yield temporary
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
+
+# %% ../../nbs/core/00_models.ipynb #cd734841
+class Busy(RuntimeError): "Another process uses the folder."
 
 # %% ../../nbs/core/00_models.ipynb #29da6704
 def json_text(
@@ -156,7 +165,8 @@ def json_text(
 )->str: # indented, with a line break at the end
     "What this library writes into a JSON file."
     def plain(other): return other.tolist() if hasattr(other, 'tolist') else str(other)
-    return json.dumps(value, indent=1, ensure_ascii=False, default=plain) + '\n'
+    text = json.dumps(value, indent=1, ensure_ascii=False, default=plain) + '\n'
+    return text.encode('utf-8', 'backslashreplace').decode('utf-8')
 
 # %% ../../nbs/core/00_models.ipynb #5f9a986a
 def fingerprint(
@@ -207,6 +217,13 @@ def _saved_state(model, half):
         state[name] = saved.detach().cpu().clone().contiguous()
     return state
 
+def fits_half(
+    model:nn.Module, # any
+)->bool: # whether `save_model` can write it in 16 bit
+    "Whether half precision can hold all weights of a model."
+    floats = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    return all(tensor.half().isfinite().sum()==tensor.isfinite().sum() for tensor in floats)
+
 def _spread(state, max_bytes):
     "{name of a file: its tensors}, at most `max_bytes` in each, but one tensor at least."
     files = [{}]
@@ -221,6 +238,17 @@ def _spread(state, max_bytes):
     return dict(zip(names, files))
 
 # %% ../../nbs/core/00_models.ipynb #c5d378de
+def check_folder(
+    folder, # where something will be saved
+)->Path: # the same
+    "Raises `ValueError` for a folder from which no weights could be read again: its name is not text."
+    try: str(folder).encode('utf-8')
+    except UnicodeEncodeError:
+        raise ValueError(f"the folder {str(folder)!r} has a name that is not UTF-8, and weights in it "
+                         "could not be read again: give another folder") from None
+    return Path(folder)
+
+# %% ../../nbs/core/00_models.ipynb #8cd4965c
 def save_model(
     model:Module, # what to save
     folder, # made if needed
@@ -231,7 +259,7 @@ def save_model(
     """Write model.safetensors and config.json, both whole or not at all.
     Raises `ValueError` for an argument or a weight that cannot be saved."""
     from safetensors.torch import save_file
-    folder = Path(folder)
+    folder = check_folder(folder)
     config = model.config()
     files = _spread(_saved_state(model, half), max_file or math.inf)
     if len(files)>1: meta['files'] = [*files]
@@ -354,6 +382,23 @@ def load_model(
     model.meta = {key: value for key, value in info.items() if key not in ('config', 'config_fingerprint')}
     return model.eval().to(device or default_device())
 
+# %% ../../nbs/core/00_models.ipynb #747e333e
+def check_saveable(
+    model, # that is to be trained
+):
+    """Raises `ValueError` for a model that `save_model` would refuse, or that `load_model` could not build again."""
+    from safetensors.torch import save
+    kind = type(model).__name__
+    if not isinstance(model, Module):
+        raise ValueError(f"a {kind} cannot be saved: derive the class from fastldm.core.Module")
+    try:
+        state = model.state_dict()
+        save({name: tensor.flatten()[:0] for name, tensor in state.items()})
+        config = json.loads(json_text(model.config()))
+        with torch.random.fork_rng(devices=[]), torch.device('meta'): check_weights(_build(kind, config), state, kind)
+    except Exception as error:
+        raise ValueError(f"a {kind} like this could be trained, but not saved and loaded again: {error}") from error
+
 # %% ../../nbs/core/00_models.ipynb #ab2bb9fe
 @contextmanager
 def evaluating(
@@ -434,3 +479,31 @@ def check_flags(
         both = sorted(chosen & set(group))
         if len(both)>1: raise ValueError(f"{' and '.join(both)} cannot both be true: leave one of them out")
     return chosen
+
+# %% ../../nbs/core/00_models.ipynb #5f684710
+def whole_number(
+    value, # what was given: a number of Python, numpy or torch
+    name:str, # of the argument, for the message
+    least:int=None, # smallest that makes sense; None: any
+)->int: # the same number
+    "Raises `ValueError` for anything but a whole number, or for one that is too small."
+    number = value.item() if getattr(value, 'ndim', None)==0 else value
+    is_number = isinstance(number, (int,float)) and not isinstance(number, bool) and math.isfinite(number)
+    if is_number and number==int(number) and (least is None or number>=least): return int(number)
+    size = '' if least is None else f' of at least {least}'
+    raise ValueError(f'{name}={value!r}: expected a whole number{size}')
+
+def real_number(
+    value, # what was given: a number of Python, numpy or torch
+    name:str, # of the argument, for the message
+    least:float=-math.inf, # smallest that makes sense
+    most:float=math.inf, # largest that makes sense
+    advice:str='', # for the message
+)->float: # the same number
+    "Raises `ValueError` for anything but a finite number from `least` to `most`."
+    number = value.item() if getattr(value, 'ndim', None)==0 else value
+    is_number = isinstance(number, (int,float)) and not isinstance(number, bool) and math.isfinite(number)
+    if is_number and least<=number<=most: return float(number)
+    lower = '' if least==-math.inf else f' of at least {least:g}'
+    upper = '' if most==math.inf else f'{" and" if lower else " of"} at most {most:g}'
+    raise ValueError(f'{name}={value!r}: expected a number{lower}{upper}{advice}')

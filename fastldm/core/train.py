@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['seed_by', 'Batches', 'StopTraining', 'Callback', 'is_due', 'LogCB', 'SaveCB', 'SampleCB', 'TensorBoardCB', 'Learner',
-           'read_checkpoint', 'upgrade_settings']
+           'read_checkpoint', 'upgrade_settings', 'locked', 'Interrupted']
 
 # %% ../../nbs/core/02_train.ipynb #25260324
-import csv, hashlib, json, math, os, random, re, time
+import csv, hashlib, json, math, os, random, re, signal, threading, time
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from functools import partial
@@ -106,21 +106,29 @@ class LogCB(Callback):
         learn.record(**means, lr=learn.lr_at(learn.step-1))
         learn.recent = {}
 
+# %% ../../nbs/core/02_train.ipynb #0f082187
 class SaveCB(Callback):
-    "Every so many steps, and at the end, a checkpoint."
+    "A checkpoint every so many steps, every so many seconds, and at the end."
     def __init__(self,
         every:int=1000, # steps
+        seconds:float=120., # at most, since the last
     ):
         self.every = every
+        self.seconds = seconds
         self.last = None                                   # step of the checkpoint that is there
+        self.time = None                                   # when it was written, on the clock of this process
 
-    def before_fit(self, learn): self.last = learn.step
+    def before_fit(self, learn):
+        self.last = learn.step
+        self.time = time.monotonic()
     def after_step(self, learn):
-        if learn.step%self.every==0: self.after_fit(learn)
+        is_late = learn.in_any_process(time.monotonic()-self.time>=self.seconds)
+        if learn.step%self.every==0 or is_late: self.after_fit(learn)
     def after_fit(self, learn):
         if learn.step==self.last: return
         learn.save()
         self.last = learn.step
+        self.time = time.monotonic()
 
 # %% ../../nbs/core/02_train.ipynb #edce92bb
 class SampleCB(Callback):
@@ -136,7 +144,7 @@ class SampleCB(Callback):
     def after_step(self, learn):
         if not is_due(learn, self.every) or not learn.acc.is_main_process: return
         learn.model.eval()
-        result = self.fn(learn)
+        with learn.interruptible(): result = self.fn(learn)
         learn.model.train()
         if isinstance(result, dict): learn.record(**result)
 
@@ -182,6 +190,7 @@ class Learner:
         precision:str=None, # 'bf16' or 'fp16'; None: float32
         folder=None, # for checkpoint.safetensors and log.csv; None: nothing is kept
         save_every:int=1000, # steps
+        save_seconds:float=120., # a checkpoint is written after this time, too
         log_every:int=50, # steps
         seed:int=0, # of data order and all else random
         cbs=(), # callbacks
@@ -194,8 +203,10 @@ class Learner:
         self.check_arguments()
         self.ema_model = model if ema is None else deepcopy(model).eval().requires_grad_(False)
         self.cbs = [LogCB(log_every), *cbs]
-        if folder: self.cbs.append(SaveCB(save_every))
+        if folder: self.cbs.append(SaveCB(save_every, save_seconds))
         self.acc = None                                    # the `Accelerator`, made by `fit`
+        self.asked_to_stop = False                         # by a signal
+        self.breaks_at_once = False                        # on a signal, without waiting for the end of the step
         self.reset()
 
 # %% ../../nbs/core/02_train.ipynb #80625753
@@ -207,7 +218,7 @@ def check_arguments(self:Learner):
     for name in ('steps', 'batch_size', 'accumulate', 'save_every', 'log_every'):
         value = getattr(self, name)
         need(name, isinstance(value, int) and value>0, 'a whole number above 0')
-    for name in ('lr', 'weight_decay', 'warmup', 'workers'):
+    for name in ('lr', 'weight_decay', 'warmup', 'workers', 'save_seconds'):
         need(name, getattr(self, name)>=0, 'a number that is not negative')
     need('batch_size', self.batch_size<=len(self.data), f"at most {len(self.data)}, which is all of the data")
     need('ema', self.ema is None or 0<=self.ema<1, 'a decay from 0 to below 1, such as .999, or None')
@@ -217,6 +228,7 @@ def check_arguments(self:Learner):
     need('precision', self.precision in (None, 'bf16', 'fp16'), "None, 'bf16' or 'fp16'")
     need('precision', self.precision!='fp16' or torch.cuda.is_available(), "'bf16' or None: 'fp16' needs a GPU")
     need('folder', self.folder is None or not self.folder.is_file(), 'a folder, this is a file')
+    if self.folder: check_folder(self.folder)
 
 @patch
 def reset(self:Learner):
@@ -226,6 +238,7 @@ def reset(self:Learner):
     self.log = []                                          # rows, as dicts
     self.recent = {}                                       # {name: values since the last row}
     self.columns = []                                      # of log.csv
+    self.pending = False                                   # whether the callbacks of this step are not done
 
 # %% ../../nbs/core/02_train.ipynb #0eabfc20
 @patch
@@ -353,15 +366,25 @@ def fail_at(self:Learner,
         f"whose batch is {self.batches.indices(m)} of the data; {kept}. {advice}")
 
 # %% ../../nbs/core/02_train.ipynb #f6e4222d
+def _logged(name, value):
+    "A value as the log and a checkpoint can hold it; raises `ValueError` for what is not one number or text."
+    try: plain = value.item() if hasattr(value, 'item') else value
+    except (ValueError, RuntimeError): plain = value       # of several numbers
+    if isinstance(plain, (bool, int, float, str, type(None))): return plain
+    raise ValueError(f"`{name}` is a {type(value).__name__}, which the log cannot hold: let the callback return "
+                     "a dict of single numbers")
+
+# %% ../../nbs/core/02_train.ipynb #2ea78d98
 @patch
 def record(self:Learner,
     **values, # numbers by name
 ):
-    "Put values into this step's row of the log."
+    "Put values into this step's row of the log. Raises `ValueError` for what is not one number or text."
+    values = {name: _logged(name, value) for name, value in values.items()}
     is_new = not self.log or self.log[-1]['step']!=self.step
     if is_new: self.log.append(dict(step=self.step))
     row = self.log[-1]
-    for name, value in values.items(): row[name] = value.item() if hasattr(value, 'item') else value
+    row.update(values)
     if not self.folder or not self.acc.is_main_process: return
     if is_new and set(row)<=set(self.columns):
         with open(self.folder/'log.csv', 'a', newline='') as file: csv.DictWriter(file, self.columns).writerow(row)
@@ -377,9 +400,9 @@ def write_log(self:Learner):
         writer.writerows(self.log)
 
 # %% ../../nbs/core/02_train.ipynb #6697ef6b
-def _digest(state, tensors):
+def _digest(header, tensors):
     "SHA-256 of all that a checkpoint holds."
-    digest = hashlib.sha256(state.encode())
+    digest = hashlib.sha256(header.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy())
@@ -424,7 +447,7 @@ def save(self:Learner):
     groups = dict(model=self.model.state_dict(), ema={}, optimizer={}, recent=recent)
     if self.ema is not None: groups['ema'] = self.ema_model.state_dict()
     groups['optimizer'] = {name: value for name, value in moments.items() if torch.is_tensor(value)}
-    state = dict(step=self.step, seconds=self.seconds, settings=self.shared, log=self.log)
+    state = dict(step=self.step, seconds=self.seconds, settings=self.shared, log=self.log, pending=self.pending)
     state['scaler'] = self.acc.scaler.state_dict() if self.acc.scaler else None
     state['optimizer'] = {name: value for name, value in moments.items() if not torch.is_tensor(value)}
     if self.acc.is_main_process: self.write_checkpoint(state, groups)
@@ -436,13 +459,15 @@ def write_checkpoint(self:Learner,
     state:dict, # fit for JSON
     groups:dict, # {group: {name: tensor}}
 ):
-    "One file, on the disk before it replaces the last one."
-    state = json.dumps(state)
+    "Write one file, flushed to the disk before it replaces the last checkpoint."
+    header = json.dumps(state)
     tensors = {}
     for group, named in groups.items():
-        for name, tensor in named.items(): tensors[f'{group}/{name}'] = tensor.detach().cpu().clone().contiguous()
+        for name, tensor in named.items():
+            copy = tensor.detach().cpu().clone()           # safetensors refuses tensors that share memory
+            tensors[f'{group}/{name}'] = copy.contiguous()
     with write_atomic(self.checkpoint) as path:
-        save_file(tensors, path, dict(state=state, digest=_digest(state, tensors)))
+        save_file(tensors, path, dict(state=header, digest=_digest(header, tensors)))
         with open(path, 'rb+') as file: os.fsync(file.fileno())
 
 # %% ../../nbs/core/02_train.ipynb #ba9a0252
@@ -501,11 +526,18 @@ def _differences(was, now, path=''):
     return found
 
 # %% ../../nbs/core/02_train.ipynb #5853fcd2
+_LENGTH = ('steps', 'warmup')                              # settings that follow from how long a run is
+
 @patch
-def load(self:Learner):
+def load(self:Learner,
+    longer:bool=False, # whether the checkpoint may be of a run of fewer steps
+):
     "Continue from the checkpoint. Raises `ValueError`, which names the settings that are not the same."
     state, tensors = read_checkpoint(self.checkpoint)
-    different = _differences(upgrade_settings(state['settings'], self.shared), self.shared)
+    was = upgrade_settings(state['settings'], self.shared)
+    if longer and was.get('steps', 0)<self.steps:
+        for name in _LENGTH: was[name] = self.shared.get(name, was.get(name))
+    different = _differences(was, self.shared)
     if different:
         raise ValueError(f"{self.checkpoint} is of a run with other settings: {'; '.join(different)}. "
                          "Give the same settings, or another folder")
@@ -516,6 +548,7 @@ def load(self:Learner):
     self.step = state['step']
     self.seconds = state['seconds']
     self.log = state['log']
+    self.pending = state.get('pending', False)
     self.recent = {name: list(values.to(self.acc.device)) for name, values in tensors['recent'].items()}
     if self.acc.is_main_process: self.write_log()
 
@@ -543,49 +576,123 @@ def load_optimizer(self:Learner,
 
 # %% ../../nbs/core/02_train.ipynb #372073f2
 @contextmanager
-def _locked(folder):
-    """Hold the folder while the block runs; without a folder, as in all processes but the main one, nothing is held.
-    Raises `RuntimeError` where another process holds it."""
+def locked(
+    folder, # a folder, made if needed; None, as in all processes but the main one: nothing is held
+):
+    "Hold a folder while the block runs. Raises `Busy` where another process holds it."
     try: import fcntl
     except ImportError: fcntl = None                       # Windows
     if not folder or not fcntl:
         yield
         return
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder/'.lock', 'w') as file:
         try: fcntl.lockf(file, fcntl.LOCK_EX|fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise RuntimeError(f"another process is training in {folder}: "
-                               "wait until it ends, or give another folder") from None
+            raise Busy(f"another process is training in {folder}: "
+                       "wait until it ends, or give another folder") from None
         for unfinished in folder.glob('.checkpoint-*.safetensors'): # its process was killed while saving
             unfinished.unlink(missing_ok=True)
         yield
 
 # %% ../../nbs/core/02_train.ipynb #358310c0
+class Interrupted(KeyboardInterrupt):
+    "A signal ended a run, whose state is saved if it has a folder."
+    def __init__(self,
+        learn, # the `Learner`
+    ):
+        self.folder = learn.folder
+        self.step = learn.step
+        self.steps = learn.steps
+        kept = 'nothing is kept, as this Learner has no folder'
+        if learn.folder: kept = f'{learn.checkpoint} has the state, and fit(resume=True) goes on from there'
+        super().__init__(f'stopped at step {learn.step} of {learn.steps}: {kept}')
+
+@patch
+@contextmanager
+def interruptible(self:Learner):
+    "In the block a signal raises `Interrupted` at once, where there is one process; elsewhere the step ends first."
+    self.breaks_at_once = self.acc.num_processes==1
+    if self.asked_to_stop and self.breaks_at_once: self.interrupt()
+    try: yield
+    finally: self.breaks_at_once = False
+
+@patch
+def interrupt(self:Learner):
+    "Raises `Interrupted` from within a callback, which is called again when the run continues."
+    self.pending = True
+    raise Interrupted(self)
+
+# %% ../../nbs/core/02_train.ipynb #f561257d
+@patch
+@contextmanager
+def catch_signals(self:Learner):
+    "In the block, SIGINT and SIGTERM ask the run to stop; elsewhere, and where they are ignored, they act as before."
+    def ask(number, frame):
+        if self.asked_to_stop and number==signal.SIGINT: raise KeyboardInterrupt
+        self.asked_to_stop = True
+        if self.breaks_at_once: self.interrupt()
+    before = {}
+    if threading.current_thread() is threading.main_thread():          # no other can set handlers
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for number in before: signal.signal(number, ask)
+    try: yield
+    finally:
+        for number, handler in before.items(): signal.signal(number, handler)
+
+@patch
+def in_any_process(self:Learner,
+    flag:bool, # of this process
+)->bool: # the same in all
+    "Whether a flag is true in at least one process."
+    if self.acc.num_processes==1: return flag
+    return self.acc.reduce(torch.tensor(float(flag), device=self.acc.device), 'sum').item()>0
+
+# %% ../../nbs/core/02_train.ipynb #a6798ecb
+def _ignore_interrupts(worker): signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+# %% ../../nbs/core/02_train.ipynb #62caf38a
 @patch
 def fit(self:Learner,
     resume:bool=False, # continue from the folder's checkpoint
+    longer:bool=False, # which may be of a run of fewer steps
 )->Learner:
-    """Train to the last step.
-    Raises `FileNotFoundError` with nothing to resume, and `FileExistsError` rather than overwrite a run."""
+    """Train to the last step. Raises `FileNotFoundError` with nothing to resume, `FileExistsError` rather than
+    overwrite a run, and `Interrupted` on SIGINT and SIGTERM."""
     if resume and not self.checkpoint.exists():
         raise FileNotFoundError(f"{self.checkpoint} does not exist, so there is nothing to resume: call fit() to begin")
     self.acc = self.accelerator()
-    with _locked(self.folder if self.acc.is_main_process else None):
+    self.asked_to_stop = False
+    with locked(self.folder if self.acc.is_main_process else None), self.catch_signals():
         if not resume and self.folder and self.checkpoint.exists():
             step = read_checkpoint(self.checkpoint)[0]['step']
             raise FileExistsError(f"{self.checkpoint} exists, of step {step}: "
                                   "go on with fit(resume=True), or give another folder")
         self.setup()
-        if resume: self.load()
+        if resume: self.load(longer)
         self.model.train()
-        self.call('before_fit')
-        with suppress(StopTraining): self.loop()
-        self.call('after_fit')
-        self.model.eval()
+        try: self.run()
+        except Interrupted:
+            if self.folder: self.save()
+            raise
+        finally: self.model.eval()
     return self
 
-# %% ../../nbs/core/02_train.ipynb #f561257d
+# %% ../../nbs/core/02_train.ipynb #3e65a7a1
+@patch
+def run(self:Learner):
+    "The steps with all their callbacks. Raises `Interrupted` where a signal came."
+    self.call('before_fit')
+    with suppress(StopTraining):
+        if self.pending: self.call('after_step')
+        self.pending = False
+        self.loop()
+    self.call('after_fit')
+    if self.asked_to_stop: raise Interrupted(self)
+
+# %% ../../nbs/core/02_train.ipynb #409d44d4
 @patch
 def call(self:Learner,
     hook:str, # 'before_fit', 'after_step' or 'after_fit'
@@ -599,6 +706,7 @@ def loop(self:Learner):
     from tqdm.auto import tqdm
     passes = range(self.step*self.accumulate, self.steps*self.accumulate)
     loading = dict(num_workers=self.workers, pin_memory=self.acc.device.type=='cuda')
+    loading['worker_init_fn'] = _ignore_interrupts
     batches = iter(DataLoader(self.batches, None, sampler=passes, collate_fn=noop, **loading))
     hidden = not (self.progress and self.acc.is_main_process)
     with tqdm(total=self.steps, initial=self.step, disable=hidden) as bar:
@@ -611,3 +719,4 @@ def loop(self:Learner):
             losses = [row['loss'] for row in self.log[-2:] if 'loss' in row]
             if losses: bar.set_postfix_str(f'loss {losses[-1]:.4g}', refresh=False)
             bar.update()
+            if self.in_any_process(self.asked_to_stop): raise Interrupted(self)
