@@ -96,7 +96,7 @@ def forward(self:ControlAdapter,
     h = F.pixel_unshuffle(control, self.factor)
     maps = []
     for i,(level,out) in enumerate(zip(self.levels, self.out)):
-        if i>0: h = F.avg_pool2d(h, 2)
+        if i>0: h = F.avg_pool2d(h, 2, ceil_mode=True)                        # an odd side keeps its last row
         h = level(h)
         maps.append(out(h))
     return maps
@@ -348,7 +348,7 @@ def laplacian(
 # %% ../../nbs/control/00_adapter.ipynb #1ff72fbb
 TIME_WEIGHTS = dict( # of the second term: functions of the time and of ᾱ, one number per sample each
     constant=lambda t,abar: torch.ones_like(abar),
-    step=lambda t,abar: (t>=.5).to(abar),
+    step=lambda t,abar: (t>.5).to(abar),                            # from step 500 of 1000, whose time is .501
     time=lambda t,abar: 1-abar,
     snr=lambda t,abar: (abar/(1-abar)).clamp(max=1.),
 )
@@ -501,8 +501,10 @@ def _with_neighbours(x):
 
 # %% ../../nbs/control/00_adapter.ipynb #effbbafc
 def _colour_squares(image, side=8):
-    "The mean colour of each square, in [0,1]."
-    return (F.interpolate(F.avg_pool2d(image, side), scale_factor=side)+1)/2
+    "The mean colour of each square, in [0,1]; those at the right and below may be cut."
+    h, w = image.shape[2:]
+    squares = F.avg_pool2d(image, side, ceil_mode=True)
+    return (F.interpolate(squares, scale_factor=side)[...,:h,:w]+1)/2
 
 CONTROLS = dict( # functions of a batch and the number of its classes, which give planes (B,c,H,W) in [0,1]
     edges=lambda batch,n: edges(batch['image'], low=.03, high=.08),
@@ -530,17 +532,20 @@ def picture_control(
     return torch.cat([CONTROLS[kind](batch, n_classes) for kind in kinds], 1)
 
 # %% ../../nbs/control/00_adapter.ipynb #7f288f57
-def _read_grey(path, name):
-    "(1,H,W) in [0,1] from a file."
+_WHITE = dict(edges='white lines on black', depth='white where it is far', silhouette='white where the figure is',
+              region='white inside')
+_MADE_BY = dict(edges='`fastldm.data.images.edges`', silhouette='`fastldm.control.silhouettes`')
+
+def _read_grey(path, kind):
+    "(1,H,W) in [0,1] from a file; the kind is a key of `_WHITE`."
     try:
         im = Image.open(path)
         im.load()
-    except OSError as e: raise ValueError(f'{path} cannot be read as a {name} ({e}): give a picture file') from e
+    except OSError as e: raise ValueError(f'{path} cannot be read as a picture ({e}): give a picture file') from e
     x = torch.from_numpy(np.array(im.convert('RGB'))).movedim(-1,0).float()
     if (x-x.mean(0)).abs().max()>8:
-        colours = 'white lines on black' if name=='picture of edges' else 'white for all of it'
-        raise ValueError(f'{path} is in colour: a {name} is grey, {colours}; '
-                         'the edges of a photograph are made by `fastldm.data.images.edges`')
+        hint = f'; {_MADE_BY[kind]} makes one of a photograph' if kind in _MADE_BY else ''
+        raise ValueError(f'{path} is in colour, but a file for {kind!r} is grey, {_WHITE[kind]}{hint}')
     x = x[:1]
     is_flags = im.mode!='1' and x.max()==1                                    # a file of zeros and ones
     return x if is_flags else x/255
@@ -561,7 +566,7 @@ def read_control(
             raise ValueError(f'{path} has the class {int(ids.max())}, this adapter knows 0 to {n_classes-1}')
         return F.one_hot(ids, n_classes).movedim(-1,0).float()
     if kind=='colour': return (from_image(Image.open(path).convert('RGB'))+1)/2
-    x = _read_grey(path, f'picture of {kind}')
+    x = _read_grey(path, kind)
     if kind=='edges' and x.mean()>.5:
         raise ValueError(f'{path} is mostly white: edges are white lines on black, so invert it')
     return x

@@ -48,7 +48,9 @@ def _blur(x, size, sigma):
     kernel = (g[:,None]*g/g.sum()**2)[None,None]
     return F.conv2d(F.pad(x, (size//2,)*4, mode='reflect'), kernel)
 
-def _weighted_mean(x, w): return ((w*x).sum()/w.sum().clamp(min=1)).item()
+def _mean_within(x, w):
+    "The weighted mean of each picture, (B,); NaN where all of its weights are zero."
+    return (w*x).sum((1,2,3))/w.sum((1,2,3))
 
 def lfmse(
     edges:torch.Tensor, # of the pictures, (B,1,H,W) of 0 and 1
@@ -57,19 +59,20 @@ def lfmse(
     size:int=11, # of the blur's kernel, in pixels
     sigma:float=5., # width of the blur, in pixels
     factor:int=8, # by which the maps are made smaller
-)->dict: # `inside`, `outside` and `total`; lower is better
-    """Distance of blurred edges, as published (Domingo-Gregorio and Ruiz-Hidalgo 2026).
+)->dict: # `inside`, `outside` and `total`; lower is better, NaN where no picture has such a part at the smaller size
+    """Distance of blurred edges, the mean over pictures, as published (Domingo-Gregorio and Ruiz-Hidalgo 2026).
 
     Raises `ValueError` for other shapes, or maps smaller than the blur."""
     edges, target, m = _check_edges(edges, target, region)
     if min(edges.shape[2:])<size:
         raise ValueError(f'edges of {tuple(edges.shape[2:])} are smaller than the blur of {size} pixels')
-    a = F.avg_pool2d(_blur(edges, size, sigma), factor)
-    b = F.avg_pool2d(_blur(target, size, sigma), factor)
-    m = resize_region(m, a.shape[2:])
-    inside = _weighted_mean((a-b)**2, m)
-    outside = _weighted_mean((a-1)**2, 1-m) if (m<1).any() else 0.
-    return dict(inside=inside, outside=outside, total=inside+outside)
+    small = [side//factor for side in edges.shape[2:]]
+    a, b = (F.interpolate(_blur(x, size, sigma), small, mode='bilinear') for x in (edges, target))
+    m = resize_region(m, small)
+    inside = _mean_within((a-b)**2, m)
+    outside = _mean_within((a-1)**2, 1-m)
+    each = dict(inside=inside, outside=outside, total=inside+outside)
+    return {name: values.nanmean().item() for name,values in each.items()}
 
 # %% ../../nbs/metrics/02_control.ipynb #45ccdf12
 def leakage(
@@ -79,13 +82,13 @@ def leakage(
     tolerance:int=1, # pixels by which an edge may be displaced
     margin:int=4, # pixels around the region that do not count
 )->float: # from 0 to 1; to be compared with that of pictures without control
-    """The share of the control's edges outside a region that the pictures have.
+    """The share of the control's edges outside a region that the pictures have; NaN where the control has none there.
 
     Raises `ValueError` for other shapes."""
     edges, target, m = _check_edges(edges, target, region)
     outside = target*(1-_dilate(m, margin))
     found = (outside*_dilate(edges, tolerance)).sum()
-    return (found/outside.sum().clamp(min=1)).item()
+    return (found/outside.sum()).item()
 
 # %% ../../nbs/metrics/02_control.ipynb #3413df6c
 def coloured_edges(

@@ -11,6 +11,7 @@ __all__ = ['RENAMED_STAGES', 'RECIPES', 'run_stage', 'ResumeCB', 'train_stage', 
 import json
 import torch
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from ..core.models import load_model, n_params, save_model, set_seed, write_atomic
 from ..core.show import image_grid
@@ -223,6 +224,8 @@ def training_set(
     data = model.meta['data']
     if data=='scenes': return SyntheticScenes(n, split, size)
     if hasattr(model, 'text_encoder'): return captioned_set(data, root, split, size)
+    has_one_size = data in DATASETS and 'size' not in signature(DATASETS[data]).parameters      # mnist, digits, ...
+    if has_one_size: return get_dataset(data, root, split=split)
     return get_dataset(data, root, split=split, size=size)
 
 # %% ../../nbs/recipes/00_stages.ipynb #8114e12e
