@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['scales', 'eps_of', 'score_of', 'GaussianDenoiser', 'precondition', 'Denoiser', 'uniform_weight', 'min_snr_weight',
-           'p2_weight', 'edm_weight', 'mean_one', 'diffusion_loss', 'Guided', 'guide']
+           'p2_weight', 'edm_weight', 'mean_one', 'diffusion_loss', 'Guided', 'check_interval', 'guide']
 
 # %% ../../nbs/diffusion/04_denoiser.ipynb #a96dba5a
 import torch
 from functools import partial
-from ..core.models import Module
+from ..core.models import Module, real_number
 from .schedules import uniform_t
 from .cond import Cond, stack_conds
 
@@ -18,8 +18,8 @@ def scales(
     denoise, # anything with a `.schedule`
     t:torch.Tensor, # one time, or one per sample
     x:torch.Tensor, # the tensor that they will multiply, (B,...)
-)->tuple: # `(alpha, sigma)`, in the precision of `x` and shaped to broadcast over it
-    "Compute the scales of picture and noise at `t`, in double precision."
+)->tuple: # `(alpha, sigma)`, shaped to broadcast over `x`
+    "Compute the scales of picture and noise at `t`: in double precision, returned in that of `x`."
     t = torch.as_tensor(t, device=x.device).double().reshape(-1, *[1]*(x.ndim-1))
     return tuple(s.to(x.dtype) for s in denoise.schedule(t))
 
@@ -61,8 +61,8 @@ class GaussianDenoiser:
         var = (a*self.std)**2 + σ**2
         mean = self.mean.to(x)
         gap = x[:,None] - a[:,None]*mean                                # to each component, (B,K,...)
-        log_likelihood = -(gap**2/var[:,None]/2).flatten(2).sum(2)
-        weight = log_likelihood.softmax(1).view(len(x), -1, *[1]*(x.ndim-1))
+        log_p = -(gap**2/var[:,None]/2).flatten(2).sum(2)               # of `x` under each, up to a constant
+        weight = log_p.softmax(1).view(len(x), -1, *[1]*(x.ndim-1))
         x0_of_each = mean + (a*self.std**2/var)[:,None]*gap
         return (weight*x0_of_each).sum(1)
 
@@ -87,6 +87,16 @@ def precondition(
     raise ValueError(f"predict={predict!r}: expected 'eps', 'score', 'x0', 'v' or 'edm'")
 
 # %% ../../nbs/diffusion/04_denoiser.ipynb #da8ec490
+def _precision(net):
+    "The precision of a network's weights; None for a function, or a network without any."
+    first = next(net.parameters(), None) if hasattr(net, 'parameters') else None
+    return None if first is None else first.dtype
+
+def _in_precision(value, dtype):
+    "A tensor, or a list of them, in a network's precision."
+    if isinstance(value, list): return [_in_precision(v, dtype) for v in value]
+    return value.to(dtype)
+
 class Denoiser(Module):
     "A network, the process it was trained on and its conditions: `denoise(x, t, cond) -> x0_hat`."
     def __init__(self,
@@ -117,7 +127,12 @@ class Denoiser(Module):
         c_in = ((a*self.sigma_data)**2 + σ**2).rsqrt() if self.scale_input else 1.
         t = torch.as_tensor(t, device=x.device, dtype=torch.float32).expand(len(x))
         slots = cond.slots() if cond else {}
-        return c_skip*x + c_out*self.net(c_in*x, t, **slots)
+        net_input = c_in*x
+        dtype = _precision(self.net)
+        if dtype not in (None, torch.float32):                          # float32: as it is, or cast by autocast
+            net_input = net_input.to(dtype)
+            slots = {slot: _in_precision(value, dtype) for slot,value in slots.items()}
+        return c_skip*x + c_out*self.net(net_input, t, **slots).to(x.dtype)
 
 # %% ../../nbs/diffusion/04_denoiser.ipynb #f5b05d7f
 def uniform_weight(
@@ -201,14 +216,33 @@ class Guided:
         self.stacked = stack_conds(used) if len(used)>1 else used[0]
 
     def __call__(self, x, t, cond=None):
+        t = torch.as_tensor(t)
         lo, hi = self.interval
-        if not lo<=float(torch.as_tensor(t).max())<=hi: return self.model(x, t, self.full)
+        acts = (lo<=t.double()) & (t.double()<=hi)
+        if not acts.any(): return self.model(x, t, self.full)
+        guided = self._combined(x, t)
+        if acts.all(): return guided
+        acts = acts.to(x.device).view(-1, *[1]*(x.ndim-1))             # one time per sample, some outside
+        return torch.where(acts, guided, self.model(x, t, self.full))
+
+    def _combined(self, x, t):
+        "The predictions in one call, weighted and added."
         k = len(self.coefs)
+        if t.numel()>1: t = t.repeat(k)
         predictions = self.model(x.repeat(k, *[1]*(x.ndim-1)), t, self.stacked).chunk(k)
         if k==1: return predictions[0]
         return sum(w*p for w,p in zip(self.coefs, predictions))
 
 # %% ../../nbs/diffusion/04_denoiser.ipynb #bec3e228
+def check_interval(
+    interval, # two times, e.g. (.2,.8)
+)->tuple: # the same, as floats
+    "Raises `ValueError` for anything but two times from 0 to 1, the smaller first."
+    try: lo, hi = (real_number(t, 'interval', 0, 1) for t in interval)
+    except (TypeError,ValueError): lo, hi = 1., 0.
+    if lo<=hi: return lo, hi
+    raise ValueError(f'interval={interval!r}: expected two times from 0 (picture) to 1 (noise), the smaller first')
+
 def guide(
     model, # a `Denoiser` with a conditioner
     batch:dict, # a field for each condition
@@ -218,14 +252,16 @@ def guide(
 )->Guided: # a denoiser
     """Guide a denoiser without a classifier (Ho and Salimans 2022): a scale for each condition, an interval of times.
 
-    Raises `ValueError` for an unknown condition, or an order that does not name each condition once."""
+    Raises `ValueError` for an unknown condition, a scale that is not finite or beyond 1000, an interval that is none,
+    or an order that does not name each condition once."""
+    interval = check_interval(interval)
     names = list(model.conditioner.embedders)
     unknown = sorted(set(guidance_scales) - set(names))
     if unknown: raise ValueError(f'guidance_scale for {unknown}, but this model is conditioned on {names}')
     if order is not None and sorted(order)!=sorted(names):
         raise ValueError(f'order={list(order)}: expected each of {names} once')
     names = list(order or names)
-    w = [float(guidance_scales.get(k, 1.)) for k in names]
+    w = [real_number(guidance_scales.get(k, 1.), f'guidance_scale of {k!r}', -1000, 1000) for k in names]
     conds = [model.conditioner(batch, without=names[i:]) for i in range(len(names)+1)]
     coefs = [before-after for before,after in zip([1.]+w, w+[0.])]
     return Guided(model, conds, coefs, interval)
