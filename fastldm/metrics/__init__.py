@@ -1,4 +1,4 @@
-"Scores of images, texts, control, faces and scenes; and stop-watches."
+"Scores of images, texts, control, faces and scenes; measurements of speed and memory."
 
 from .images import *
 from .text import *
