@@ -1,5 +1,5 @@
 "Symptoms of real files and folders: each set gives the right pictures, or one clear error before work starts."
-import os
+import gzip, io, os, tarfile
 import numpy as np, pytest, torch
 from PIL import Image
 from fastldm.data import *
@@ -183,3 +183,87 @@ def test_class_names_that_are_not_utf8(tmp_path):
     ds = ImageFolder(tmp_path)
     assert ds.classes==['b','caf\\udce9'] and [c.encode() for c in ds.classes]
     assert Pictures(ds.image, ds.label, ['a','\ud800']).classes==['a','\\ud800']
+
+
+# ---- shards
+
+def png(grey=0): return raw(Image.new('L', (4,4), grey), 'png')
+
+def raw(im, kind):
+    out = io.BytesIO()
+    im.save(out, kind)
+    return out.getvalue()
+
+def tar(f, *files):
+    "A tar file of (name, bytes), and its path."
+    with tarfile.open(f, 'w') as t:
+        for name,content in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            t.addfile(info, io.BytesIO(content))
+    return f
+
+def test_one_name_in_two_folders_is_two_pictures(tmp_path):
+    ds = Shards([tar(tmp_path/'a.tar', ('cat/1.png',png(10)), ('dog/1.png',png(20)), ('./dog/1.txt',b'b'),
+                     ('./cat/1.txt',b'a'))], size=4)
+    assert greys(ds)==[10,20] and ds[:]['caption']==['a','b']
+
+def test_a_key_twice_is_an_error(tmp_path):
+    for second in ('1.png','./1.png','1.PNG'):
+        shard = tar(tmp_path/'a.tar', ('1.png',png()), (second,png(1)))
+        with pytest.raises(ValueError, match=f'a.tar has two files {second}'): Shards(shard)
+
+@pytest.mark.parametrize('order', [1,-1])
+def test_which_of_two_files_is_the_picture(tmp_path, order):
+    "The photograph is jpg, its mask png, however they are ordered, and whatever Python's hash seed is."
+    files = ('1.png',png(0)),('1.jpg',raw(Image.new('L', (4,4), 200), 'jpeg'))
+    assert greys(Shards(tar(tmp_path/'a.tar', *files[::order]), size=4))==[200]
+    assert IMAGE_SUFFIXES[:3]==('.jpg','.jpeg','.png')                              # an order, not a set
+
+def test_what_cameras_and_macs_write(tmp_path):
+    shard = tar(tmp_path/'a.tar', ('IMG_1.JPG',raw(Image.new('L', (4,4), 90), 'jpeg')), ('._IMG_1.JPG',b'junk'),
+                ('IMG_1.CLS',b'3\n'), ('__MACOSX/._IMG_1.JPG',b'junk'), ('.DS_Store',b'junk'))
+    ds = Shards(shard, size=4)
+    assert greys(ds)==[90] and ds[0]['label']==3
+
+@pytest.mark.parametrize('files,says', [
+    ([('1.cls',b'cat')], "1.cls is b'cat', expected the number of a class"),
+    ([('1.txt',b'caf\xe9')], '1.txt is not UTF-8'),
+    ([('1.png',b'junk')], '1.png cannot be read'), ([('2.png',png()),('2.cls',b'1')], '1 has no .cls, and 1 of 2'),
+    ([('2.txt',b'')], '2 has no .jpg/jpeg/png, and 1 of 2')])
+def test_what_is_wrong_with_a_shard_is_named(tmp_path, files, says):
+    first = [] if files[0][0]=='1.png' else [('1.png',png())]
+    with pytest.raises(ValueError, match=f'a.tar: {says}'): Shards(tar(tmp_path/'a.tar', *first, *files))
+
+def test_links_in_a_shard(tmp_path):
+    tar(tmp_path/'a.tar', ('1.png',png()))
+    with tarfile.open(tmp_path/'a.tar', 'a') as t:
+        info = tarfile.TarInfo('2.png')
+        info.type,info.linkname = tarfile.LNKTYPE,'1.png'
+        t.addfile(info)
+    with pytest.raises(ValueError, match='2.png is a link.*--hard-dereference'): Shards(tmp_path/'a.tar')
+
+def test_shards_of_two_kinds_or_of_other_counts(tmp_path):
+    one,two = tar(tmp_path/'a.tar', ('1.png',png()), ('1.cls',b'0')),tar(tmp_path/'b.tar', ('1.png',png()))
+    with pytest.raises(ValueError, match='b.tar has image, other shards have image, label'): Shards([one,two])
+    (tmp_path/'index.json').write_text('{"a.tar":2}')
+    with pytest.raises(ValueError, match='a.tar has 1 pictures, and 2 were counted: write index.json'): Shards(one)[0]
+    with pytest.raises(ValueError, match='1 shards but 2 counts'): Shards(one, counts=[1,1])
+    with pytest.raises(ValueError, match='keep is 0'): Shards(one, keep=0)
+
+def test_shards_show_themselves(tmp_path):
+    ds = Shards(tar(tmp_path/'a.tar', ('1.png',png(7))), size=4)                # one may be given
+    assert repr(ds)=='Shards(train: 1 pictures of 3×4×4 in 1 shards)' and greys(ds)==[7]
+    with pytest.raises(ValueError, match=r'Shards\(train: .* is not in memory'): Augmented(ds)
+    packed = tmp_path/'b.tar.gz'
+    packed.write_bytes(gzip.compress((tmp_path/'a.tar').read_bytes()))
+    assert greys(Shards(packed, size=4))==[7]
+    packed.write_bytes(packed.read_bytes()[:60])
+    with pytest.raises(ValueError, match='b.tar.gz is damaged'): Shards(packed)
+
+def test_captions_are_written_into_shards(tmp_path):
+    for i in range(3): save(tmp_path/f'{i}.png', i)
+    table = 'file,caption\n'+''.join(f'{i}.png,é {i}\n' for i in range(3))
+    (tmp_path/'captions.csv').write_text(table, encoding='utf-8')
+    ds = Captioned(tmp_path, test=0, size=4)
+    assert Shards(write_shards(ds, tmp_path/'tars', 2), size=4)[:]['caption']==ds.caption

@@ -47,7 +47,8 @@ class Augmented(Pictures):
     ):
         self.caption = getattr(ds, 'caption', None)
         if ds.image is None and self.caption is None:
-            raise ValueError(f'{ds!r} is not in memory: give it a larger `cache`')
+            raise ValueError(f'{ds!r} is not in memory: give a set of pictures a larger `cache`; '
+                             'shards cannot be augmented')
         first,generator = _all_bytes(ds),torch.Generator().manual_seed(seed)
         images,augment = [first],[torch.zeros(len(ds),4)]
         for _ in range(copies-1):

@@ -6,10 +6,11 @@
 __all__ = ['Shards', 'write_shards']
 
 # %% ../../nbs/data/03_shards.ipynb #28459266
-import io,json,tarfile
+import io,json,lzma,tarfile,zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 import numpy as np, torch
 from fastcore.basics import patch
 from torch.utils.data import default_collate
@@ -21,94 +22,187 @@ from .images import IMAGE_SUFFIXES,Pictures,from_image,open_image,to_image
 class Shards(Pictures):
     "Tar files of pictures in WebDataset's layout, on disk or at any address that fsspec knows (https, s3, hf)."
     def __init__(self,
-        urls, # of the shards, in order
+        urls, # of the shards, in order; or one
         counts=None, # pictures in each; None: from index.json beside the first, else each is read once to count
         size:int=64, # side of the pictures
         channels:int=3, # 3 colour, 1 grey
         keep:int=4, # shards in memory, and mixed with each other
     ):
+        urls = [urls] if isinstance(urls, (str,Path)) else urls
         self.urls,self.size,self.channels,self.keep = [str(u) for u in urls],size,channels,keep
         self.loaded = OrderedDict() # {number of a shard: its fields}, the least recently used first
+        self.counts = self.fields = None # `fields` are those of the shard that was read first
         if not self.urls: raise ValueError('Shards needs the address of at least one tar file; given none')
-        self.counts = list(counts or self._read_index() or self._count())
+        if channels not in (1,3) or min(size,keep)<1:
+            raise ValueError(f"size is {size}, channels is {channels}, keep is {keep}; size and keep are at least 1, "
+                             "channels 1 (grey) or 3 (colour)")
+        self.counts = list((self._read_index() or self._count()) if counts is None else counts)
         if len(self.counts)!=len(self.urls):
             raise ValueError(f'{len(self.urls)} shards but {len(self.counts)} counts: give one a shard')
         self.ends = np.cumsum(self.counts)
 
     def __len__(self): return int(self.ends[-1])
 
-    def order(self, generator)->torch.Tensor: # every index once
-        "Shards in random order, their pictures mixed `keep` shards at a time."
-        starts = self.ends-self.counts
-        shards = torch.randperm(len(self.urls), generator=generator).tolist()
-        parts = []
-        for i in range(0, len(shards), self.keep):
-            together = torch.cat([torch.arange(starts[s], self.ends[s]) for s in shards[i:i+self.keep]])
-            parts.append(together[torch.randperm(len(together), generator=generator)])
-        return torch.cat(parts)
+    def __getstate__(self): return dict(self.__dict__, loaded=OrderedDict()) # a new process reads its own shards
+
+    def __repr__(self):
+        shape = f'{self.channels}×{self.size}×{self.size}'
+        return f"{type(self).__name__}({self.split}: {len(self)} pictures of {shape} in {len(self.urls)} shards)"
+
+# %% ../../nbs/data/03_shards.ipynb #125a6301
+@patch
+def order(self:Shards, generator)->torch.Tensor: # every index once
+    "Shards in random order, their pictures mixed `keep` shards at a time."
+    starts = self.ends-self.counts
+    shards = torch.randperm(len(self.urls), generator=generator).tolist()
+    parts = []
+    for i in range(0, len(shards), self.keep):
+        together = torch.cat([torch.arange(starts[s], self.ends[s]) for s in shards[i:i+self.keep]])
+        parts.append(together[torch.randperm(len(together), generator=generator)])
+    return torch.cat(parts)
 
 # %% ../../nbs/data/03_shards.ipynb #eec4317a
 @patch
-def __getitems__(self:Shards, idxs)->dict: # image (B,C,H,W) in [-1,1], and the label or caption where there is one
-    "A batch at once; reads the shards that are not in memory."
+def _rows(self:Shards, idxs):
+    "The fields of each picture at `idxs`; reads the shards that are not in memory."
     shards = np.searchsorted(self.ends, idxs, side='right').tolist()
-    items = []
+    rows = []
     for i,s in zip(idxs, shards):
         row = int(i)-int(self.ends[s]-self.counts[s])
-        item = {k:v[row] for k,v in self.load_shard(s).items()}
-        items.append(dict(item, image=from_image(item['image'])))
-    return default_collate(items)
+        rows.append({k:v[row] for k,v in self.load_shard(s).items()})
+    return rows
+
+@patch
+def pixels(self:Shards, idxs)->torch.Tensor: # uint8 (B,C,H,W)
+    "The pictures at `idxs`, as bytes."
+    return torch.stack([row['image'] for row in self._rows(idxs)])
+
+@patch
+def __getitems__(self:Shards, idxs)->dict: # image (B,C,H,W) in [-1,1], and the label or caption where there is one
+    "A batch at once; reads the shards that are not in memory."
+    return default_collate([dict(row, image=from_image(row['image'])) for row in self._rows(idxs)])
 
 @patch
 def _read_index(self:Shards):
     "The counts in index.json beside the first shard; None without a usable one."
-    import fsspec
+    first = self.urls[0]
     try:
-        with fsspec.open(self.urls[0].rsplit('/',1)[0]+'/index.json', 'rb') as f: counts = json.load(f)
-        return [counts[u.rsplit('/',1)[-1]] for u in self.urls]
-    except (OSError,KeyError,ValueError): return None
+        with _open(first.removesuffix(_name(first))+'index.json') as f: counts = json.load(f)
+        return [int(counts[_name(u)]) for u in self.urls]
+    except (OSError,LookupError,TypeError,ValueError): return None
 
 @patch
 def _count(self:Shards): return [len(self.load_shard(i)['image']) for i in tqdm(range(len(self.urls)), 'counting')]
 
 # %% ../../nbs/data/03_shards.ipynb #a900b781
-def _read_tar(url):
-    "{key: {suffix: bytes}} of a tar file."
+def _open(url):
+    "A file for reading, at an address or on this computer."
+    if '://' not in url: return open(Path(url).expanduser(), 'rb')
     import fsspec
+    return fsspec.open(url, 'rb').open()
+
+def _name(url): return url.rpartition('/')[2] if '://' in url else Path(url).name
+
+def _key_and_suffix(name):
+    "('cat/0001', 'jpg') of 'cat/0001.JPG'; None for a hidden file."
+    folders,slash,file = name.removeprefix('./').rpartition('/')
+    if any(part.startswith('.') or part=='__MACOSX' for part in (*folders.split('/'),file) if part): return None
+    stem,_,suffix = file.partition('.')
+    return f'{folders}{slash}{stem}', suffix.lower()
+
+# %% ../../nbs/data/03_shards.ipynb #10cfdf84
+def _read_entries(url, tar):
+    "{key: {suffix: bytes}} of an open tar file."
     entries = {}
+    for member in tar:
+        place = None if member.isdir() else _key_and_suffix(member.name)
+        if place is None: continue
+        key,suffix = place
+        if not member.isfile(): raise ValueError(f'{url}: {member.name} is a link, not a file: write the shard with '
+                                                 '`tar --dereference --hard-dereference`')
+        if suffix in entries.setdefault(key, {}):
+            raise ValueError(f'{url} has two files {member.name}: '
+                             'a key (the name up to its first dot) is of one picture')
+        entries[key][suffix] = tar.extractfile(member).read()
+    return entries
+
+def _read_tar(url):
+    "{key: {suffix: bytes}} of a tar file, packed (gz, bz2, xz) or not."
     try:
-        with fsspec.open(url, 'rb') as f, tarfile.open(fileobj=f, mode='r|') as tar:
-            for member in tar:
-                key,_,suffix = member.name.rpartition('/')[2].partition('.')
-                if member.isfile(): entries.setdefault(key, {})[suffix] = tar.extractfile(member).read()
-    except (tarfile.TarError,EOFError) as e: raise ValueError(f'{url} is damaged ({e}): fetch or write it again') from e
+        with _open(url) as f, tarfile.open(fileobj=f, mode='r|*') as tar: return _read_entries(url, tar)
+    except (tarfile.TarError,EOFError,zlib.error,lzma.LZMAError) as e:
+        raise ValueError(f'{url} is damaged ({e}): fetch or write it again') from e
     except FileNotFoundError as e: raise FileNotFoundError(f'the shard {url} does not exist: check the address') from e
-    return list(entries.values())
 
 # %% ../../nbs/data/03_shards.ipynb #618d8047
+class _Entry(NamedTuple):
+    "A file in a shard, with as much of a path's interface as `open_image` needs."
+    url:str
+    name:str
+    raw:bytes
+    def __str__(self): return f'{self.url}: {self.name}'
+    def open(self, mode='rb'): return io.BytesIO(self.raw)
+
+def _files_of(url, entries, suffixes):
+    "For each key its file with the first of the suffixes that it has; [] if none has one."
+    files = []
+    for key,parts in entries.items():
+        suffix = next((s for s in suffixes if s in parts), None)
+        files.append(None if suffix is None else _Entry(url, f'{key}.{suffix}', parts[suffix]))
+    if not any(files): return []
+    if None in files:
+        key,what = [*entries][files.index(None)],'/'.join(suffixes[:3])
+        having = len(files)-files.count(None)
+        raise ValueError(f'{url}: {key} has no .{what}, and {having} of {len(files)} keys have one')
+    return files
+
+# %% ../../nbs/data/03_shards.ipynb #b07fa7da
+def _label(file):
+    try: return int(file.raw)
+    except ValueError as e:
+        raise ValueError(f"{file} is {file.raw[:20]!r}, expected the number of a class: write 0, 1, … for the "
+                         "names of classes") from e
+
+def _caption(file):
+    try: return file.raw.decode('utf-8-sig')
+    except UnicodeDecodeError as e: raise ValueError(f'{file} is not UTF-8 text ({e}): write it as UTF-8') from e
+
 def _decode(url, entries, size, channels):
-    "{field: list} of the entries of a shard: `image` in bytes, `label` or `caption` if every entry has one."
-    suffixes = [s[1:] for s in IMAGE_SUFFIXES]
-    images = [next((e[s] for s in suffixes if s in e), None) for e in entries]
-    if not entries or None in images:
-        raise ValueError(f'{url} has entries without a picture: WebDataset shards hold key.jpg (or png, webp) '
-                         'and key.cls or key.txt')
-    def decode(raw): return open_image(io.BytesIO(raw), size, channels)
+    "{field: list} of the entries of a shard: `image` in bytes, and `label` or `caption` where there are some."
+    images = _files_of(url, entries, [s[1:] for s in IMAGE_SUFFIXES])
+    if not images:
+        raise ValueError(f'{url} has no entries, or entries without a picture: WebDataset shards hold key.jpg '
+                         '(or png, webp) and key.cls or key.txt')
+    def decode(file): return open_image(file, size, channels)
     with ThreadPoolExecutor(8) as pool: fields = dict(image=list(pool.map(decode, images)))
-    if all('cls' in e for e in entries): fields['label'] = [int(e['cls']) for e in entries]
-    if all('txt' in e for e in entries): fields['caption'] = [e['txt'].decode() for e in entries]
+    labels,captions = (_files_of(url, entries, [suffix]) for suffix in ('cls','txt'))
+    if labels: fields['label'] = [_label(f) for f in labels]
+    if captions: fields['caption'] = [_caption(f) for f in captions]
     return fields
 
+# %% ../../nbs/data/03_shards.ipynb #64bc968d
 @patch
 def load_shard(self:Shards, i:int)->dict: # {field: list}
     """The fields of a shard, from memory or read.
     Raises ValueError for a damaged one, FileNotFoundError for a missing one."""
     if i not in self.loaded:
         url = self.urls[i]
-        self.loaded[i] = _decode(url, _read_tar(url), self.size, self.channels)
+        fields = _decode(url, _read_tar(url), self.size, self.channels)
+        self._check_shard(i, fields)
+        self.loaded[i] = fields
         while len(self.loaded)>self.keep: self.loaded.popitem(last=False)
     self.loaded.move_to_end(i)
     return self.loaded[i]
+
+@patch
+def _check_shard(self:Shards, i, fields):
+    if self.counts and len(fields['image'])!=self.counts[i]:
+        raise ValueError(f"{self.urls[i]} has {len(fields['image'])} pictures, and {self.counts[i]} were counted: "
+                         "write index.json again, or correct `counts`")
+    self.fields = self.fields or [*fields]
+    if [*fields]!=self.fields:
+        raise ValueError(f"{self.urls[i]} has {', '.join(fields)}, other shards have {', '.join(self.fields)}: "
+                         "give sets of one kind")
 
 # %% ../../nbs/data/03_shards.ipynb #32a423f1
 def _add(tar, name, raw):
@@ -124,7 +218,7 @@ def _png(image):
     return out.getvalue()
 
 def write_shards(
-    ds, # any set of pictures, with or without labels
+    ds, # any set of pictures, with or without labels and captions
     folder, # where the shards and index.json go
     per_shard:int=1000, # pictures in each
 )->list: # of the files
@@ -138,5 +232,6 @@ def write_shards(
                 item = ds[i]
                 _add(tar, f'{i:08d}.png', _png(item['image']))
                 if 'label' in item: _add(tar, f'{i:08d}.cls', str(int(item['label'])).encode())
+                if 'caption' in item: _add(tar, f'{i:08d}.txt', item['caption'].encode('utf-8'))
     with write_atomic(folder/'index.json') as p: p.write_text(json.dumps(counts))
     return [folder/name for name in counts]
