@@ -127,7 +127,7 @@ def checker():
     `PRELOAD` already: imports are half of what most notebooks cost. That process has the environment of this moment."""
     command = [sys.executable, __file__, '--serve']
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
-        def check(path, skip=(), timeout=600):
+        def check(path, skip=(), timeout=1800):
             start = time.time()
             print(json.dumps([str(path), sorted(skip), timeout]), file=server.stdin, flush=True)
             error = json.loads(server.stdout.readline())
