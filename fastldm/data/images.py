@@ -18,6 +18,7 @@ from PIL import Image,ImageOps
 from fastcore.basics import patch
 from torch.utils.data import DataLoader,default_collate
 from tqdm.auto import tqdm
+from ..core.show import warn_unsigned
 
 # %% ../../nbs/data/00_images.ipynb #e7744ca0
 _TURNS = {2:Image.Transpose.FLIP_LEFT_RIGHT, 3:Image.Transpose.ROTATE_180, 4:Image.Transpose.FLIP_TOP_BOTTOM,
@@ -108,18 +109,26 @@ def _channels_first(im):
     return x[None] if x.dim()==2 else x.movedim(-1, 0)
 
 # %% ../../nbs/data/00_images.ipynb #60fe1bde
+def _black(x, lo):
+    "The value of black; where it is not given -1, with a warning that it may be 0."
+    if lo is not None: return lo
+    if x.dtype!=torch.uint8: warn_unsigned(x, 'to_image or to_uint8 without lo=0')
+    return -1.
+
 def to_uint8(
     x:torch.Tensor, # floats of any shape
-    lo:float=-1., # value of black: -1, or 0 for pictures in [0,1]
+    lo:float=None, # value of black: 0 for pictures in [0,1]; None: -1, with a warning where nothing is below 0
 )->torch.Tensor: # uint8, the same shape
     "Floats from `lo` to 1 as bytes; values outside are clipped."
+    lo = _black(x, lo)
     return ((x.detach()-lo)/(1-lo)*255).round().clamp(0,255).to(torch.uint8)
 
 def to_image(
     x:torch.Tensor, # (C,H,W) or (B,C,H,W), 1 or 3 channels, floats or uint8
-    lo:float=-1., # value of black: -1, or 0 for pictures in [0,1]
+    lo:float=None, # value of black: 0 for pictures in [0,1]; None: -1, with a warning where nothing is below 0
 ): # a PIL picture, or a list of them for a batch
     "The inverse of `from_image`."
+    lo = _black(x, lo)
     if x.dim()==4: return [to_image(o, lo) for o in x]
     pixels = x if x.dtype==torch.uint8 else to_uint8(x, lo)
     pixels = pixels.movedim(0,-1).cpu().numpy()
@@ -449,7 +458,7 @@ def get_dataset(
     name, # a key of `DATASETS`, or a folder of pictures
     root=None, # where to look first
     split='train', # 'train' or 'test'
-    download:bool=True, # may torchvision fetch it?
+    download:bool=True, # fetch a public set that is not found (CIFAR-10 has 170 MB)
     **kw, # options of the set, such as `size` of a folder
 ): # the data set
     "A data set by its name or folder. Raises ValueError for an unknown name, and suggests the nearest."
@@ -457,9 +466,9 @@ def get_dataset(
     key = 'fashion' if key=='fashionmnist' else key
     if key in DATASETS: return DATASETS[key](root=root, split=split, download=download, **kw)
     if isinstance(name, Path) or os.sep in str(name) or Path(name).is_dir(): return ImageFolder(name, split=split, **kw)
-    similar = difflib.get_close_matches(key, DATASETS, 1, .5)
-    hint = f', did you mean {similar[0]!r}?' if similar else ''
-    raise ValueError(f"no data set {str(name)!r}{hint} There are {', '.join(DATASETS)}; or give a folder of pictures")
+    similar = difflib.get_close_matches(key, DATASETS, n=1, cutoff=.5)
+    hint = f'did you mean {similar[0]!r}? ' if similar else ''
+    raise ValueError(f"no data set {str(name)!r}: {hint}There are {', '.join(DATASETS)}; or give a folder of pictures")
 
 # %% ../../nbs/data/00_images.ipynb #e933a0b5
 def _blur(x, sigma):

@@ -15,6 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from fastcore.basics import patch
 from ..core.models import *
+from ..core.show import warn_unsigned
 
 # %% ../../nbs/diffusion/00_autoencoder.ipynb #97bf4484
 class FirstStage(Module):
@@ -65,8 +66,11 @@ def check(self:FirstStage,
         reject(f'pictures of {h}×{w}', 'crop, pad or resize them')
     if not x.abs().amax()<=1.01:                      # so written, it also finds what is not a number
         reject(f'values from {x.min():.4g} to {x.max():.4g}', 'use `from_image` for bytes, clamp what overshoots')
+    warn_unsigned(x, type(self).__name__)
 
 # %% ../../nbs/diffusion/00_autoencoder.ipynb #a524748a
+def _at_least_single(x): return x.to(torch.promote_types(x.dtype, torch.float))
+
 def _draw(mean, logvar, generator):
     "A sample of the encoder's Gaussian."
     device = generator.device if generator else mean.device
@@ -228,7 +232,7 @@ class Autoencoder(FirstStage):
 
     def encode_params(self, x):
         if not self.kl: return self.encoder(x), None
-        mean,logvar = self.encoder(x).float().chunk(2, 1)
+        mean,logvar = _at_least_single(self.encoder(x)).chunk(2, 1)
         return mean, logvar.clamp(-20,10)
 
     def decode_raw(self, z): return self.decoder(z)

@@ -11,7 +11,7 @@ import math, numpy as np, torch, torch.nn.functional as F
 from torch import nn
 from dataclasses import dataclass, fields
 from fastcore.basics import patch
-from ..core.models import Module, check_flags
+from ..core.models import Module, check_choice, check_flags, whole_number
 from ..data.faces import word_ids
 from .unet import SpatialTransformer, grid_features
 
@@ -86,20 +86,35 @@ class Embedder(Module):
             self.reject(f'{name}: shape {tuple(raw.shape)} for {n} samples', advice)
         return raw.expand(n, *shape)
 
-    def parse(self,
-        value, # what the user gave; None: nothing
-        n:int, # number of samples
-        name:str='condition', # for the error message
-    )->torch.Tensor: # the raw field, one row per sample
-        "Return the raw field. Raises `ValueError` when the count is wrong."
-        if value is None: return self.empty(n)
-        raw = torch.as_tensor(value)
-        if len(raw)!=n: self.reject(f'{name}: got {len(raw)} rows for {n} samples')
-        return raw
+# %% ../../nbs/diffusion/03_cond.ipynb #6b39e29b
+@patch
+def tensor_of(self:Embedder,
+    value, # numbers: a tensor, an array, nested lists
+    name:str, # of the condition, for the error message
+)->torch.Tensor: # the same numbers
+    "Return numbers as a tensor. Raises `ValueError` for what are no numbers, or not finite."
+    try: raw = torch.as_tensor(value)
+    except (TypeError,ValueError,RuntimeError): self.reject(f'{name}={value!r:.60}')
+    if raw.is_complex() or not raw.isfinite().all(): self.reject(f'{name} has numbers that are not finite')
+    return raw
+
+@patch
+def parse(self:Embedder,
+    value, # what the user gave; None: nothing
+    n:int, # number of samples
+    name:str='condition', # for the error message
+)->torch.Tensor: # the raw field, one row per sample
+    "Return the raw field. Raises `ValueError` when the count is wrong."
+    if value is None: return self.empty(n)
+    raw = self.tensor_of(value, name)
+    rows = len(raw) if raw.ndim else 'no'
+    if rows!=n: self.reject(f'{name}: got {rows} rows for {n} samples')
+    return raw
 
 # %% ../../nbs/diffusion/03_cond.ipynb #d62d411a
 class LabelEmbedder(Embedder):
-    "A class label: one learned vector for each class, and one for 'none'."
+    "A class label: one learned vector for each class, and one for 'none'. `names`, if set, can be given too."
+    names = () # of the classes, in their order; `load` takes them from the model's card
     def __init__(self,
         n_classes:int, # labels run from 0 to `n_classes-1`
         dim:int, # width: the U-Net's `d_emb`, or `d_context` with `token`
@@ -109,7 +124,13 @@ class LabelEmbedder(Embedder):
         self.n_classes = n_classes
         self.token = token
         self.table = nn.Embedding(n_classes+1, dim)
-        self.expects = f'a label from 0 to {n_classes-1}, or a list with one per sample, or None for no label'
+
+    @property
+    def expects(self):
+        "What `parse` takes, in words."
+        numbers = f'a label from 0 to {self.n_classes-1}'
+        names = f' or a name ({", ".join(self.names)})' if self.names else ''
+        return f'{numbers}{names}, or a list with one per sample, or None for no label'
 
     def forward(self, label):
         vector = self.table(label)
@@ -125,15 +146,42 @@ def parse(self:LabelEmbedder,
     n:int, # number of samples
     name:str='label', # for the error message
 )->torch.Tensor: # (n,) int64
-    "Return the raw field. Raises `ValueError` for a label out of range, a wrong count or a fraction."
+    "Return the raw field. Raises `ValueError` for an unknown name, a number out of range, a wrong count or a fraction."
     if value is None: return self.empty(n)
-    raw = torch.as_tensor(value)
+    if isinstance(value, (list,tuple)): raw = torch.tensor([self.number_of(v, name) for v in value]).long()
+    elif isinstance(value, (str,int,float)): raw = torch.tensor(self.number_of(value, name))
+    else: raw = self.tensor_of(value, name)
     if raw.is_floating_point() or raw.dtype==torch.bool or raw.ndim>1:
         raise ValueError(f'{name}={value!r}: expected {self.expects}')
     if raw.ndim==1 and len(raw)!=n: self.reject(f'{name}: got {len(raw)} labels for {n} samples')
-    unknown = raw[(raw<0)|(raw>=self.n_classes)].flatten()
+    last = self.n_classes if isinstance(value, (list,tuple)) else self.n_classes-1    # in a list, None is one more
+    unknown = raw[(raw<0)|(raw>last)].flatten()
     if len(unknown): self.reject(f'{name}={unknown[0].item()} is out of range')
     return raw.long().expand(n)
+
+# %% ../../nbs/diffusion/03_cond.ipynb #db9215b4
+@patch
+def number_of(self:LabelEmbedder,
+    value, # a class by number or by name; None: no class
+    name:str='label', # for the error message
+)->int: # from 0 to `n_classes`, which stands for no class
+    "Return the number of a class. Raises `ValueError` for an unknown name, with the nearest, or a number out of range."
+    if value is None: return self.n_classes
+    if isinstance(value, str): return self._number_of_name(value, name)
+    try: number = whole_number(value, name)
+    except ValueError: raise ValueError(f'{name}={value!r}: expected {self.expects}') from None
+    if not 0<=number<self.n_classes: self.reject(f'{name}={number} is out of range')
+    return number
+
+@patch
+def _number_of_name(self:LabelEmbedder, text, name):
+    "The number of a class by name, whatever its capitals; of digits that are no name, the number itself."
+    wanted = text.strip().casefold()
+    for number,known in enumerate(self.names):
+        if known.casefold()==wanted: return number
+    if wanted.isdecimal(): return self.number_of(int(wanted), name)
+    if not self.names: self.reject(f'{name}={text!r}: the classes of this model have no names')
+    check_choice(text, self.names, name)
 
 # %% ../../nbs/diffusion/03_cond.ipynb #59e29964
 _UNKNOWN = 2                                        # in raw attributes: 0 is off, 1 is on, 2 is not given
@@ -184,10 +232,21 @@ class AttributeEmbedder(Embedder):
 @patch
 def _row_of(self:AttributeEmbedder, flags):
     "Make a row of attributes from some by name; the others are not given."
+    flags = {name: self._flag_of(value, name) for name,value in (flags or {}).items()}
     check_flags(flags, self.names, self.exclusive)
     values = [flags.get(name) for name in self.names]
-    return torch.tensor([_UNKNOWN if value is None else int(bool(value)) for value in values])
+    return torch.tensor([_UNKNOWN if value is None else int(value) for value in values])
 
+@patch
+def _flag_of(self:AttributeEmbedder, value, name):
+    "True for 1, false for 0 and -1, None where it is not given."
+    if value is None or isinstance(value, bool): return value
+    number = value.item() if getattr(value, 'ndim', None)==0 else value
+    if not isinstance(number, (bool,int,float)) or number not in (0,1,-1):
+        raise ValueError(f'{name}={value!r}: expected True or 1, False or 0, or None where it is not given')
+    return number==1
+
+# %% ../../nbs/diffusion/03_cond.ipynb #69ddaa48
 @patch
 def parse(self:AttributeEmbedder,
     value, # a dict by name, a row of attributes, one of these a sample, or None
@@ -198,9 +257,9 @@ def parse(self:AttributeEmbedder,
     or a value other than 0 and 1 (-1 and 1, booleans)."""
     if value is None: return self.empty(n)
     if isinstance(value, dict): value = self._row_of(value)
-    elif isinstance(value, (list,tuple)) and value and isinstance(value[0], dict):
+    elif isinstance(value, (list,tuple)) and value and all(v is None or isinstance(v, dict) for v in value):
         value = torch.stack([self._row_of(flags) for flags in value])
-    raw = torch.as_tensor(value)
+    raw = self.tensor_of(value, name)
     rows = self.expand_rows(raw.long(), n, (self.n_attrs,), name)
     allowed = [-1,1] if (rows==-1).any() else [0,1,_UNKNOWN]
     valid = torch.isin(rows, torch.tensor(allowed, device=rows.device)) & (rows==raw)
@@ -293,7 +352,7 @@ def forward(self:MaskEmbedder, mask):
     "Put the mask in its slot: planes, one vector, or tokens."
     planes = F.one_hot(mask.long(), self.anything+1).movedim(-1, 1).float()
     if self.slot=='concat': return Cond(concat=F.avg_pool2d(planes, self.patch))
-    maps = self.patches(planes)
+    maps = self.patches(planes.to(self.place.weight.dtype))
     tokens = maps.flatten(2).mT
     if self.slot=='vector': return Cond(vector=tokens.mean(1))
     places = grid_features(*maps.shape[2:], 32, maps.device).to(tokens.dtype)
@@ -314,7 +373,7 @@ def parse(self:MaskEmbedder,
 )->torch.Tensor: # (n,size,size) int64
     "Return the raw field. Raises `ValueError` for a mask of another size or count, soft, or with an unknown class."
     if value is None: return self.empty(n)
-    raw = torch.as_tensor(value)
+    raw = self.tensor_of(value, name)
     if raw.is_floating_point() or raw.dtype==torch.bool:
         self.reject(f'{name}: {raw.dtype}', ': of a soft mask, take argmax over its classes first')
     rows = self.expand_rows(raw, n, (self.size,self.size), name, '; `resize_mask` makes a mask of another size')
@@ -350,11 +409,20 @@ class WordEmbedder(Embedder):
     )->torch.Tensor: # (n,length)
         "Return the raw field. Raises `ValueError` for an unknown word, a sentence that is too long, or a wrong count."
         if value is None: return self.empty(n)
-        ids = value if torch.is_tensor(value) else word_ids(value, self.words, self.length)
-        if len(ids)==1: ids = ids[0]                                      # one sentence for all
+        ids = self.tensor_of(value, name) if torch.is_tensor(value) else self._read(value, name)
+        if ids.ndim and len(ids)==1: ids = ids[0]                                      # one sentence for all
         ids = self.expand_rows(ids, n, (self.length,), name)
         if ids.min()<0 or ids.max()>len(self.words): self.reject(f'{name}: an id outside 0 to {len(self.words)}')
         return ids.long()
+
+# %% ../../nbs/diffusion/03_cond.ipynb #da283d4c
+@patch
+def _read(self:WordEmbedder, sentences, name):
+    "The `word_ids` of a sentence, or of a list of them."
+    given = [sentences] if isinstance(sentences, str) else sentences
+    is_text = isinstance(given, (list,tuple)) and len(given)>0 and all(isinstance(s, str) for s in given)
+    if not is_text: self.reject(f'{name}={sentences!r:.60}')
+    return word_ids(list(given), self.words, self.length)
 
 # %% ../../nbs/diffusion/03_cond.ipynb #2230d468
 class VectorEmbedder(Embedder):
@@ -368,7 +436,7 @@ class VectorEmbedder(Embedder):
         self.proj = nn.Linear(n, dim, bias=False)
         self.expects = f'{n} numbers, or one such row per sample, or None for zeros'
 
-    def forward(self, numbers): return Cond(vector=self.proj(numbers.float()))
+    def forward(self, numbers): return Cond(vector=self.proj(numbers.to(self.proj.weight.dtype)))
     def null(self, numbers): return torch.zeros_like(numbers)
     def empty(self, n): return torch.zeros(n, self.n)
 
@@ -379,7 +447,7 @@ class VectorEmbedder(Embedder):
     )->torch.Tensor: # (n,self.n)
         "Return the raw field. Raises `ValueError` for a wrong count."
         if value is None: return self.empty(n)
-        return self.expand_rows(torch.as_tensor(value).float(), n, (self.n,), name)
+        return self.expand_rows(self.tensor_of(value, name).float(), n, (self.n,), name)
 
 # %% ../../nbs/diffusion/03_cond.ipynb #d982a8df
 class TextEmbedder(Embedder):
@@ -403,7 +471,7 @@ class TextEmbedder(Embedder):
 
     def forward(self, text):
         whole = text[:,:1]*math.sqrt(self.d_text)                         # has length one, the tokens have this
-        rows = self.rows(torch.cat([whole,text[:,1:]], 1).float())
+        rows = self.rows(torch.cat([whole,text[:,1:]], 1).to(self.rows.weight.dtype))
         as_map = rows.transpose(1,2)[...,None]                            # (B,width,1+L,1)
         rows = self.layers(as_map)[...,0].transpose(1,2)
         return Cond(vector=self.whole(rows[:,0]), context=rows[:,1:] if self.d_context else None)
@@ -422,6 +490,7 @@ def parse(self:TextEmbedder,
     if value is None: return self.empty(n)
     if not torch.is_tensor(value):
         self.reject(f'{name}={value!r:.60}', '; words are encoded first, by `text_features` of a text encoder')
+    value = self.tensor_of(value, name)
     if value.ndim not in (2,3) or value.shape[-2]<2: self.reject(f'{name}: shape {tuple(value.shape)} for {n} samples')
     return self.expand_rows(value, n, (value.shape[-2],self.d_text), name)
 

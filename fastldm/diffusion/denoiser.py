@@ -97,6 +97,7 @@ def _in_precision(value, dtype):
     if isinstance(value, list): return [_in_precision(v, dtype) for v in value]
     return value.to(dtype)
 
+# %% ../../nbs/diffusion/04_denoiser.ipynb #a7b46a7b
 class Denoiser(Module):
     "A network, the process it was trained on and its conditions: `denoise(x, t, cond) -> x0_hat`."
     def __init__(self,
@@ -212,6 +213,7 @@ class Guided:
         self.interval = interval
         self.full = conds[-1]
         self.coefs = [w for w in coefs if w]
+        self.is_unconditional = [i==0 and len(conds)>1 for i,w in enumerate(coefs) if w]
         used = [c for c,w in zip(conds, coefs) if w]
         self.stacked = stack_conds(used) if len(used)>1 else used[0]
 
@@ -220,18 +222,19 @@ class Guided:
         lo, hi = self.interval
         acts = (lo<=t.double()) & (t.double()<=hi)
         if not acts.any(): return self.model(x, t, self.full)
-        guided = self._combined(x, t)
+        guided = _combined(self, x, t)
         if acts.all(): return guided
         acts = acts.to(x.device).view(-1, *[1]*(x.ndim-1))             # one time per sample, some outside
         return torch.where(acts, guided, self.model(x, t, self.full))
 
-    def _combined(self, x, t):
-        "The predictions in one call, weighted and added."
-        k = len(self.coefs)
-        if t.numel()>1: t = t.repeat(k)
-        predictions = self.model(x.repeat(k, *[1]*(x.ndim-1)), t, self.stacked).chunk(k)
-        if k==1: return predictions[0]
-        return sum(w*p for w,p in zip(self.coefs, predictions))
+# %% ../../nbs/diffusion/04_denoiser.ipynb #94d2672c
+def _combined(guided, x, t):
+    "All predictions in one call, weighted and added."
+    k = len(guided.coefs)
+    if t.numel()>1: t = t.repeat(k)
+    predictions = guided.model(x.repeat(k, *[1]*(x.ndim-1)), t, guided.stacked).chunk(k)
+    if k==1: return predictions[0]
+    return sum(w*p for w,p in zip(guided.coefs, predictions))
 
 # %% ../../nbs/diffusion/04_denoiser.ipynb #bec3e228
 def check_interval(

@@ -7,6 +7,7 @@ __all__ = ['BlendedDenoiser', 'RegionEdit', 'edit', 'ddim_inverse_step', 'Invers
 
 # %% ../../nbs/diffusion/08_edit.ipynb #d33a9ded
 import torch, torch.nn.functional as F
+from ..core.models import whole_number
 from .denoiser import eps_of, scales
 from .constraints import Variation, check_pictures, check_region
 from .ldm import Constraint
@@ -40,12 +41,13 @@ class RegionEdit(Variation):
 
 def edit(
     images:torch.Tensor, # (C,H,W), or (n,C,H,W) with one per sample, in [-1,1]
-    region:torch.Tensor, # (H,W), or (n,1,H,W) with one per sample: true where the picture may change
+    region, # (H,W), or (n,1,H,W) with one per sample: true, 1 or white where the picture may change
     strength:float=.8, # time up to which it is noised: near 0 little changes, 1 redraws the region
 )->Constraint: # for `sample(constraint=...)`, with the conditions of the new picture
     """Redraw a region under other conditions, and keep the rest.
 
-    Raises `ValueError` for pictures that are not in [-1,1], a region of another shape, or a strength outside (0,1]."""
+    Raises `ValueError` for pictures that are not in [-1,1], a region that is empty, of another shape or soft, or a
+    strength outside (0,1]."""
     images = check_pictures(images, 'edit')
     return RegionEdit(images, strength, check_region(region, images).float())
 
@@ -81,7 +83,7 @@ class Inversion(Constraint):
     ):
         self.images = images
         self.conditions = conditions
-        self.rounds = rounds
+        self.rounds = whole_number(rounds, 'rounds', 0)
 
     def prepare(self, ldm, n):
         """The latents of the pictures, and a field for each condition.

@@ -11,20 +11,30 @@ import errno, inspect, json, os, torch
 from difflib import get_close_matches
 from fastcore.basics import patch
 from pathlib import Path
-from ..core.models import Module, load_model, save_model
+from ..core.models import Module, load_model, real_number, save_model, whole_number
 from . import samplers
 from .samplers import sample_generators, noise_from, noise_like
-from .denoiser import guide
+from .cond import LabelEmbedder
+from .denoiser import check_interval, guide
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #ece62f57
-def _sampler(name):
-    "Look up a step or time grid of `fastldm.diffusion.samplers` by name; make a new object of a solver class."
-    if name not in samplers.__all__:
-        closest = get_close_matches(name, samplers.__all__, 1, 0)[0]
-        raise ValueError(f'there is no sampler or time grid {name!r} in fastldm.diffusion.samplers; '
-                         f'did you mean {closest!r}?')
-    found = getattr(samplers, name)
-    return found() if isinstance(found, type) else found
+def _is_grid(name): return name.endswith('_times')
+def _is_step(name): return name.endswith('_step') or isinstance(getattr(samplers, name), type)
+
+def _sampler(given, kind):
+    "The step or time grid that is given, looked up by name; a new object of a solver class."
+    if isinstance(given, str):
+        fits = _is_step if kind=='step' else _is_grid
+        names = [name for name in samplers.__all__ if fits(name)]
+        if given not in names:
+            closest = get_close_matches(given, names, 1, 0)[0]
+            what = 'sampler' if kind=='step' else 'time grid'
+            raise ValueError(f'there is no {what} {given!r} in fastldm.diffusion.samplers; did you mean {closest!r}?')
+        given = getattr(samplers, given)
+    example = 'ddim_step' if kind=='step' else 'karras_times'
+    if not callable(given):
+        raise ValueError(f'{kind}={given!r}: expected a function, or a name, as in {kind}={example!r}')
+    return given() if isinstance(given, type) else given
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #c1335fe8
 class LatentDiffusion(Module):
@@ -44,7 +54,8 @@ class LatentDiffusion(Module):
         self.steps = steps
         self.step = step
         self.times = times
-        for name in (step, times): _sampler(name)                       # a misspelt name raises now
+        _sampler(step, 'step')                                          # a misspelt name raises now
+        _sampler(times, 'times')
 
     @property
     def device(self): return next(self.denoiser.parameters()).device
@@ -109,18 +120,26 @@ def argument_hint(
     return f'did you mean {close[0]}?' if close else ''
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #c6b95dad
-def _check_call(n, precision):
-    if not isinstance(n, int) or n<1: raise ValueError(f'n={n!r}: expected a whole number of at least 1')
+def _check_call(precision, callback):
     if precision not in (None,'bf16'): raise ValueError(f"precision={precision!r}: expected None or 'bf16'")
+    if callback is not None and not callable(callback):
+        raise ValueError(f'callback={callback!r}: expected a function, called as callback(x, t, s) after each step')
+
+def _check_constraint(constraint):
+    "The constraint; one of nothing for None. Raises `ValueError` for what cannot be one."
+    if constraint is None: return Constraint()
+    methods = [getattr(constraint, name, None) for name in ('prepare','start','finish')]
+    if all(map(callable, methods)) and not isinstance(constraint, type): return constraint
+    raise ValueError(f'constraint is of type {type(constraint).__name__}: expected a `Constraint`, which `inpaint`, '
+                     '`upscale`, `vary`, `edit`, `invert` and `control` make out of pictures')
 
 def _step_and_times(ldm, constraint, step, times, steps):
     "Choose the step and the grid of times: as asked for, or as the constraint, or the model, is best sampled."
-    step = step or constraint.step or ldm.step
-    times = times or ldm.times
+    if step is None: step = constraint.step or ldm.step
+    if times is None: times = ldm.times
     if steps is None: steps = constraint.steps or ldm.steps
-    if isinstance(step, str): step = _sampler(step)
-    if isinstance(times, str): times = _sampler(times)
-    return step, times(ldm.denoiser.schedule, steps)
+    steps = whole_number(steps, 'steps', 1)
+    return _sampler(step, 'step'), _sampler(times, 'times')(ldm.denoiser.schedule, steps)
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #894af9d0
 def _condition_names(ldm):
@@ -144,13 +163,14 @@ def _guidance_scales(ldm, guidance_scale, conditions):
     "Return {condition: scale}, checked: one scale for all conditions that are given, or a dict."
     names = _condition_names(ldm)
     given = [name for name,value in conditions.items() if value is not None]
-    scales = guidance_scale if isinstance(guidance_scale, dict) else dict.fromkeys(given, guidance_scale)
+    if not isinstance(guidance_scale, dict):
+        real_number(guidance_scale, 'guidance_scale', 0, 1000, ' (1: as in the data)')
+        guidance_scale = dict.fromkeys(given, guidance_scale)
+    scales = dict(guidance_scale)
     for name,w in scales.items():
         if name not in names:
             raise ValueError(f'guidance_scale for {name!r}: this model is conditioned on {names or "nothing"}')
-        if not isinstance(w, (int,float)) or w<0:
-            raise ValueError(f'guidance_scale={w!r} for {name!r}: '
-                             'expected a number of at least 0 (1: as in the data)')
+        scales[name] = real_number(w, f'guidance_scale of {name!r}', 0, 1000, ' (1: as in the data)')
     return scales
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #cdcd175e
@@ -187,10 +207,12 @@ class Constraint:
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #0ce400a0
 def _noise(ldm, t, generators):
-    "Draw the start of each sample: unit noise, scaled to its time."
-    empty = torch.empty(len(generators), *ldm.shape, device=ldm.device)
-    _, σ = ldm.denoiser.schedule(t[None].to(ldm.device))
-    with noise_from(generators): return σ.float()*noise_like(empty)
+    "Draw the start of each sample: unit noise, scaled to its time; in single precision, or double where the model is."
+    weight = next(ldm.denoiser.parameters())
+    dtype = torch.promote_types(weight.dtype, torch.float)
+    empty = torch.empty(len(generators), *ldm.shape, device=weight.device, dtype=dtype)
+    _, σ = ldm.denoiser.schedule(t[None].to(weight.device))
+    with noise_from(generators): return σ.to(dtype)*noise_like(empty)
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #8881ad96
 @patch
@@ -217,14 +239,18 @@ def sample(self:LatentDiffusion,
     """Sample `n` pictures.
 
     Raises `ValueError` for a condition, scale, step or count that makes no sense, before work starts."""
-    if constraint is None: constraint = Constraint()
-    _check_call(n, precision)
+    n = whole_number(n, 'n', 1)
+    batch_size = whole_number(batch_size, 'batch_size', 1)
+    seed = torch.randint(2**31, ()).item() if seed is None else whole_number(seed, 'seed')
+    _check_call(precision, callback)
+    check_interval(interval)
+    constraint = _check_constraint(constraint)
     step, ts = _step_and_times(self, constraint, step, times, steps)
     model = self.denoiser.eval()
     batch = _parse_conditions(self, n, conditions)
-    data = constraint.prepare(self, n)
     scales = _guidance_scales(self, guidance_scale, conditions)
-    if seed is None: seed = torch.randint(2**31, ()).item()
+    data = constraint.prepare(self, n)
+    first = whole_number(first, 'first', 0)
     pictures = []
     for start in range(0, n, batch_size):
         stop = min(start+batch_size, n)
@@ -235,7 +261,7 @@ def sample(self:LatentDiffusion,
         denoise, x, grid = constraint.start(self, denoise, _noise(self, ts[0], generators), ts, rows)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision=='bf16'):
             z = samplers.sample(denoise, x, grid, step, cb=callback, progress=progress, generators=generators)
-        pictures.append(z if latents else (constraint.finish(self.decode(z), *rows)+1)/2)
+        pictures.append(z if latents else (constraint.finish(self.decode(z).to(z), *rows)+1)/2)
     return torch.cat(pictures)
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #50b64760
@@ -278,6 +304,16 @@ def _check_parent(folder):
                             f'It holds {", ".join(sorted(siblings)[:10]) or "no folders"}. '
                             'To load from the hub, run this in another folder')
 
+# %% ../../nbs/diffusion/06_ldm.ipynb #4dccb953
+def _load_named(folder, device):
+    "Load a model; its classes can be given by the names on its card."
+    model = load_model(folder, device)
+    classes = model.meta.get('classes') or ()
+    for embedder in model.modules():
+        if isinstance(embedder, LabelEmbedder) and embedder.n_classes==len(classes):
+            embedder.names = [str(name) for name in classes]
+    return model
+
 def load(
     name, # a shipped model, a folder, or `user/name` on the Hugging Face hub
     device=None, # where to put it; None: a GPU where there is one
@@ -288,10 +324,10 @@ def load(
     name = str(name)
     if '/' not in name:
         for weights in weights_folders():
-            if (weights/name/'config.json').exists(): return load_model(weights/name, device)
-    if Path(name).exists(): return load_model(name, device)
+            if (weights/name/'config.json').exists(): return _load_named(weights/name, device)
+    if Path(name).exists(): return _load_named(name, device)
     if '/' in name: _check_parent(Path(name))
-    if name.count('/')==1 and not name.startswith(('.','/','~')): return load_model(_from_hub(name), device)
+    if name.count('/')==1 and not name.startswith(('.','/','~')): return _load_named(_from_hub(name), device)
     shipped = available('')
     raise FileNotFoundError(f"no model {name!r}: {_hint(name, shipped)}Shipped are {', '.join(shipped)}; "
                             'otherwise give a folder that `save` wrote, or `user/name` on the hub')

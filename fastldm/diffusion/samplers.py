@@ -8,26 +8,46 @@ __all__ = ['ddpm_step', 'sample_generators', 'noise_from', 'noise_like', 'sample
            'DPMSolver2M', 'DPMSolverSDE', 'DPMSolver3M', 'UniPC', 'log_likelihood', 'bits_per_dim']
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #770772f4
-import math, torch, numpy as np
+import hashlib, math, torch, numpy as np
 from contextlib import contextmanager
 from contextvars import ContextVar
 from fastcore.basics import patch
 from functools import partial
 from tqdm.auto import tqdm
+from ..core.models import real_number, whole_number
 from .schedules import drift, diffusion, time_of_log_snr
 from .denoiser import scales, score_of
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #dede2400
 _generators = ContextVar('generators', default=None)
+_SAMPLES,_SEEDS = 1_000_003,4294                                        # their product fits in 32 bits
+
+def _hashed_generator(seed, i):
+    "A generator for any two whole numbers: all words of its state come from a hash of both."
+    generator = torch.Generator().manual_seed(0)
+    state = generator.get_state()
+    hashed = hashlib.shake_128(f'{seed} {i}'.encode()).digest(4*624)
+    words = torch.from_numpy(np.frombuffer(hashed, np.uint32).astype(np.int64))
+    state[24:24+8*624].view(torch.int64).copy_(words)                   # where the Mersenne twister has them
+    return generator.set_state(state)
+
+def _generator(seed, i):
+    if 0<=seed<_SEEDS and i<_SAMPLES: return torch.Generator().manual_seed(seed*_SAMPLES + i)
+    return _hashed_generator(seed, i)
 
 def sample_generators(
     seed:int, # any whole number
     n:int, # number of samples
     first:int=0, # index of the first of them
 )->list: # one `torch.Generator` a sample
-    "Make the generators of samples `first` to `first+n-1` of a seed."
-    return [torch.Generator().manual_seed((seed*1_000_003 + i) % 2**32) for i in range(first, first+n)]
+    """Make the generators of samples `first` to `first+n-1` of a seed.
 
+    Raises `ValueError` for a seed or an index that is not a whole number, or a negative index."""
+    seed = whole_number(seed, 'seed')
+    first = whole_number(first, 'first', 0)
+    return [_generator(seed, i) for i in range(first, first+n)]
+
+# %% ../../nbs/diffusion/05_samplers.ipynb #17bab9bf
 @contextmanager
 def noise_from(
     generators, # one per sample, or None for the global one
@@ -46,7 +66,6 @@ def noise_like(
     return torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x)
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #4a8a7c8d
-@torch.no_grad()
 def sample(
     denoise, # `denoise(x, t, cond) -> x0_hat`, with `.schedule`
     x:torch.Tensor, # where to start, (B,...), usually `sigma(1)` times unit noise
@@ -56,19 +75,17 @@ def sample(
     cb=None, # called as `cb(x, t, s)` with the result of each step
     progress:bool=False, # show a bar
     generators:list=None, # one per sample, for the noise that the step asks for
+    grad:bool=False, # let gradients pass through all steps, which takes the memory of all of them
 )->torch.Tensor: # `x` at the last time
     "Take one step after the other."
     ts = torch.as_tensor(ts).double()
-    with noise_from(generators):
+    with torch.set_grad_enabled(grad and torch.is_grad_enabled()), noise_from(generators):
         for t,s in tqdm(list(zip(ts[:-1], ts[1:])), disable=not progress, leave=False):
             x = step(denoise, x, t, s, cond)
             if cb: cb(x, t, s)
     return x
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #3aca24fe
-def _check_steps(n):
-    if int(n)!=n or n<1: raise ValueError(f'steps={n!r}: expected a whole number of at least 1')
-
 def _with_zero(ts): return torch.cat([ts, torch.zeros(1).double()])
 
 def uniform_times(
@@ -79,7 +96,7 @@ def uniform_times(
     """Place times at equal distance.
 
     Raises `ValueError` when `n` is not a positive whole number, as all grids do."""
-    _check_steps(n)
+    n = whole_number(n, 'steps', 1)
     return _with_zero(torch.linspace(1, t_min, n).double())
 
 def log_snr_times(
@@ -88,7 +105,7 @@ def log_snr_times(
     t_min:float=1e-3, # the last time before 0
 )->torch.Tensor: # (n+1,), from 1 to 0
     "Place times at equal distance in log-SNR (Lu et al. 2022)."
-    _check_steps(n)
+    n = whole_number(n, 'steps', 1)
     first, last = schedule.log_snr(torch.tensor([1.,t_min]).double())
     return _with_zero(time_of_log_snr(schedule, torch.linspace(first, last, n).double()))
 
@@ -101,7 +118,7 @@ def karras_times(
     sigma_max:float=80., # largest `sigma/alpha` to start from; with more noise nothing of the picture is left
 )->torch.Tensor: # (n+1,), from the start to 0
     "Place times at equal distance in `(sigma/alpha)^(1/rho)` (Karras et al. 2022, eq. 5)."
-    _check_steps(n)
+    n = whole_number(n, 'steps', 1)
     ratio = (-schedule.log_snr(torch.tensor([1.,t_min]).double())/2).exp().clamp(max=sigma_max)
     log_snr = -2*rho*torch.linspace(*ratio**(1/rho), n).double().log()
     return _with_zero(time_of_log_snr(schedule, log_snr))
@@ -111,7 +128,7 @@ def angle_times(
     n:int, # number of steps
 )->torch.Tensor: # (n+1,), from 1 to 0
     "Place times at equal distance in the angle `arctan(sigma/alpha)`: on the cosine schedule, in time itself."
-    _check_steps(n)
+    n = whole_number(n, 'steps', 1)
     top = (-schedule.log_snr(torch.ones(1).double())/2).exp().atan()
     θ = top*torch.linspace(1, 0, n+1).double()[:-1]
     return _with_zero(time_of_log_snr(schedule, -2*θ.tan().log()))
@@ -138,6 +155,7 @@ ddpm_step = partial(ddim_step, eta=1.)
 # %% ../../nbs/diffusion/05_samplers.ipynb #5e9bab79
 def _add_churn(denoise, x, t, churn):
     "Raise the noise by a share `churn`; return the sample, and the time at which there is that much."
+    churn = real_number(churn, 'churn', 0)
     if not churn: return x, t
     schedule = denoise.schedule
     raised = schedule.log_snr(t.double()) - 2*torch.log1p(torch.tensor(churn).double())
@@ -153,7 +171,7 @@ def euler_step(
     t:torch.Tensor, # time
     s:torch.Tensor, # next time, smaller
     cond=None, # passed to the denoiser
-    churn:float=0., # share by which the noise is raised before the step
+    churn:float=0., # share by which the noise is raised before the step, up to that of time 1
 )->torch.Tensor: # sample at time `s`
     "Step by Euler's method in `rho` (Karras et al. 2022, algorithm 2 without the correction)."
     x, t = _add_churn(denoise, x, t, churn)
@@ -169,7 +187,7 @@ def heun_step(
     t:torch.Tensor, # time
     s:torch.Tensor, # next time, smaller
     cond=None, # passed to the denoiser
-    churn:float=0., # share by which the noise is raised before the step
+    churn:float=0., # share by which the noise is raised before the step, up to that of time 1
 )->torch.Tensor: # sample at time `s`
     "Step by Heun's method in `rho`: two calls, one in the step to 0 (Karras et al. 2022, algorithm 2)."
     x, t = _add_churn(denoise, x, t, churn)
@@ -207,15 +225,17 @@ def pc_step(
     cond=None, # passed to the denoiser
     snr:float=.16, # signal-to-noise ratio of the Langevin step
 )->torch.Tensor: # sample at time `s`
-    "Make an Euler-Maruyama step, then one of Langevin dynamics; two calls (Song et al. 2021b, algorithms 2 and 4)."
+    "Make an Euler-Maruyama step, then one of Langevin dynamics; two calls (Song et al. 2021b, algorithms 2 to 5)."
+    a, _ = scales(denoise, t, x)
+    a_s, _ = scales(denoise, s, x)
     x = euler_maruyama_step(denoise, x, t, s, cond)
     if s==0: return x
     score = score_of(denoise, x, s, denoise(x,s,cond))
     z = noise_like(x)
-    ε = 2*(snr*_mean_norm(z)/_mean_norm(score))**2
+    ε = 2*(a/a_s)**2*(snr*_norms(z)/_norms(score))**2
     return x + ε*score + (2*ε).sqrt()*z
 
-def _mean_norm(x): return x.flatten(1).norm(dim=1).mean()
+def _norms(x): return x.flatten(1).norm(dim=1).view(-1, *[1]*(x.ndim-1))
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #aae74501
 def _lambda(denoise, t):
@@ -357,16 +377,20 @@ def log_likelihood(
     denoise, # the denoiser
     x:torch.Tensor, # clean samples, (B,...): for a latent model, latents
     cond=None, # passed to the denoiser
-    steps:int=50, # of Heun's method, two calls each
+    steps:int=50, # times of the grid; from each to the next goes a step of Heun's method, two calls
     times=karras_times, # time grid
     probes:int=4, # estimates of each trace
     seed:int=0, # of the probes
-)->tuple: # `log p` in nats, (B,), and its standard error from the probes, (B,)
-    "Integrate the density of samples along the model's own ODE, by Heun's method (Song et al. 2021b, eq. 39)."
+)->tuple: # `log p` in nats, (B,), and its standard error from the probes, (B,); infinite for a single probe
+    """Integrate the density of samples along the model's own ODE, by Heun's method (Song et al. 2021b, eq. 39).
+
+    Raises `ValueError` for fewer than two steps or one probe."""
+    steps = whole_number(steps, 'steps', 2)
+    probes = whole_number(probes, 'probes', 1)
     ts = times(denoise.schedule, steps)[:-1].flip(0)
     θs = (-denoise.schedule.log_snr(ts)/2).exp().atan()
-    gen = torch.Generator().manual_seed(seed)
-    signs = (torch.randint(2, (probes,*x.shape), generator=gen)*2-1).to(x)
+    gen = torch.Generator().manual_seed(whole_number(seed, 'seed'))
+    signs = (torch.randint(2, (probes,1,*x.shape[1:]), generator=gen)*2-1).to(x).expand(probes, *x.shape)
     d = x[0].numel()
     y = x*θs[0].cos().to(x.dtype)
     log_p = d*θs[0].cos().log()
@@ -378,6 +402,7 @@ def log_likelihood(
         log_p = log_p + h*(div+div_s)/2
     noise = y.flatten(1).double().cpu()/θs[-1].sin()
     log_p = log_p - noise.square().sum(1)/2 - d*(θs[-1].sin().log()+math.log(2*math.pi)/2)
+    if probes==1: return log_p[0], torch.full_like(log_p[0], math.inf)
     return log_p.mean(0), log_p.std(0)/probes**.5
 
 def bits_per_dim(

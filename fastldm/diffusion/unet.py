@@ -13,6 +13,7 @@ from torch import nn
 from fastcore.basics import patch
 from ..core.models import Module
 from .autoencoder import conv3x3, group_norm
+from .schedules import ExactBuffers
 
 # %% ../../nbs/diffusion/02_unet.ipynb #1b88c0ab
 def sinusoidal(
@@ -24,7 +25,7 @@ def sinusoidal(
     angles = 1000*t[:,None].float()*freqs
     return torch.cat([angles.sin(), angles.cos()], 1)
 
-class FourierFeatures(Module):
+class FourierFeatures(ExactBuffers):
     "Sines and cosines at random frequencies that are never trained (Tancik et al. 2020)."
     def __init__(self,
         dim:int, # number of features, even
@@ -322,7 +323,9 @@ def forward(self:TutorialUNet,
     context:torch.Tensor=None, # the label token, (B,1,d_context)
 )->torch.Tensor: # the score times sigma, (B,4,10,10)
     "Down three times, up three times, with skips that are added."
-    emb = self.time(t).to(x.dtype)
+    features,*layers = self.time
+    emb = features(t).to(x.dtype)
+    for layer in layers: emb = layer(emb)
     # without padding the sides of the maps are 10, 8, 3, 1: `h8` is 8×8
     h8 = self._level(0, x, emb, context)
     h3 = self._level(1, h8, emb, context)
