@@ -19,6 +19,7 @@ import torch, torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch
 from ..core.models import Module, evaluating, fingerprint, require_package, write_atomic
+from ..core.show import warn_unsigned
 from ..diffusion.autoencoder import Residual
 
 # %% ../../nbs/codes/03_blip.ipynb #9cbc69ba
@@ -301,6 +302,7 @@ def _check_images(images):
         raise wrong(f'shape {tuple(images.shape)}')
     if len(images) and not images.abs().amax()<=1.01:                 # not `>`, which NaN would pass
         raise wrong(f'values from {images.min():.4g} to {images.max():.4g}')
+    warn_unsigned(images, 'Blip')
     return images
 
 @patch

@@ -79,20 +79,22 @@ class CodeConv(nn.Module):
 
 # %% ../../nbs/codes/02_pixelsnail.ipynb #be935990
 class GatedBlock(nn.Module):
-    "x + GLU(two causal convolutions of x, plus the condition)."
+    "x + GLU(two causal convolutions of x, plus the condition); both convolutions see the position itself."
     def __init__(self,
         c, # channels
         kernel=(2,5), # of the convolutions: rows above, width
         dropout=0., # in training
     ):
         super().__init__()
-        self.norm, self.drop = nn.LayerNorm(c), nn.Dropout(dropout)
-        self.conv1, self.conv2 = CausalConv2d(c,c,kernel), CausalConv2d(c,2*c,kernel)
-        self.inject = nn.Linear(c,2*c)
+        self.norm = nn.LayerNorm(c)
+        self.drop = nn.Dropout(dropout)
+        self.conv1 = CausalConv2d(c, c, kernel)
+        self.conv2 = CausalConv2d(c, 2*c, kernel)
+        self.inject = nn.Linear(c, 2*c)                               # the condition, into the gates
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.inject.weight)
 
-    def forward(self, x, condition, code, tokens): # the first three (B,h,w,c)
+    def forward(self, x, condition, code, tokens): # (B,h,w,c) each; `code` and `tokens` are not used here
         h = self.drop(_elu(self.conv1(_elu(self.norm(x)))))
         return x + F.glu(self.conv2(h)+self.inject(condition), -1)
 
@@ -111,15 +113,18 @@ class CausalAttention(nn.Module):
     ):
         super().__init__()
         self.n_heads = n_heads
-        self.norm, self.drop = nn.LayerNorm(c), nn.Dropout(dropout)
-        self.q, self.kv, self.out = nn.Linear(c,c//2), nn.Linear(c,c), nn.Linear(c//2,2*c)
+        self.norm = nn.LayerNorm(c)
+        self.drop = nn.Dropout(dropout)
+        self.q = nn.Linear(c, c//2)
+        self.kv = nn.Linear(c, c)
+        self.out = nn.Linear(c//2, 2*c)
         nn.init.zeros_(self.out.weight)
 
-    def forward(self, x, condition, code, tokens): # the first three (B,h,w,c)
+    def forward(self, x, condition, code, tokens): # (B,h,w,c) each; `tokens` are not used here
         h = self.norm(x)+condition
-        answers = F.pad((h+code).flatten(1,2), (0,0,1,-1))            # later by one
+        memory = F.pad((h+code).flatten(1,2), (0,0,1,-1))             # later by one
         q = self.q(h.flatten(1,2))
-        k, v = self.kv(answers).chunk(2, -1)
+        k, v = self.kv(memory).chunk(2, -1)
         q, k, v = (_split_heads(o, self.n_heads) for o in (q,k,v))
         y = _attend(q, k, v, causal=True)
         return x + F.glu(self.out(self.drop(y)), -1).view_as(x)
@@ -135,8 +140,11 @@ class TextAttention(nn.Module):
     ):
         super().__init__()
         self.n_heads = n_heads
-        self.norm, self.drop = nn.LayerNorm(c), nn.Dropout(dropout)
-        self.q, self.kv, self.out = nn.Linear(c,c//2), nn.Linear(d_text,c), nn.Linear(c//2,2*c)
+        self.norm = nn.LayerNorm(c)
+        self.drop = nn.Dropout(dropout)
+        self.q = nn.Linear(c, c//2)
+        self.kv = nn.Linear(d_text, c)
+        self.out = nn.Linear(c//2, 2*c)
         self.none = nn.Parameter(torch.randn(d_text)/math.sqrt(d_text))
         nn.init.zeros_(self.out.weight)
 
@@ -146,7 +154,7 @@ class TextAttention(nn.Module):
         k, v = self.kv(entries).chunk(2, -1)
         return _split_heads(k, self.n_heads), _split_heads(v, self.n_heads), exists
 
-    def forward(self, x, condition, code, tokens): # (B,h,w,c); tokens (B,L,d_text)
+    def forward(self, x, condition, code, tokens): # (B,h,w,c) each, the middle two not used here; (B,L,d_text)
         k, v, exists = self.keys(tokens)
         q = _split_heads(self.q(self.norm(x).flatten(1,2)), self.n_heads)
         y = _attend(q, k, v, mask=exists)
@@ -220,11 +228,12 @@ def condition(self:PixelSNAIL,
 )->tuple: # (n,h,w,channels) for the layers, and the tokens of the text
     "Compute what is known of each position before any code: its coordinates, the coarser level, the text."
     rows, columns = (torch.linspace(-1, 1, side, device=self.where.weight.device) for side in self.shape)
-    coordinates = torch.stack(torch.meshgrid(rows, columns, indexing='ij'), -1)
+    coordinates = torch.stack(torch.meshgrid(rows, columns, indexing='ij'), -1).to(self.where.weight.dtype)
     known = self.where(coordinates).expand(n,-1,-1,-1)
     if self.map: known = known + self.map(above)
     if not self.text: return _elu(known), None
     if text is None: text = known.new_zeros(n, 1, self.d_text)
+    text = text.to(self.text.weight.dtype)
     whole, tokens = text[:,0], text[:,1:]
     return _elu(known + self.text(whole*math.sqrt(self.d_text))[:,None,None]), tokens
 

@@ -10,7 +10,7 @@ import inspect
 import torch
 from torch import nn
 from fastcore.basics import patch
-from ..core.models import Module
+from ..core.models import Module, whole_number
 from ..diffusion.ldm import LatentDiffusion
 from .pixelsnail import sample_codes
 
@@ -61,8 +61,7 @@ def _check_priors(priors, vqvae, size):
 # %% ../../nbs/codes/04_text2image.ipynb #6475b361
 def _prompts(prompt, n):
     "A list of `n` texts; `ValueError` for anything but texts, or for another number of them."
-    if n is not None and (not isinstance(n,int) or n<1):
-        raise ValueError(f'n={n!r}: expected a whole number of at least 1')
+    if n is not None: n = whole_number(n, 'n', 1)
     if prompt is None or isinstance(prompt, str): return [prompt or '']*(n or 1)
     if not isinstance(prompt, (list,tuple)) or not prompt or not all(isinstance(p,str) for p in prompt):
         raise ValueError(f'prompt={prompt!r:.60}: expected a text, or a list of texts, one an image')
@@ -80,28 +79,31 @@ def _per_level(settings, n_levels):
     return [of(level) for level in range(n_levels)]
 
 @patch
-def _by_codes(self:TextToImage, text, seed, batch_size, progress, *,
+def _by_codes(self:TextToImage, text, seed, first, batch_size, progress, *,
               temperature=1., top_k=None, top_p=None, guidance_scale=1.):
     settings = dict(temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale)
     levels = _per_level(settings, len(self.priors))
     images = []
-    for first in range(0, len(text), batch_size):
-        part = text[first:first+batch_size]
+    for start in range(0, len(text), batch_size):
+        part = text[start:start+batch_size]
         codes = []
         for prior, kw in zip(self.priors, levels):
             above = codes[-1] if codes else None
             words = part if prior.d_text else None
-            codes.append(sample_codes(prior, len(part), above, words, seed=seed, first=first, progress=progress, **kw))
-        images.append((self.vqvae.decode_codes(codes)+1)/2)
+            codes.append(sample_codes(prior, len(part), above, words, seed=seed, first=first+start, progress=progress,
+                                      **kw))
+        decoded = self.vqvae.decode_codes(codes)
+        images.append((decoded.to(torch.promote_types(decoded.dtype, torch.float))+1)/2)
     return torch.cat(images)
 
 # %% ../../nbs/codes/04_text2image.ipynb #8453adf4
 @patch
-def _by_diffusion(self:TextToImage, text, seed, batch_size, progress, *, steps=20, step=None, times=None,
+def _by_diffusion(self:TextToImage, text, seed, first, batch_size, progress, *, steps=20, step=None, times=None,
                   guidance_scale=1., interval=(0.,1.), precision=None, constraint=None):
     settings = dict(steps=steps, step=step, times=times, guidance_scale=guidance_scale, interval=interval,
                     precision=precision, constraint=constraint)
-    return self.diffusion.sample(len(text), seed=seed, batch_size=batch_size, progress=progress, text=text, **settings)
+    return self.diffusion.sample(len(text), seed=seed, first=first, batch_size=batch_size, progress=progress, text=text,
+                                 **settings)
 
 # %% ../../nbs/codes/04_text2image.ipynb #7215b814
 @patch
@@ -141,6 +143,7 @@ def sample(self:TextToImage,
     seed:int=None, # whole number: the same seed gives the same images; None: new ones each time
     candidates:int=1, # images sampled for each one kept; the text encoder chooses
     batch_size:int=64, # images at a time
+    first:int=0, # index of the first of these images, to sample many in parts
     progress:bool=False, # show bars
     **how, # codes: temperature, top_k, top_p, guidance_scale (each a value, or one per level);
            # diffusion: steps, step, times, guidance_scale, interval, precision, constraint
@@ -152,13 +155,16 @@ def sample(self:TextToImage,
         constrained = 'constraint' in how and self.denoiser is not None
         prior = 'diffusion' if constrained else self.kinds[0]
     draw = self._choose_prior(prior, how)
-    if candidates!=1 and (candidates<1 or not hasattr(self.text_encoder, 'match')):
-        raise ValueError(f'candidates={candidates}: expected 1 or more, and a text encoder that can match (a `Blip`)')
+    batch_size = whole_number(batch_size, 'batch_size', 1)
+    candidates = whole_number(candidates, 'candidates', 1)
+    if candidates>1 and not hasattr(self.text_encoder, 'match'):
+        raise ValueError(f'candidates={candidates}: expected 1, or a text encoder that can match (a `Blip`)')
     prompts = [p for p in prompts for _ in range(candidates)]
     text = self._features(prompts)
-    if seed is None: seed = torch.randint(2**31,()).item()
+    seed = torch.randint(2**31,()).item() if seed is None else whole_number(seed, 'seed')
     settings = {**self.settings[prior], **how}
-    images = draw(text, seed=seed, batch_size=batch_size, progress=progress, **settings)
+    first = whole_number(first, 'first', 0)*candidates
+    images = draw(text, seed=seed, first=first, batch_size=batch_size, progress=progress, **settings)
     return images if candidates==1 else self._best(images, prompts, candidates)
 
 # %% ../../nbs/codes/04_text2image.ipynb #8ad6c3ad

@@ -42,7 +42,7 @@ class VectorQuantizer(Module):
         self.n_codes, self.d_code = n_codes, d_code
         self.decay, self.eps, self.revive = decay, eps, revive
         self.register_buffer('codebook', torch.randn(n_codes, d_code))
-        self.register_buffer('count', torch.ones(n_codes))             # in uses of an average code
+        self.register_buffer('count', torch.ones(n_codes))             # moving average of uses, in those of an average code
         self.register_buffer('started', torch.tensor(False))           # have the codes been placed by data yet?
 
     def embed(self, indices): # codes (B,h,w) -> their vectors (B,d,h,w)
@@ -89,13 +89,16 @@ def statistics(self:VectorQuantizer,
     vectors:torch.Tensor, # (n,d)
     codes:torch.Tensor, # (n,) the nearest of each
 )->tuple: # uses of each code (K,1); the sum of its vectors (K,d); a vector far from its code for each (K,d)
-    "Add up what a batch contributes, over all processes."
+    "Add up what a batch contributes, over all processes. A vector that is not finite, or too long, does not count."
     K = self.n_codes
-    uses = torch.bincount(codes, minlength=K).float()
+    counts = vectors.square().sum(1).isfinite()
+    vectors = torch.where(counts[:,None], vectors, 0.)
+    uses = torch.zeros(K, device=vectors.device).index_add_(0, codes, counts.float())
     sums = torch.zeros_like(self.codebook, dtype=torch.float).index_add_(0, codes, vectors)
     some = torch.randint(len(vectors), (min(len(vectors),8192),), device=vectors.device)
     squared_distance = (vectors[some]-self.codebook[codes[some]]).square().sum(1).nan_to_num(0, 1e9)
-    far = vectors[some[(squared_distance+1e-12).multinomial(K, replacement=True)]]
+    weight = torch.where(counts[some], squared_distance+1e-12, 1e-30)    # those that do not count: only if all are such
+    far = vectors[some[weight.multinomial(K, replacement=True)]]
     world, rank = _processes()
     if world>1:                                                         # each process gives its share of these
         far = far*(torch.arange(K, device=vectors.device)%world==rank)[:,None]
@@ -112,6 +115,7 @@ def begin(self:VectorQuantizer,
     "Place the codes among the first vectors: k-means; a code without vectors is moved to where the error is."
     for _ in range(10):
         uses, sums, far = self.statistics(vectors, self.nearest(vectors))
+        if not uses.any(): return                                       # no vector counts: begin with the next batch
         self.codebook.copy_(torch.where(uses>0, sums/uses.clamp_min(1), far))
     self.started.fill_(True)
     if self.revive: self.count.fill_(4*self.revive)                     # soon above or below the threshold
@@ -124,11 +128,13 @@ def update(self:VectorQuantizer,
 ):
     "Move uses and codes towards those of this batch; revive what is dead."
     uses, sums, far = self.statistics(vectors, codes)
-    share = self.n_codes/uses.sum()                                     # uses of one, in those of an average code
-    self.count.lerp_(uses[:,0]*share, 1-self.decay)
+    n = uses.sum()
+    share = self.n_codes/n.clamp_min(1)                                 # uses of one, in those of an average code
+    count = self.count.lerp(uses[:,0]*share, 1-self.decay)
+    self.count.copy_(torch.where(n>0, count, self.count))               # without any, nothing is learned
     rate = (1-self.decay)*share
     self.codebook += rate*(sums-uses*self.codebook)/self.count[:,None].clamp_min(self.eps)
-    dead = self.count<self.revive
+    dead = (self.count<self.revive) & (n>0)
     self.codebook.copy_(torch.where(dead[:,None], far, self.codebook))
     self.count.masked_fill_(dead, 4*self.revive)
 
@@ -137,7 +143,7 @@ def perplexity(
     indices:torch.Tensor, # whole numbers, of any shape
     n_codes:int, # codes in the book
 )->torch.Tensor: # a number from 1 to `n_codes`
-    "Compute the exponential of the entropy of the shares of codes."
+    "Compute how many codes would be in use if all were used equally: the exponential of the entropy of code usage."
     p = torch.bincount(indices.flatten(), minlength=n_codes)/indices.numel()
     return torch.special.entr(p).sum().exp()
 
@@ -226,7 +232,7 @@ def quantize(self:VQVAE,
     for level, f in enumerate(features):
         if level: f = torch.cat([self.ups[level-1](self.mix(vectors)), f], 1)
         q, commitment, indices = self.quantizers[level](self.to_code[level](f))
-        vectors.append(q)
+        vectors.append(q.to(self.shift.dtype))
         commitments.append(commitment)
         codes.append(indices)
     return vectors, commitments, codes
@@ -266,7 +272,8 @@ def decode_codes(self:VQVAE,
 )->torch.Tensor: # images (B,C,H,W) in [-1,1]
     """Decode codes to images.
     Raises `ValueError` for another number of levels, other sizes, or a number that is no code."""
-    with evaluating(self): return self.decoder(self.mix(self.embed_codes(codes))).clamp(-1,1)
+    vectors = [v.to(self.shift.dtype) for v in self.embed_codes(codes)]
+    with evaluating(self): return self.decoder(self.mix(vectors)).clamp(-1,1)
 
 # %% ../../nbs/codes/00_vqvae.ipynb #b94f7b5e
 @patch
@@ -327,7 +334,7 @@ def decode_raw(self:VQVAE, z):
         v = F.avg_pool2d(part, 2**(self.levels-1-level))
         codes = q.nearest(v.detach().movedim(1,-1).reshape(-1,self.d_code))
         snapped = q.embed(codes.view(len(v), *v.shape[2:]))
-        vectors.append(snapped+(v-v.detach()))
+        vectors.append((snapped+(v-v.detach())).to(self.shift.dtype))
     return self.decoder(self.mix(vectors))
 
 # %% ../../nbs/codes/00_vqvae.ipynb #9c82a31d
