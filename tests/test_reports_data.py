@@ -1,5 +1,6 @@
 "Symptoms of real files and folders: each set gives the right pictures, or one clear error before work starts."
-import gzip, io, os, tarfile
+import gzip, io, json, os, tarfile, unicodedata, zipfile
+from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from fastldm.data import *
@@ -267,3 +268,114 @@ def test_captions_are_written_into_shards(tmp_path):
     (tmp_path/'captions.csv').write_text(table, encoding='utf-8')
     ds = Captioned(tmp_path, test=0, size=4)
     assert Shards(write_shards(ds, tmp_path/'tars', 2), size=4)[:]['caption']==ds.caption
+
+
+# ---- captions
+
+def table(f, *rows, header='file,caption'):
+    f.parent.mkdir(parents=True, exist_ok=True)
+    f.write_text('\n'.join([header,*rows])+'\n', encoding='utf-8')
+
+def zipped(f, folder, *more):
+    "A zip file of a folder, and of what macOS or others add: (name, bytes)."
+    with zipfile.ZipFile(f, 'w') as z:
+        for p in sorted(folder.rglob('*')):
+            if p.is_file(): z.write(p, p.relative_to(folder).as_posix())
+        for name,content in more: z.writestr(name, content)
+    return f
+
+def test_what_macs_and_jupyter_add_to_a_captioned_set(tmp_path):
+    "In a folder and in a zip file."
+    d = tmp_path/'d'
+    for i in range(3): save(d/f'{i}.png', 10*i)
+    table(d/'captions.csv', *(f'{i}.png,picture {i}' for i in range(3)))
+    junk = [(f'__MACOSX/._{n}',b'\0\5\x16\7') for n in ('captions.csv','0.png')]+[('.ipynb_checkpoints/captions.csv',b'')]
+    ds = Captioned(zipped(tmp_path/'a.zip', d, *junk), test=0, size=4)
+    assert ds.caption==['picture 0','picture 1','picture 2'] and greys(ds)==[0,10,20]
+    (d/'captions.csv').rename(d/'mine.csv')
+    (d/'._mine.csv').write_bytes(b'\0\5\x16\7')
+    assert len(Captioned(d, test=0, size=4))==3
+
+def test_checkpoints_are_no_pictures(tmp_path):
+    for f in ('a','.ipynb_checkpoints/a','._b'):
+        save(tmp_path/f'{f}.png')
+        (tmp_path/f'{f}.txt').write_text('a picture')
+    assert Captioned(tmp_path, test=0, size=4).name==['a.png']
+
+def test_captions_in_linked_folders(tmp_path):
+    save(tmp_path/'real'/'a.png', 70)
+    (tmp_path/'real'/'a.txt').write_text('a picture')
+    (tmp_path/'set').mkdir()
+    (tmp_path/'set'/'b').symlink_to(tmp_path/'real')
+    ds = Captioned(tmp_path/'set', test=0, size=4)
+    assert ds.name==['b/a.png'] and greys(ds)==[70]
+
+@pytest.mark.parametrize('of_table,of_file', [('NFC','NFD'),('NFD','NFC')])
+def test_accents_in_two_spellings_meet(tmp_path, of_table, of_file):
+    d = tmp_path/'d'
+    save(d/f"{unicodedata.normalize(of_file, 'Café')}.png", 30)
+    table(d/'captions.csv', f"{unicodedata.normalize(of_table, 'Café')}.png,a café")
+    assert greys(Captioned(d, test=0, size=4))==[30]
+    assert greys(Captioned(zipped(tmp_path/'a.zip', d), test=0, size=4))==[30]
+    inner = tmp_path/'inner'
+    table(inner/'captions.csv', f"{unicodedata.normalize(of_table, 'Café')}.png,a café")
+    (d/'captions.csv').unlink()
+    zipped(inner/'images.zip', d)
+    assert greys(Captioned(inner, test=0, size=4))==[30]
+
+def test_a_zip_file_of_windows(tmp_path):
+    z = zipped(tmp_path/'a.zip', tmp_path/'none', ('captions.csv',b'file,caption\n./images\\0.png,x'),
+               ('images\\0.png',png(40)))
+    assert greys(Captioned(z, test=0, size=4))==[40]
+
+@pytest.mark.parametrize('packed', [False,True])
+def test_one_table_for_the_folders_train_and_test(tmp_path, packed):
+    "metadata.csv at the root naming train/0.png, as the Hugging Face hub has it."
+    d = tmp_path/'d'
+    for f,grey in (('train/0',0),('train/1',10),('test/0',20)): save(d/f'{f}.png', grey)
+    table(d/'metadata.csv', 'train/0.png,a', 'train/1.png,b', 'test/0.png,c', header='file_name,text')
+    root = zipped(tmp_path/'a.zip', d) if packed else d
+    train,test = (Captioned(root, split, size=4) for split in ('train','test'))
+    assert (train.caption,greys(train),test.caption,greys(test))==(['a','b'],[0,10],['c'],[20])
+    save(d/'val'/'0.png', 30)
+    table(d/'metadata.csv', 'train/0.png,a', 'test/0.png,c', 'val/0.png,d', header='file_name,text')
+    with pytest.warns(UserWarning, match='val/0.png: it lies neither in train nor in test'):
+        assert len(Captioned(d, size=4))==1
+
+def test_one_file_under_two_names_is_on_one_side(tmp_path):
+    for i in range(30): save(tmp_path/f'{i}.png', 8*i)
+    table(tmp_path/'captions.csv', *(f'{i}.png,a' for i in range(30)), *(f'./{i}.png,b' for i in range(30)))
+    sides = [{n.removeprefix('./') for n in Captioned(tmp_path, s, size=4, test=.4).name} for s in ('train','test')]
+    assert not sides[0]&sides[1] and len(sides[0]|sides[1])==30
+
+def test_names_and_captions_that_are_not_unicode(tmp_path):
+    "They are escaped, so that codes and models made of them can be saved."
+    latin = Path(os.fsdecode(os.fsencode(tmp_path)+b'/caf\xe9.png'))
+    save(latin)
+    latin.with_suffix('.txt').write_text('coffee')
+    ds = Captioned(tmp_path, test=0, size=4)
+    assert ds.name==['caf\\udce9.png'] and ds[0]['name'].encode()
+    save(tmp_path/'b'/'0.png')
+    (tmp_path/'b'/'captions.jsonl').write_text('{"file":"0.png","caption":"half \\ud800","more":"\\udc00"}')
+    ds = Captioned(tmp_path/'b', test=0, size=4)
+    assert ds.caption==['half \\ud800'] and ds.rows[0]['more']=='\\udc00'
+
+@pytest.mark.parametrize('name,text,says', [
+    ('captions.json', '['*100000, 'is not JSON'), ('captions.json', '1'*5000, 'is not JSON'),
+    ('captions.jsonl', '{"file":"0.png","caption":["a",null]}', 'row 1 has no caption'),
+    ('captions.jsonl', '{"file":"0.png","caption":"a","split":["x"]}', 'the column split has')])
+def test_tables_that_cannot_be(tmp_path, name, text, says):
+    save(tmp_path/'0.png')
+    (tmp_path/name).write_text(text)
+    with pytest.raises(ValueError, match=says): Captioned(tmp_path)
+
+def test_a_line_separator_within_a_caption(tmp_path):
+    save(tmp_path/'0.png')
+    text = json.dumps(dict(file='0.png', caption='a\u2028b', group=7), ensure_ascii=False)
+    (tmp_path/'captions.jsonl').write_text(text+'\r\n', encoding='utf-8', newline='')
+    assert Captioned(tmp_path, test=0).caption==['a b']
+
+def test_a_damaged_table_in_a_zip_file(tmp_path):
+    z = zipped(tmp_path/'a.zip', tmp_path/'none', ('captions.csv',b'file,caption\n0.png,abcdefgh'))
+    z.write_bytes(z.read_bytes().replace(b'abcdefgh', b'abcdefgx', 1))
+    with pytest.raises(ValueError, match='captions.csv cannot be read'): Captioned(z)

@@ -19,8 +19,8 @@ from PIL import Image,ImageDraw,ImageFont,features
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 from ..core.models import write_atomic
-from .captioned import Captioned,Together,find_source,first_few,read_table
-from .images import DATASETS,IMAGE_SUFFIXES,check_split,open_image
+from .captioned import Captioned,Together,check_columns,find_source,read_table
+from .images import DATASETS,IMAGE_SUFFIXES,check_split,first_few,open_image
 from .public import not_found,search_folders
 
 # %% ../../nbs/data/05_sources.ipynb #dbbddaed
@@ -221,8 +221,9 @@ def _find_table_folder(name, root, how_to_get):
 def _clipart_rows(source):
     "Rows of captions.csv and its pictures; a caption in the table comes before one made of the title."
     table,find = find_source(source)
-    rows = []
-    for r in read_table(table):
+    raw,rows = read_table(table),[]
+    check_columns(table, raw, ['file','category','title','source'])
+    for r in raw:
         fields = {k:r[k] for k in ('title','category','caption') if k in r}
         rows.append(dict(fields, file=find(r['file']), name=r['source']))
     return [dict(c, caption=r.get('caption', c['caption'])) for r,c in zip(rows,_with_captions(rows))]
@@ -435,6 +436,7 @@ class Paintings(Captioned):
                   "and the pictures or images.zip")
         table,find = find_source(_find_table_folder('wikiart-titles', root, advice))
         raw = read_table(table)
+        check_columns(table, raw, ['file','style','artist','title'])
         classes,rows = sorted({r['style'] for r in raw}),[]
         for r,caption in zip(raw, _fill_template(form, raw)):
             rows.append(dict(r, file=find(r['file']), name=r['file'], caption=caption,
