@@ -278,9 +278,22 @@ def test_scores_of_faces(trained, given):
     assert res['conditions']==[*given] and res['n']==40
     assert 0<=res['accuracy_mean']<=1 and 0<=res['iou_mean']<=1
     assert {*res['accuracy']}=={*DRAWN} and {*res['iou']}=={*PARTS8}
-    assert res['fid']>0 and res['real_accuracy_mean']>0 and res['nearest']>0
+    assert res['fid']>0 and res['real_accuracy_mean']>0 and res['memorisation']>0
     with pytest.raises(ValueError, match="unknown classifier 'fashion_classifier'"):
         evaluate_faces(load('few'), 'fashion')
+
+@pytest.mark.slow
+def test_real_faces_are_as_many_as_drawn(trained):
+    "Beside the distance of 40 drawn faces stands that of 40 real training faces, though 20 are held out."
+    from fastldm.data import get_dataset
+    from fastldm.diffusion import load
+    from fastldm.metrics import fid
+    from fastldm.recipes import evaluate_faces
+    res = evaluate_faces(load('few'), 'few', 40, steps=2, progress=False)
+    classifier = load('few_classifier')
+    train, held_out = (get_dataset('few', split=split, size=classifier.size) for split in ('train','test'))
+    expected = fid(held_out.pixels(range(len(held_out))), train.pixels(range(40)), classifier)
+    assert res['train_n']==40 and res['train_fid']==pytest.approx(expected, rel=1e-3)
 
 @pytest.mark.slow
 def test_slots_of_the_ablation(trained):
