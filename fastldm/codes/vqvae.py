@@ -42,7 +42,7 @@ class VectorQuantizer(Module):
         self.n_codes, self.d_code = n_codes, d_code
         self.decay, self.eps, self.revive = decay, eps, revive
         self.register_buffer('codebook', torch.randn(n_codes, d_code))
-        self.register_buffer('count', torch.ones(n_codes))             # moving average of uses, in those of an average code
+        self.register_buffer('count', torch.ones(n_codes))             # mean of uses, in those of an average code
         self.register_buffer('started', torch.tensor(False))           # have the codes been placed by data yet?
 
     def embed(self, indices): # codes (B,h,w) -> their vectors (B,d,h,w)
