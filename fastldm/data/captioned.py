@@ -173,6 +173,7 @@ def _checksums(files):
     # a name that sorts after those of all files, so that a group is called after a file
     return {f:f'\uffff{size} {checksum()}' for f,(size,checksum) in infos.items() if count[size]>1}
 
+# %% ../../nbs/data/04_captioned.ipynb #dbdb8268
 def group_rows(
     rows:list, # dicts with `name`, and `file` or `group` where there is one
 )->list: # the name of the group of each row
@@ -347,6 +348,7 @@ def set_rows(self:Captioned, rows, size=64, channels=3, cache=2., test=.1, pad=F
         self.image = image[part]
     if classes: self.label = torch.tensor([r['label'] for r in rows])
 
+# %% ../../nbs/data/04_captioned.ipynb #91ce9cc3
 @patch
 def _hold_pictures(self:Captioned, files, classes, size, channels, cache, pad):
     "Hold each picture, read once however many captions it has."

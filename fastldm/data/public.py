@@ -202,16 +202,21 @@ DATASETS.update(mnist=MNIST, fashion=FashionMNIST, cifar10=CIFAR10)
 def _read_labels(folder):
     """(files, labels, classes) of a folder with labels.csv and its pictures, in files or in images.zip; None
     without the table."""
-    if not (folder/'labels.csv').is_file(): return None
-    with open(folder/'labels.csv', newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
+    table,zipped = folder/'labels.csv',folder/'images.zip'
+    if not table.is_file(): return None
     try:
-        names = {int(r['label']):r['name'] for r in rows}
-        pictures = zipfile.Path(folder/'images.zip') if (folder/'images.zip').exists() else folder
-    except (KeyError,ValueError,zipfile.BadZipFile) as e:
+        with open(table, newline='', encoding='utf-8-sig') as f: rows = list(csv.DictReader(f))
+        labels,names = [int(r['label']) for r in rows],{int(r['label']):r['name'] for r in rows}
+        files = [ZippedFile(zipped, r['file']) if zipped.exists() else folder/r['file'] for r in rows]
+        missing = [f for f in files if not f.is_file()]
+    except (KeyError,TypeError,ValueError,csv.Error) as e:
         raise ValueError(f"{folder} is damaged ({e!r}): labels.csv needs the columns file, label and name, "
                          "and images.zip must be a whole zip file") from e
-    classes = [names[i] for i in sorted(names)]
-    return [pictures/r['file'] for r in rows], [int(r['label']) for r in rows], classes
+    if missing:
+        raise FileNotFoundError(f"{len(missing)} of {len(files)} pictures of {table} are missing, such as {missing[0]}")
+    if not rows or sorted(names)!=list(range(len(names))):
+        raise ValueError(f"{table} has the labels {sorted(names)}: expected 0, 1, … without a gap")
+    return files, labels, [names[i] for i in sorted(names)]
 
 # %% ../../nbs/data/01_public.ipynb #1dd2b944
 class Flowers17(ImageFolder):
