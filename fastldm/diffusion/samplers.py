@@ -39,7 +39,7 @@ def sample_generators(
     seed:int, # any whole number
     n:int, # number of samples
     first:int=0, # index of the first of them
-)->list: # one `torch.Generator` a sample
+)->list: # one `torch.Generator` per sample
     """Make the generators of samples `first` to `first+n-1` of a seed.
 
     Raises `ValueError` for a seed or an index that is not a whole number, or a negative index."""
@@ -120,7 +120,8 @@ def karras_times(
     "Place times at equal distance in `(sigma/alpha)^(1/rho)` (Karras et al. 2022, eq. 5)."
     n = whole_number(n, 'steps', 1)
     ratio = (-schedule.log_snr(torch.tensor([1.,t_min]).double())/2).exp().clamp(max=sigma_max)
-    log_snr = -2*rho*torch.linspace(*ratio**(1/rho), n).double().log()
+    most, least = ratio**(1/rho)
+    log_snr = -2*rho*torch.linspace(most, least, n).double().log()
     return _with_zero(time_of_log_snr(schedule, log_snr))
 
 def angle_times(
@@ -147,14 +148,14 @@ def ddim_step(
     a_s, σ_s = scales(denoise, s, x)
     x0 = denoise(x, t, cond)
     if not eta: return a_s*x0 + σ_s*(x - a*x0)/σ
-    fresh = eta**2 * (1 - (a/a_s*σ_s/σ)**2).clamp(0,1)                  # share of the variance
-    return a_s*x0 + σ_s*((1-fresh).sqrt()*(x - a*x0)/σ + fresh.sqrt()*noise_like(x))
+    τ = eta**2 * (1 - (a/a_s*σ_s/σ)**2).clamp(0,1)                      # part of the variance that is fresh noise
+    return a_s*x0 + σ_s*((1-τ).sqrt()*(x - a*x0)/σ + τ.sqrt()*noise_like(x))
 
 ddpm_step = partial(ddim_step, eta=1.)
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #5e9bab79
 def _add_churn(denoise, x, t, churn):
-    "Raise the noise by a share `churn`; return the sample, and the time at which there is that much."
+    "Raise the noise to 1+`churn` times what it is; return the sample, and the time at which there is that much."
     churn = real_number(churn, 'churn', 0)
     if not churn: return x, t
     schedule = denoise.schedule
@@ -171,9 +172,9 @@ def euler_step(
     t:torch.Tensor, # time
     s:torch.Tensor, # next time, smaller
     cond=None, # passed to the denoiser
-    churn:float=0., # share by which the noise is raised before the step, up to that of time 1
+    churn:float=0., # γ of Karras et al. 2022: before the step the noise is raised 1+γ times, up to that of time 1
 )->torch.Tensor: # sample at time `s`
-    "Step by Euler's method in `rho` (Karras et al. 2022, algorithm 2 without the correction)."
+    "Step by Euler's method in the noise ratio σ/α (Karras et al. 2022, algorithm 2 without the correction)."
     x, t = _add_churn(denoise, x, t, churn)
     a, σ = scales(denoise, t, x)
     a_s, σ_s = scales(denoise, s, x)
@@ -187,19 +188,20 @@ def heun_step(
     t:torch.Tensor, # time
     s:torch.Tensor, # next time, smaller
     cond=None, # passed to the denoiser
-    churn:float=0., # share by which the noise is raised before the step, up to that of time 1
+    churn:float=0., # γ of Karras et al. 2022: before the step the noise is raised 1+γ times, up to that of time 1
 )->torch.Tensor: # sample at time `s`
-    "Step by Heun's method in `rho`: two calls, one in the step to 0 (Karras et al. 2022, algorithm 2)."
+    "Step by Heun's method in the noise ratio σ/α: two calls, one in the step to 0 (Karras et al. 2022, algorithm 2)."
     x, t = _add_churn(denoise, x, t, churn)
     a, σ = scales(denoise, t, x)
     a_s, σ_s = scales(denoise, s, x)
-    ρ, ρ_s = σ/a, σ_s/a_s
+    r = σ/a
+    r_s = σ_s/a_s
     y = x/a
-    slope = (y - denoise(x,t,cond))/ρ
-    y_s = y + (ρ_s-ρ)*slope
+    slope = (y - denoise(x,t,cond))/r
+    y_s = y + (r_s-r)*slope
     if s==0: return y_s
-    slope_s = (y_s - denoise(a_s*y_s,s,cond))/ρ_s
-    return a_s*(y + (ρ_s-ρ)*(slope+slope_s)/2)
+    slope_s = (y_s - denoise(a_s*y_s,s,cond))/r_s
+    return a_s*(y + (r_s-r)*(slope+slope_s)/2)
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #7753ab0d
 def euler_maruyama_step(
@@ -246,7 +248,7 @@ def _lambda(denoise, t):
 class DPMSolver2M:
     "DPM-Solver++ (2M): second order, one call per step (Lu et al. 2022, algorithm 2)."
     order = 2
-    eta = 0. # share of fresh noise; 1: as in the reverse SDE
+    eta = 0. # fresh noise; 1: as in the reverse SDE
     def __init__(self): self.reset()
 
     def reset(self):
@@ -379,7 +381,7 @@ def log_likelihood(
     cond=None, # passed to the denoiser
     steps:int=50, # times of the grid; from each to the next goes a step of Heun's method, two calls
     times=karras_times, # time grid
-    probes:int=4, # estimates of each trace
+    probes:int=4, # random vectors per estimate of a trace (Hutchinson 1989)
     seed:int=0, # of the probes
 )->tuple: # `log p` in nats, (B,), and its standard error from the probes, (B,); infinite for a single probe
     """Integrate the density of samples along the model's own ODE, by Heun's method (Song et al. 2021b, eq. 39).
@@ -393,15 +395,15 @@ def log_likelihood(
     signs = (torch.randint(2, (probes,1,*x.shape[1:]), generator=gen)*2-1).to(x).expand(probes, *x.shape)
     d = x[0].numel()
     y = x*θs[0].cos().to(x.dtype)
-    log_p = d*θs[0].cos().log()
-    for t,s,θ,θ_s in zip(ts, ts[1:], θs, θs[1:]):
-        h = θ_s - θ
-        v, div = _velocity(denoise, y, t, θ, cond, signs)
-        v_s, div_s = _velocity(denoise, y+h.to(y.dtype)*v, s, θ_s, cond, signs)
-        y = y + h.to(y.dtype)*(v+v_s)/2
-        log_p = log_p + h*(div+div_s)/2
-    noise = y.flatten(1).double().cpu()/θs[-1].sin()
-    log_p = log_p - noise.square().sum(1)/2 - d*(θs[-1].sin().log()+math.log(2*math.pi)/2)
+    change = d*θs[0].cos().log()                                        # of log p, from `x` to `y`; below (probes,B)
+    for s,t,θ_s,θ in zip(ts, ts[1:], θs, θs[1:]):                       # from time `s` up to `t`
+        h = θ - θ_s
+        slope_s, div_s = _velocity(denoise, y, s, θ_s, cond, signs)
+        slope, div = _velocity(denoise, y+h.to(y.dtype)*slope_s, t, θ, cond, signs)
+        y = y + h.to(y.dtype)*(slope_s+slope)/2
+        change = change + h*(div_s+div)/2
+    noise = y.flatten(1).double().cpu()/θs[-1].sin()                    # standard normal, scaled by sin θ
+    log_p = change - noise.square().sum(1)/2 - d*(θs[-1].sin().log()+math.log(2*math.pi)/2)
     if probes==1: return log_p[0], torch.full_like(log_p[0], math.inf)
     return log_p.mean(0), log_p.std(0)/probes**.5
 
