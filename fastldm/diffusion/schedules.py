@@ -84,7 +84,7 @@ def time_of_log_snr(
 
 # %% ../../nbs/diffusion/01_schedules.ipynb #d54caa28
 class VE(Schedule):
-    "Variance exploding, `dx = base^t dw` (Song et al. 2021b; `base=25` is the process of system A)."
+    "Variance exploding, `dx = base^t dw` (Song et al. 2021b)."
     def __init__(self,
         base:float=25., # growth of the diffusion coefficient over the unit of time, > 1
     ):
