@@ -1,3 +1,6 @@
 __version__ = "0.1.0"
 
 from .diffusion.ldm import LatentDiffusion, available, load, save
+from .core.help import show_parameters
+
+show_parameters()

@@ -4,3 +4,4 @@ from .models import *
 from .show import *
 from .train import *
 from .perceptual import *
+from .help import *

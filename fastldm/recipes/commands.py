@@ -297,7 +297,7 @@ def draw_files(
     n:int, # pictures
     folder, # a new one
     part:int=PART, # pictures at a time
-):
+)->int: # files that were written
     """Draw any number of pictures, each into a PNG file. Raises `OSError` where the disk has no room for them, and
     `FileExistsError` where the folder is there already, before the first is written."""
     from tqdm import tqdm
@@ -308,6 +308,7 @@ def draw_files(
             Path(folder).mkdir(parents=True)
         for i,picture in enumerate((pictures.clamp(0, 1)*255).round().byte(), first):
             to_image(picture).save(Path(folder)/f'{i:06d}.png')
+    return first+len(pictures)
 
 def _check_room(folder, n, n_bytes, block=4096):
     "`OSError` where the disk of a folder has too little room for `n` files that are as large as if nothing was packed."
@@ -392,8 +393,7 @@ def _draw_into(out, method, options):
     def draw(n, first):
         where = dict(n=n, first=first)
         return method(**options | {k: v for k,v in where.items() if k in parameters})[0]
-    draw_files(draw, n, out, part)
-    return n
+    return draw_files(draw, n, out, part)
 
 def _named(conditions):
     "['ink=1,0,0'] as {'ink': '1,0,0'}."
@@ -431,8 +431,15 @@ def evaluate_command(self:LatentDiffusion,
     embedders = embedders_of(self)
     if 'attrs' in embedders or 'mask' in embedders: return evaluate_faces(self, data, **options)
     if any(hasattr(e, 'score') for e in embedders.values()): return evaluate_conditions(self, data, **options)
-    evaluator = load(check_choice(f'{data}_evaluator', available('Evaluator'), 'evaluator'))
-    return evaluate_ldm(self, evaluator, data, **options)
+    return evaluate_ldm(self, _evaluator_of(data), data, **options)
+
+def _evaluator_of(data):
+    "The network that scores pictures like those of a set. Raises `ValueError` where there is none."
+    evaluators = available('Evaluator')
+    if f'{data}_evaluator' in evaluators: return load(f'{data}_evaluator')
+    known = ', '.join(name.removesuffix('_evaluator') for name in evaluators)
+    raise ValueError(f'no evaluator knows {data}: there are some of {known}. To score pictures of your own, compare '
+                     'them in Python by fastldm.metrics, with `fid(real, drawn, EfficientNetLite())`')
 
 # %% ../../nbs/recipes/06_commands.ipynb #c3a01fc6
 @patch
