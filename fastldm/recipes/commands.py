@@ -121,7 +121,7 @@ def train_cli(
         sys.exit(f'train: interrupted between two stages: the same command goes on with what is saved in {out}')
     print(f'done, in {out}')
     if (out/'samples.png').exists():
-        print(f"In Python: fastldm.load('{out}').sample(16); samples are in {out/'samples.png'}")
+        print(f"In Python: model = fastldm.load('{out}'); samples are in {out/'samples.png'}")
 
 # %% ../../nbs/recipes/06_commands.ipynb #f7973e99
 @patch
