@@ -64,21 +64,29 @@ def _lmdb(): return require_package('lmdb', 'a store of codes', 'lmdb')
 
 # %% ../../nbs/codes/01_store.ipynb #1918ad74
 def _identity(file):
-    "Which process looks at which file; None where there is no file."
+    "(process, device, inode): who may use an open environment, while the file is the same; None: there is no file."
     if not file.exists(): return None
     stat = file.stat()
     return os.getpid(), stat.st_dev, stat.st_ino
 
 def _close(folder):
-    if str(folder) in _environments: _environments.pop(str(folder))[1].close()
+    if str(folder) not in _environments: return
+    _, env = _environments.pop(str(folder))
+    env.close()
 
 def _open(folder, write):
     "A new environment; `ValueError` where the file is damaged."
-    lmdb, file = _lmdb(), Path(folder)/'data.mdb'
+    lmdb = _lmdb()
+    file = Path(folder)/'data.mdb'
     size = file.stat().st_size if file.exists() else None
-    settings = dict(map_size=2**24, max_readers=1024, metasync=False)
+    settings = dict(
+        map_size=2**24, # bytes to begin with; `_append` doubles it
+        max_readers=1024,
+        metasync=False, # a power cut may lose the last transaction, and damages nothing
+        lock=write or os.access(folder, os.W_OK), # a reader of a read-only disk cannot write the lock file
+    )
     try:
-        env = lmdb.open(str(folder), readonly=not write, lock=write or os.access(folder, os.W_OK), **settings)
+        env = lmdb.open(str(folder), readonly=not write, **settings)
         needed = (env.info()['last_pgno']+1)*env.stat()['psize']
     except lmdb.Error as e:
         raise ValueError(f"{folder} is damaged, or no LMDB database ({e}): delete it and write the codes again") from e
@@ -184,25 +192,31 @@ class _Rest:
     def __getitems__(self, idxs): return _with_names(self.ds, [self.start+i for i in idxs])
 
 # %% ../../nbs/codes/01_store.ipynb #173d5f25
+def _smallest_dtype(n_codes):
+    "The smallest unsigned integers that hold codes from 0 to `n_codes-1`."
+    if n_codes<=2**8: return '<u1'
+    if n_codes<=2**16: return '<u2'
+    return '<u4'
+
 def _header(ds, model, text_features, precision=None):
-    "What the database will hold; errors of data, model and text encoder come out here, before any work."
+    "What the database will hold; errors of data, model and text encoder are raised here, before any work."
     if not len(ds): raise ValueError("the data set is empty, so there is nothing to encode")
-    batch = _with_names(ds, [0])
-    if 'image' not in batch: raise ValueError(f"the data set gives {sorted(batch)}, and codes are made of `image`")
-    model.check(batch['image'])
+    first = _with_names(ds, [0])
+    if 'image' not in first: raise ValueError(f"the data set gives {sorted(first)}, and codes are made of `image`")
+    model.check(first['image'])
     text = None
     if text_features is not None:
-        if 'caption' not in batch:
-            raise ValueError(f"text_features was given, and the data set has no `caption`: it gives {sorted(batch)}")
-        shape = list(_compute_features(text_features, batch['caption']).shape[1:])
+        if 'caption' not in first:
+            raise ValueError(f"text_features was given, and the data set has no `caption`: it gives {sorted(first)}")
+        shape = list(_compute_features(text_features, first['caption']).shape[1:])
         text = dict(_text_identity(text_features), shape=shape)
     return dict(
         format=FORMAT,
         n=len(ds),
-        shapes=[list(s) for s in model.code_shapes(*batch['image'].shape[2:])],
+        shapes=[list(s) for s in model.code_shapes(*first['image'].shape[2:])],
         n_codes=model.n_codes,
-        dtype=next(f'<u{n_bytes}' for n_bytes in (1,2,4) if model.n_codes<=256**n_bytes),
-        fields=[k for k in ('name','caption','label') if k in batch],
+        dtype=_smallest_dtype(model.n_codes),
+        fields=[k for k in ('name','caption','label') if k in first],
         classes=list(getattr(ds, 'classes', None) or []),
         split=getattr(ds, 'split', None),
         model=codes_fingerprint(model),
