@@ -1,11 +1,12 @@
 "Stable Diffusion: SDXL, ControlNet, schedulers, precision, training and bad input, on tiny random pipelines."
 import json
 from contextlib import nullcontext
+from copy import copy, deepcopy
 import pytest, torch
 from fastldm.control import ControlAdapter, StableVAE, T2I, Tabulated, control, control_loss, feature_shapes
 from fastldm.control import from_diffusers, local_features, scheduler_times
 from fastldm.core import set_seed
-from fastldm.diffusion import ddim_step, sample_generators
+from fastldm.diffusion import Denoiser, DPMSolver2M, UniPC, ddim_step, euler_step, heun_step, sample_generators
 diffusers = pytest.importorskip('diffusers')
 transformers = pytest.importorskip('transformers')
 
@@ -183,6 +184,82 @@ def test_dpm_solver_is_theirs(tokenizer):
     assert d<1e-3
 
 
+# ---- schedulers that were swapped by `from_config`
+
+SOURCES = {
+    'SD 1.x': lambda: ddim(),
+    'PNDM': lambda: diffusers.PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1),
+    'ends at 0': lambda: ddim(set_alpha_to_one=True),
+    'trailing': lambda: ddim(timestep_spacing='trailing'),
+    'no offset': lambda: ddim(steps_offset=0),
+    'Euler': lambda: diffusers.EulerDiscreteScheduler(**BETAS),
+    'Euler to sigma_min': lambda: diffusers.EulerDiscreteScheduler(**BETAS, final_sigmas_type='sigma_min'),
+    'DPM': lambda: diffusers.DPMSolverMultistepScheduler(**BETAS),
+    'DPM to sigma_min': lambda: diffusers.DPMSolverMultistepScheduler(**BETAS, final_sigmas_type='sigma_min'),
+    'UniPC to sigma_min': lambda: diffusers.UniPCMultistepScheduler(**BETAS, final_sigmas_type='sigma_min'),
+    'DEIS': lambda: diffusers.DEISMultistepScheduler(**BETAS),
+    'Heun': lambda: diffusers.HeunDiscreteScheduler(**BETAS),
+}
+SOLVERS = dict(DDIM=ddim_step, EulerDiscrete=euler_step, HeunDiscrete=heun_step, DPMSolverMultistep='DPMSolver2M',
+               UniPCMultistep='UniPC')
+
+class SmallNetwork(torch.nn.Module):
+    "Noise, predicted by a smooth function of sample and step, in next to no time."
+    def __init__(self):
+        super().__init__()
+        set_seed(0)
+        self.conv = torch.nn.Conv2d(4, 4, 3, padding=1)
+
+    def at_step(self, x, step): return x*.5 + (self.conv(x) + step.view(-1,1,1,1)/300).tanh()
+    def forward(self, x, t): return self.at_step(x, t.float()*1000-1)
+
+def their_run(scheduler, net, x):
+    "What a scheduler of diffusers makes of noise of variance 1 at its first step."
+    for t in scheduler.timesteps:
+        predicted = net.at_step(scheduler.scale_model_input(x, t), t.float()[None])
+        x = scheduler.step(predicted, t, x).prev_sample
+    return x
+
+def our_run(scheduler, net, x, n, step):
+    "The same by this library, from a latent in its own units to one in its own units."
+    schedule = Tabulated(scheduler.alphas_cumprod)
+    denoiser = Denoiser(net, schedule, predict='eps', scale_input=False).eval()
+    if isinstance(step, str): step = UniPC(2) if step=='UniPC' else DPMSolver2M()
+    times = scheduler_times(scheduler)(schedule, n)
+    for t,s in zip(times, times[1:]): x = step(denoiser, x, t, s)
+    return x, schedule(times[[0,-1]])[0].float()
+
+@torch.no_grad()
+@pytest.mark.parametrize('n', [8,20])
+@pytest.mark.parametrize('target', SOLVERS)
+@pytest.mark.parametrize('source', SOURCES)
+def test_swapped_schedulers_end_where_they_end(source, target, n):
+    "A whole run is that of diffusers, whatever options of the scheduler before are left in the config."
+    config = SOURCES[source]().config
+    options = dict(clip_sample=False)
+    if 'sigma_min' in source: options['lower_order_final'] = False          # or a short run ends by Euler's method
+    scheduler = getattr(diffusers, f'{target}Scheduler').from_config(config, **options)
+    if target=='DDIM' and scheduler.config.timestep_spacing=='linspace':
+        pytest.skip("diffusers' DDIM steps to a time that it does not visit next")
+    scheduler.set_timesteps(n)
+    net = SmallNetwork()
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    found, (first, last) = our_run(scheduler, net, noise, n, SOLVERS[target])
+    in_units_of_alpha = target in ('EulerDiscrete','HeunDiscrete')
+    if in_units_of_alpha: noise, found = noise/first, found/last
+    assert difference(found, their_run(scheduler, net, noise))<2e-4
+
+OTHER_ENDS = dict(DEISMultistep=1/1000, LMSDiscrete=0., EulerAncestralDiscrete=0., DPMSolverSinglestep=0., DDPM=0.,
+                  KDPM2Discrete=0., PNDM=1/1000, LCM=1/1000, DDIMParallel=1/1000)
+
+@pytest.mark.parametrize('target', OTHER_ENDS)
+def test_ends_of_the_other_schedulers(target):
+    "From a config with set_alpha_to_one=False, which counts for those that know it only."
+    scheduler = getattr(diffusers, f'{target}Scheduler').from_config(ddim().config)
+    times = scheduler_times(scheduler)(None, 6)
+    assert times[-1]==OTHER_ENDS[target] and (times.diff()<0).all()
+
+
 # ---- local features in their pipelines
 
 def test_sdxl_adapter(tokenizer):
@@ -329,6 +406,49 @@ def test_no_pipeline(tokenizer, tmp_path):
     with pytest.raises(ValueError, match='could not be loaded'): from_diffusers(tmp_path)
     with pytest.raises(ValueError, match='is a file'): from_diffusers(index)
     with pytest.raises(ValueError, match='int is no Stable Diffusion'): from_diffusers(3)
+
+def test_pickled_weights(tokenizer, tmp_path):
+    "A folder that has only .bin files is refused with diffusers' words and the way out; then it can be read."
+    pipe = sd(tokenizer)
+    pipe.save_pretrained(tmp_path, safe_serialization=False)
+    # transformers 5 writes safetensors only
+    for weights in tmp_path.glob('text_encoder/*.safetensors'): weights.unlink()
+    torch.save(pipe.text_encoder.state_dict(), tmp_path/'text_encoder'/'pytorch_model.bin')
+    with pytest.raises(ValueError, match='use_safetensors=False. reads its .bin files, which are pickles'):
+        from_diffusers(tmp_path)
+    ldm = from_diffusers(tmp_path, use_safetensors=False)
+    assert torch.equal(ldm.denoiser.net.unet.conv_in.weight, pipe.unet.conv_in.weight)
+
+def test_the_words_of_the_hub(monkeypatch):
+    "What the hub says of a name is part of the message."
+    def refuse(*args, **options): raise OSError('Could not find the necessary `safetensors` weights in {"a.bin"}')
+    monkeypatch.setattr(diffusers.DiffusionPipeline, 'from_pretrained', refuse)
+    with pytest.raises(FileNotFoundError, match='necessary `safetensors` weights.*use_safetensors=False'):
+        from_diffusers('some/pickles')
+    def gated(*args, **options): raise OSError('Access to model some/gated is restricted')
+    monkeypatch.setattr(diffusers.DiffusionPipeline, 'from_pretrained', gated)
+    with pytest.raises(FileNotFoundError, match=r'OSError: Access to model some/gated is restricted\)$'):
+        from_diffusers('some/gated')
+
+def test_a_tokenizer_without_a_limit(tokenizer):
+    "A tokenizer that names 1e30 as its limit: the text encoder has one."
+    pipe = sd(copy(tokenizer))
+    pipe.tokenizer.model_max_length = int(1e30)
+    embedder = from_diffusers(pipe).denoiser.conditioner.embedders['prompt']
+    assert embedder.length==16 and embedder.parse('a cat', 1).shape==(1,1,16)
+
+@torch.no_grad()
+@pytest.mark.parametrize('n', [1,3])
+def test_textual_inversion_counts_all_its_vectors(tokenizer, n):
+    "A word that stands for several vectors is read as in diffusers, in prompts and in the negative one."
+    pipe = sd(deepcopy(tokenizer))
+    pipe.load_textual_inversion(torch.randn(n, 32), token='<toy>')
+    embedder = from_diffusers(pipe, negative='<toy>').denoiser.conditioner.embedders['prompt']
+    wanted, unwanted = pipe.encode_prompt('a <toy> cat', 'cpu', 1, True, negative_prompt='<toy>')
+    ids = embedder.parse('a <toy> cat', 1)
+    assert torch.allclose(embedder(ids).context, wanted, atol=1e-5)
+    assert torch.allclose(embedder(embedder.null(ids)).context, unwanted, atol=1e-5)
+    with pytest.raises(ValueError, match='a prompt of 17 tokens'): embedder.parse('<toy> '*5+' a'*(15-5*n), 1)
 
 def test_another_kind(tokenizer):
     with pytest.raises(ValueError, match='9 channels, its latents have 4'): from_diffusers(sd(tokenizer, in_channels=9))

@@ -161,7 +161,8 @@ class Tabulated(Schedule):
         position = steps.clamp(1, self.T) - 1
         i = position.detach().floor().long().clamp(max=self.T-2)
         table = self.table.to(t.dtype)
-        return torch.lerp(table[i], table[i+1], position-i) - steps.clamp(max=1).log()
+        before_first = steps.clamp(max=1)                           # below 1, σ²/α² falls with it
+        return torch.lerp(table[i], table[i+1], position-i) - before_first.log()
 
     def alpha(self, t): return self.log_snr(t).sigmoid().sqrt()
     def sigma(self, t): return self.log_snr(t).neg().sigmoid().sqrt()
@@ -224,21 +225,29 @@ class StableUNet(nn.Module):
         return dict(text_embeds=vector.to(self.unet.dtype), time_ids=sizes)
 
 # %% ../../nbs/control/01_stable.ipynb #59575dd6
+_require = partial(require_package, purpose='Stable Diffusion', install='diffusers transformers')
+
 def _tokens(tokenizers, prompts, length):
     "Tokens (n,tokenizers,length); raises `ValueError` for a prompt that is too long."
+    padded = []
     for tokenizer in tokenizers:
-        for prompt in prompts:
-            n = len(tokenizer(prompt, verbose=False).input_ids)
+        texts = _require('diffusers').loaders.TextualInversionLoaderMixin().maybe_convert_prompt(prompts, tokenizer)
+        for text in texts:
+            n = len(tokenizer(text, verbose=False).input_ids)
             if n>length:
                 raise ValueError(f'a prompt of {n} tokens, this model reads {length}: '
-                                 f'make it shorter ({prompt[:40]!r}...)')
-    padded = [t(prompts, padding='max_length', max_length=length, return_tensors='pt').input_ids for t in tokenizers]
+                                 f'make it shorter ({text[:40]!r}...)')
+        padded.append(tokenizer(texts, padding='max_length', max_length=length, return_tensors='pt').input_ids)
     return torch.stack(padded, 1)
 
 def _text_encoders(pipe):
     "Pairs of a tokenizer and its text encoder; SDXL has two."
     pairs = [(getattr(pipe, f'tokenizer{i}', None), getattr(pipe, f'text_encoder{i}', None)) for i in ('','_2')]
     return [pair for pair in pairs if None not in pair]
+
+def _prompt_length(pairs):
+    "Tokens that all tokenizers give and all text encoders read; a tokenizer that knows no limit names 1e30."
+    return min(min(tokenizer.model_max_length, encoder.config.max_position_embeddings) for tokenizer,encoder in pairs)
 
 # %% ../../nbs/control/01_stable.ipynb #e9664462
 class PromptEmbedder(Embedder):
@@ -253,7 +262,7 @@ class PromptEmbedder(Embedder):
         self.encoders = nn.ModuleList(encoder for _,encoder in pairs)
         self.xl = pipe.unet.config.addition_embed_type=='text_time'
         self.zeros = negative is None and pipe.config.get('force_zeros_for_empty_prompt', False)
-        self.length = min(t.model_max_length for t in self.tokenizers)
+        self.length = _prompt_length(pairs)
         self.expects = (f'a prompt of at most {self.length} tokens, one per sample, their tokens '
                         f'(n,{len(pairs)},{self.length}), or None for no prompt')
         empty_prompt = _tokens(self.tokenizers, [negative or ''], self.length)
@@ -295,8 +304,6 @@ def parse(self:PromptEmbedder,
     return tokens.expand(n, -1, -1)
 
 # %% ../../nbs/control/01_stable.ipynb #9432be2c
-_require = partial(require_package, purpose='Stable Diffusion', install='diffusers transformers')
-
 def _load_pipeline(name, options):
     "A pipeline from a folder or the hub; safetensors only, unless the options say otherwise."
     load = _require('diffusers').DiffusionPipeline.from_pretrained
@@ -311,9 +318,11 @@ def _load_pipeline(name, options):
     options = dict(use_safetensors=True)|options
     try: return load(str(folder if folder.is_dir() else name), **options)
     except Exception as e:
-        if folder.is_dir(): raise ValueError(f'{name} could not be loaded ({type(e).__name__}: {e})') from e
-        raise FileNotFoundError(f'{str(name)!r} is not a local folder and could not be fetched from the hub '
-                                f'({type(e).__name__}): check the name and the connection') from e
+        pickles = ('; `use_safetensors=False` reads its .bin files, which are pickles: they can run any code, so only '
+                   'from somebody you trust') if 'safetensors' in str(e) else ''
+        if folder.is_dir(): raise ValueError(f'{name} could not be loaded ({type(e).__name__}: {e}){pickles}') from e
+        raise FileNotFoundError(f'{str(name)!r} is not a local folder and could not be fetched from the hub: check the '
+                                f'name and the connection ({type(e).__name__}: {e}){pickles}') from e
 
 # %% ../../nbs/control/01_stable.ipynb #f4e15c2e
 def _check_pipeline(pipe):
@@ -381,15 +390,21 @@ def scheduler_times(
     scheduler, # of diffusers
 ): # a time grid `(schedule, n) -> times`, for `sample(times=...)`
     "The steps that a scheduler of diffusers would visit, and where it would end."
-    config = scheduler.config
-    T = config.num_train_timesteps
-    end = 0. if config.get('set_alpha_to_one', True) else 1/T
+    T = scheduler.config.num_train_timesteps
     def grid(schedule, n):
-        visited = type(scheduler).from_config(config)
+        visited = type(scheduler).from_config(scheduler.config)
         visited.set_timesteps(n)
         times = (visited.timesteps.cpu().double()+1)/T
+        end = 0. if _ends_clean(visited) else 1/T
         return torch.cat([times, torch.tensor([end], dtype=torch.double)]).unique().flip(0)
     return grid
+
+def _ends_clean(visited):
+    """Whether a scheduler, its steps set, ends without noise; else it ends at its first step.
+
+    Its state decides, since a config made by `from_config` may hold options of the scheduler before it."""
+    if hasattr(visited, 'sigmas'): return bool(visited.sigmas[-1]==0)
+    return float(getattr(visited, 'final_alpha_cumprod', 1.))==1
 
 # %% ../../nbs/control/01_stable.ipynb #b8909bd8
 class T2I(nn.Module):
@@ -403,20 +418,22 @@ class T2I(nn.Module):
         self.adapter = adapter
         self.kinds = [kind]
         self.c_in = config.in_channels
-        self.unit = adapter.downscale_factor
-        is_xl = config.adapter_type=='full_adapter_xl'
-        self.factor = self.unit//2 if is_xl else self.unit                    # pixels to one position of the latent
+        self.downscale_factor = adapter.downscale_factor
+        is_xl = config.adapter_type=='full_adapter_xl'              # begins where its U-Net's first level ends
+        self.factor = self.downscale_factor//2 if is_xl else self.downscale_factor
         self.widths = [*config.channels]
-        if config.adapter_type=='light_adapter': self.widths.append(config.channels[-1])
+        is_light = config.adapter_type=='light_adapter'             # has one level more than its `channels`
+        if is_light: self.widths.append(config.channels[-1])
 
     def forward(self,
         control:torch.Tensor, # (B,c_in,H,W) in [0,1]
     )->list: # features (B,c,h,w), one per level
         """The features of a control.
 
-        Raises `ValueError` for another number of channels, or sides that do not fold."""
+        Raises `ValueError` for another number of channels, or sides that are not multiples of `downscale_factor`."""
+        multiple = self.downscale_factor
         is_batch = control.ndim==4 and control.shape[1]==self.c_in
-        if not is_batch or any(side%self.unit for side in control.shape[2:]):
+        if not is_batch or any(side%multiple for side in control.shape[2:]):
             raise ValueError(f'a control of shape {tuple(control.shape)}: expected (B,{self.c_in},H,W), '
-                             f'with sides that are multiples of {self.unit}')
+                             f'with sides that are multiples of {multiple}')
         return [f.float() for f in self.adapter(control.to(self.adapter.dtype))]
