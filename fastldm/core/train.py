@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['seed_by', 'Batches', 'StopTraining', 'Callback', 'is_due', 'LogCB', 'SaveCB', 'SampleCB', 'TensorBoardCB', 'Learner',
-           'read_checkpoint', 'upgrade_settings', 'locked', 'Interrupted']
+           'locked', 'Interrupted', 'sigterm_as_interrupt', 'read_checkpoint', 'steps_asked', 'name_of',
+           'upgrade_settings']
 
 # %% ../../nbs/core/02_train.ipynb #25260324
 import csv, hashlib, json, math, os, random, re, signal, threading, time
@@ -216,8 +217,7 @@ def check_arguments(self:Learner):
     def need(name, ok, what):
         if not ok: raise ValueError(f"{name}={getattr(self, name)!r}: give {what}")
     for name in ('steps', 'batch_size', 'accumulate', 'save_every', 'log_every'):
-        value = getattr(self, name)
-        need(name, isinstance(value, int) and value>0, 'a whole number above 0')
+        setattr(self, name, whole_number(getattr(self, name), name, 1))
     for name in ('lr', 'weight_decay', 'warmup', 'workers', 'save_seconds'):
         need(name, getattr(self, name)>=0, 'a number that is not negative')
     need('batch_size', self.batch_size<=len(self.data), f"at most {len(self.data)}, which is all of the data")
@@ -289,7 +289,6 @@ def setup(self:Learner):
     self.loss_module, self.opt = acc.prepare(_LossOf(self.model, self.loss_fn), optimizer)
     if self.ema is not None: self.setup_average()
     self.batches = Batches(self.data, self.batch_size, self.seed, acc.process_index, acc.num_processes)
-    self.shared = self.settings()
     self.reset()
 
 # %% ../../nbs/core/02_train.ipynb #a65dde90
@@ -399,181 +398,6 @@ def write_log(self:Learner):
         writer.writeheader()
         writer.writerows(self.log)
 
-# %% ../../nbs/core/02_train.ipynb #6697ef6b
-def _digest(header, tensors):
-    "SHA-256 of all that a checkpoint holds."
-    digest = hashlib.sha256(header.encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-def read_checkpoint(
-    path, # of a checkpoint.safetensors
-)->tuple: # its JSON, and {group: {name: tensor}} with the groups `model`, `ema`, `optimizer`, `recent`
-    "What a checkpoint holds. Raises `ValueError` for a damaged one."
-    try:
-        with safe_open(path, 'pt') as file:
-            meta = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if _digest(meta['state'], tensors)!=meta['digest']: raise ValueError('it was altered after it was saved')
-        groups = dict(model={}, ema={}, optimizer={}, recent={})
-        for key, tensor in tensors.items():
-            group, name = key.split('/', 1)
-            groups[group][name] = tensor
-        return json.loads(meta['state']), groups
-    except Exception as error:
-        raise ValueError(f"{path} is damaged, or not written by a Learner ({error!r}): "
-                         "delete it and train anew") from error
-
-# %% ../../nbs/core/02_train.ipynb #803a0961
-@patch(as_prop=True)
-def checkpoint(self:Learner)->Path:
-    "Where the state of the run is kept. Raises `ValueError` without a folder."
-    if self.folder is None: raise ValueError("this Learner keeps nothing: give it a `folder`")
-    return self.folder/'checkpoint.safetensors'
-
-@patch
-@torch.no_grad()
-def save(self:Learner):
-    "Write the checkpoint. Raises `FloatingPointError` for a state that is no longer finite."
-    recent = self.recent_values()
-    if not torch.stack(torch._foreach_norm(self.params)).isfinite().all():
-        raise FloatingPointError(f"weights are no longer finite at step {self.step}, so they are not saved: "
-                                 "lower `lr`, or use another `precision`")
-    moments = {}
-    for i, of_parameter in self.opt.state_dict()['state'].items():
-        for name, value in of_parameter.items(): moments[f'{i}.{name}'] = value
-    groups = dict(model=self.model.state_dict(), ema={}, optimizer={}, recent=recent)
-    if self.ema is not None: groups['ema'] = self.ema_model.state_dict()
-    groups['optimizer'] = {name: value for name, value in moments.items() if torch.is_tensor(value)}
-    state = dict(step=self.step, seconds=self.seconds, settings=self.shared, log=self.log, pending=self.pending)
-    state['scaler'] = self.acc.scaler.state_dict() if self.acc.scaler else None
-    state['optimizer'] = {name: value for name, value in moments.items() if not torch.is_tensor(value)}
-    if self.acc.is_main_process: self.write_checkpoint(state, groups)
-    self.acc.wait_for_everyone()
-
-# %% ../../nbs/core/02_train.ipynb #2982ed32
-@patch
-def write_checkpoint(self:Learner,
-    state:dict, # fit for JSON
-    groups:dict, # {group: {name: tensor}}
-):
-    "Write one file, flushed to the disk before it replaces the last checkpoint."
-    header = json.dumps(state)
-    tensors = {}
-    for group, named in groups.items():
-        for name, tensor in named.items():
-            copy = tensor.detach().cpu().clone()           # safetensors refuses tensors that share memory
-            tensors[f'{group}/{name}'] = copy.contiguous()
-    with write_atomic(self.checkpoint) as path:
-        save_file(tensors, path, dict(state=header, digest=_digest(header, tensors)))
-        with open(path, 'rb+') as file: os.fsync(file.fileno())
-
-# %% ../../nbs/core/02_train.ipynb #ba9a0252
-def _name(value):
-    "A function, class or `partial` in words that are the same in each process."
-    if isinstance(value, partial):
-        args = [_name(arg) for arg in value.args]
-        args += [f'{name}={_name(arg)}' for name, arg in value.keywords.items()]
-        return f"{_name(value.func)}({', '.join(args)})"
-    if hasattr(value, '__qualname__'): return value.__qualname__
-    return type(value).__qualname__ if callable(value) else str(value)
-
-_SHARED = ('steps', 'batch_size', 'accumulate', 'lr', 'betas', 'weight_decay', 'warmup',
-           'ema', 'clip', 'precision', 'seed')              # arguments that make a run what it is
-
-@patch
-def settings(self:Learner)->dict: # fit for JSON
-    "What two runs must share to be the same run."
-    model = self.model
-    shared = dict(model=f"{type(model).__name__} of {n_params(model):,} parameters", architecture=None)
-    with suppress(ValueError): shared['architecture'] = model.config() if isinstance(model, Recorded) else None
-    shared['dtypes'] = sorted({str(tensor.dtype) for tensor in model.state_dict().values()})
-    shared['data'] = f"{type(self.data).__name__} of {len(self.data):,}"
-    shared['schedule'] = _name(self.schedule)
-    shared['optimizer'] = _name(self.optimizer)
-    for name in _SHARED: shared[name] = getattr(self, name)
-    if self.schedule=='constant': del shared['steps']      # then more steps are the same run, longer
-    return json.loads(json.dumps(shared))
-
-# %% ../../nbs/core/02_train.ipynb #110e3797
-def _record_now(record):
-    "A model's record as this version writes it; as it is where its class cannot be found by name."
-    if record is None: return None
-    with torch.random.fork_rng(devices=[]), torch.device('meta'):
-        try: return from_config(record).config()
-        except Exception: return record
-
-def upgrade_settings(
-    saved:dict, # `Learner.settings` of any version
-    now:dict, # of the run that is to continue
-)->dict: # `saved`, as this version would have written it
-    "Settings under today's names; what an older version did not save is taken as unchanged."
-    cls, _, size = re.sub(r', [0-9a-f]{8}$', '', saved['model']).partition(' ')
-    model = f'{RENAMED_CLASSES.get(cls, cls)} {size}'
-    if 'architecture' in saved: return dict(saved, model=model, architecture=_record_now(saved['architecture']))
-    return dict(saved, model=model, architecture=now['architecture'], dtypes=now['dtypes'])
-
-def _differences(was, now, path=''):
-    "['architecture.net.dropout was 0.1, is 0.2', ...]: where nested dicts differ."
-    if was==now: return []
-    if not isinstance(was, dict) or not isinstance(now, dict): return [f'{path} was {was!r}, is {now!r}']
-    found = []
-    for key in {**was, **now}:
-        name = path if key=='kwargs' else f'{path}.{key}'.strip('.')
-        found += _differences(was.get(key), now.get(key), name)
-    return found
-
-# %% ../../nbs/core/02_train.ipynb #5853fcd2
-_LENGTH = ('steps', 'warmup')                              # settings that follow from how long a run is
-
-@patch
-def load(self:Learner,
-    longer:bool=False, # whether the checkpoint may be of a run of fewer steps
-):
-    "Continue from the checkpoint. Raises `ValueError`, which names the settings that are not the same."
-    state, tensors = read_checkpoint(self.checkpoint)
-    was = upgrade_settings(state['settings'], self.shared)
-    if longer and was.get('steps', 0)<self.steps:
-        for name in _LENGTH: was[name] = self.shared.get(name, was.get(name))
-    different = _differences(was, self.shared)
-    if different:
-        raise ValueError(f"{self.checkpoint} is of a run with other settings: {'; '.join(different)}. "
-                         "Give the same settings, or another folder")
-    self.load_weights(self.model, tensors['model'])
-    if self.ema is not None: self.load_weights(self.ema_model, tensors['ema'])
-    self.load_optimizer({**tensors['optimizer'], **state['optimizer']})
-    if self.acc.scaler: self.acc.scaler.load_state_dict(state['scaler'])
-    self.step = state['step']
-    self.seconds = state['seconds']
-    self.log = state['log']
-    self.pending = state.get('pending', False)
-    self.recent = {name: list(values.to(self.acc.device)) for name, values in tensors['recent'].items()}
-    if self.acc.is_main_process: self.write_log()
-
-# %% ../../nbs/core/02_train.ipynb #0985551e
-@patch
-def load_weights(self:Learner,
-    model:nn.Module, # the model, or its average
-    tensors:dict, # {name: tensor}, as any version saved them
-):
-    "Put the weights of the checkpoint into a model."
-    tensors = upgrade_weights(type(model).__name__, tensors)
-    check_weights(model, tensors, self.checkpoint)
-    model.load_state_dict(tensors)
-
-@patch
-def load_optimizer(self:Learner,
-    moments:dict, # {'0.exp_avg': value}, by number of the parameter
-):
-    "Put the state of the checkpoint into the optimiser."
-    state = {}
-    for key, value in moments.items():
-        i, name = key.split('.', 1)
-        state.setdefault(int(i), {})[name] = value
-    self.opt.load_state_dict(dict(state=state, param_groups=self.opt.state_dict()['param_groups']))
-
 # %% ../../nbs/core/02_train.ipynb #372073f2
 @contextmanager
 def locked(
@@ -650,6 +474,18 @@ def in_any_process(self:Learner,
     if self.acc.num_processes==1: return flag
     return self.acc.reduce(torch.tensor(float(flag), device=self.acc.device), 'sum').item()>0
 
+# %% ../../nbs/core/02_train.ipynb #6bf94a2b
+@contextmanager
+def sigterm_as_interrupt():
+    "In the block, SIGTERM raises `KeyboardInterrupt`, as Ctrl-C does; only the main thread can have that."
+    def raise_it(number, frame): raise KeyboardInterrupt
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, raise_it)
+    try: yield
+    finally: signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
 # %% ../../nbs/core/02_train.ipynb #a6798ecb
 def _ignore_interrupts(worker): signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -720,3 +556,190 @@ def loop(self:Learner):
             if losses: bar.set_postfix_str(f'loss {losses[-1]:.4g}', refresh=False)
             bar.update()
             if self.in_any_process(self.asked_to_stop): raise Interrupted(self)
+
+# %% ../../nbs/core/02_train.ipynb #6697ef6b
+def _digest(header, tensors):
+    "SHA-256 of all that a checkpoint holds."
+    digest = hashlib.sha256(header.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}'.encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+def read_checkpoint(
+    path, # of a checkpoint.safetensors
+)->tuple: # its JSON, and {group: {name: tensor}} with the groups `model`, `ema`, `optimizer`, `recent`
+    "What a checkpoint holds. Raises `ValueError` for a damaged one."
+    try:
+        with safe_open(path, 'pt') as file:
+            meta = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if _digest(meta['state'], tensors)!=meta['digest']: raise ValueError('it was altered after it was saved')
+        groups = dict(model={}, ema={}, optimizer={}, recent={})
+        for key, tensor in tensors.items():
+            group, name = key.split('/', 1)
+            groups[group][name] = tensor
+        return json.loads(meta['state']), groups
+    except Exception as error:
+        raise ValueError(f"{path} is damaged, or not written by a Learner ({error!r}): "
+                         "delete it and train anew") from error
+
+def steps_asked(
+    path, # of a checkpoint.safetensors
+)->int: # of the run, as its Learner was given them; of an endless one those that are done
+    "How long the run of a checkpoint is; only its header is read. Raises `ValueError` where there is none."
+    try:
+        with safe_open(path, 'pt') as file: state = json.loads(file.metadata()['state'])
+        return state['settings'].get('steps', state['step'])
+    except Exception as error: raise ValueError(f"{path} cannot be read ({error!r})") from error
+
+# %% ../../nbs/core/02_train.ipynb #803a0961
+@patch(as_prop=True)
+def checkpoint(self:Learner)->Path:
+    "Where the state of the run is kept. Raises `ValueError` without a folder."
+    if self.folder is None: raise ValueError("this Learner keeps nothing: give it a `folder`")
+    return self.folder/'checkpoint.safetensors'
+
+@patch
+@torch.no_grad()
+def save(self:Learner):
+    "Write the checkpoint. Raises `FloatingPointError` for a state that is no longer finite."
+    recent = self.recent_values()
+    if not torch.stack(torch._foreach_norm(self.params)).isfinite().all():
+        raise FloatingPointError(f"weights are no longer finite at step {self.step}, so they are not saved: "
+                                 "lower `lr`, or use another `precision`")
+    moments = {}
+    for i, of_parameter in self.opt.state_dict()['state'].items():
+        for name, value in of_parameter.items(): moments[f'{i}.{name}'] = value
+    groups = dict(model=self.model.state_dict(), ema={}, optimizer={}, recent=recent)
+    if self.ema is not None: groups['ema'] = self.ema_model.state_dict()
+    groups['optimizer'] = {name: value for name, value in moments.items() if torch.is_tensor(value)}
+    state = dict(step=self.step, seconds=self.seconds, settings=self.settings(), log=self.log, pending=self.pending)
+    state['scaler'] = self.acc.scaler.state_dict() if self.acc.scaler else None
+    state['optimizer'] = {name: value for name, value in moments.items() if not torch.is_tensor(value)}
+    if self.acc.is_main_process: self.write_checkpoint(state, groups)
+    self.acc.wait_for_everyone()
+
+# %% ../../nbs/core/02_train.ipynb #2982ed32
+@patch
+def write_checkpoint(self:Learner,
+    state:dict, # fit for JSON
+    groups:dict, # {group: {name: tensor}}
+):
+    "Write one file, flushed to the disk before it replaces the last checkpoint."
+    header = json.dumps(state)
+    tensors = {}
+    for group, named in groups.items():
+        for name, tensor in named.items():
+            copy = tensor.detach().cpu().clone()           # safetensors refuses tensors that share memory
+            tensors[f'{group}/{name}'] = copy.contiguous()
+    with write_atomic(self.checkpoint) as path:
+        save_file(tensors, path, dict(state=header, digest=_digest(header, tensors)))
+        with open(path, 'rb+') as file: os.fsync(file.fileno())
+
+# %% ../../nbs/core/02_train.ipynb #ba9a0252
+def name_of(
+    value, # a function, class, `partial` or object
+)->str: # the same in each process
+    "A function, class or `partial` in words; text for anything else."
+    if isinstance(value, partial):
+        args = [name_of(arg) for arg in value.args]
+        args += [f'{name}={name_of(arg)}' for name, arg in value.keywords.items()]
+        return f"{name_of(value.func)}({', '.join(args)})"
+    if hasattr(value, '__qualname__'): return value.__qualname__
+    return type(value).__qualname__ if callable(value) else str(value)
+
+_SHARED = ('steps', 'batch_size', 'accumulate', 'lr', 'betas', 'weight_decay', 'warmup',
+           'ema', 'clip', 'precision', 'seed')              # arguments that make a run what it is
+
+@patch
+def settings(self:Learner)->dict: # fit for JSON
+    "What two runs must share to be the same run."
+    model = self.model
+    shared = dict(model=f"{type(model).__name__} of {n_params(model):,} parameters", architecture=None)
+    with suppress(ValueError): shared['architecture'] = model.config() if isinstance(model, Recorded) else None
+    shared['dtypes'] = sorted({str(tensor.dtype) for tensor in model.state_dict().values()})
+    shared['data'] = f"{type(self.data).__name__} of {len(self.data):,}"
+    shared['schedule'] = name_of(self.schedule)
+    shared['optimizer'] = name_of(self.optimizer)
+    for name in _SHARED: shared[name] = getattr(self, name)
+    if self.schedule=='constant': del shared['steps']      # then more steps are the same run, longer
+    return json.loads(json.dumps(shared))
+
+# %% ../../nbs/core/02_train.ipynb #110e3797
+def _record_now(record):
+    "A model's record as this version writes it; as it is where its class cannot be found by name."
+    if record is None: return None
+    with torch.random.fork_rng(devices=[]), torch.device('meta'):
+        try: return from_config(record).config()
+        except Exception: return record
+
+def upgrade_settings(
+    saved:dict, # `Learner.settings` of any version
+    now:dict, # of the run that is to continue
+)->dict: # `saved`, as this version would have written it
+    "Settings under today's names; what an older version did not save is taken as unchanged."
+    cls, _, size = re.sub(r', [0-9a-f]{8}$', '', saved['model']).partition(' ')
+    model = f'{RENAMED_CLASSES.get(cls, cls)} {size}'
+    if 'architecture' in saved: return dict(saved, model=model, architecture=_record_now(saved['architecture']))
+    return dict(saved, model=model, architecture=now['architecture'], dtypes=now['dtypes'])
+
+def _differences(was, now, path=''):
+    "['architecture.net.dropout was 0.1, is 0.2', ...]: where nested dicts differ."
+    if was==now: return []
+    if not isinstance(was, dict) or not isinstance(now, dict): return [f'{path} was {was!r}, is {now!r}']
+    found = []
+    for key in {**was, **now}:
+        name = path if key=='kwargs' else f'{path}.{key}'.strip('.')
+        found += _differences(was.get(key), now.get(key), name)
+    return found
+
+# %% ../../nbs/core/02_train.ipynb #5853fcd2
+_LENGTH = ('steps', 'warmup')                              # settings that follow from how long a run is
+
+@patch
+def load(self:Learner,
+    longer:bool=False, # whether the checkpoint may be of a run of fewer steps
+):
+    "Continue from the checkpoint. Raises `ValueError`, which names the settings that are not the same."
+    state, tensors = read_checkpoint(self.checkpoint)
+    now = self.settings()
+    was = upgrade_settings(state['settings'], now)
+    if longer and was.get('steps', 0)<self.steps:
+        for name in _LENGTH: was[name] = now.get(name, was.get(name))
+    different = _differences(was, now)
+    if different:
+        raise ValueError(f"{self.checkpoint} is of a run with other settings: {'; '.join(different)}. "
+                         "Give the same settings, or another folder")
+    self.load_weights(self.model, tensors['model'])
+    if self.ema is not None: self.load_weights(self.ema_model, tensors['ema'])
+    self.load_optimizer({**tensors['optimizer'], **state['optimizer']})
+    if self.acc.scaler: self.acc.scaler.load_state_dict(state['scaler'])
+    self.step = state['step']
+    self.seconds = state['seconds']
+    self.log = state['log']
+    self.pending = state.get('pending', False)
+    self.recent = {name: list(values.to(self.acc.device)) for name, values in tensors['recent'].items()}
+    if self.acc.is_main_process: self.write_log()
+
+# %% ../../nbs/core/02_train.ipynb #0985551e
+@patch
+def load_weights(self:Learner,
+    model:nn.Module, # the model, or its average
+    tensors:dict, # {name: tensor}, as any version saved them
+):
+    "Put the weights of the checkpoint into a model."
+    tensors = upgrade_weights(type(model).__name__, tensors)
+    check_weights(model, tensors, self.checkpoint)
+    model.load_state_dict(tensors)
+
+@patch
+def load_optimizer(self:Learner,
+    moments:dict, # {'0.exp_avg': value}, by number of the parameter
+):
+    "Put the state of the checkpoint into the optimiser."
+    state = {}
+    for key, value in moments.items():
+        i, name = key.split('.', 1)
+        state.setdefault(int(i), {})[name] = value
+    self.opt.load_state_dict(dict(state=state, param_groups=self.opt.state_dict()['param_groups']))
