@@ -182,31 +182,6 @@ def text_features(self:TextEncoder,
         features[rows,1:longest-1] = states[:,1:-1].float()*mask[:,2:,None]       # neither the first token nor `[SEP]`
     return features
 
-# %% ../../nbs/codes/03_blip.ipynb #da02c3c5
-def _share_weights(encoder, decoder):
-    "Let the decoder use the encoder's embeddings and layers, except for self-attention (Li et al. 2022, section 3.2)."
-    decoder.bert.embeddings = encoder.embeddings
-    decoder.cls.predictions.decoder.weight = encoder.embeddings.word_embeddings.weight
-    for ours, theirs in zip(decoder.bert.encoder.layer, encoder.encoder.layer):
-        ours.crossattention = theirs.crossattention
-        ours.intermediate = theirs.intermediate
-        ours.output = theirs.output
-
-def _aliases(model):
-    "{second name of a weight: its first name}."
-    first, aliases = {}, {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        original = first.setdefault(id(p), name)
-        if original!=name: aliases[name] = original
-    return aliases
-
-def _drop_aliases(model, state, prefix, meta):
-    for name in model.aliases: state.pop(prefix+name, None)
-
-def _restore_aliases(model, state, prefix, *args):
-    for name, original in model.aliases.items():
-        if prefix+original in state: state[prefix+name] = state[prefix+original]
-
 # %% ../../nbs/codes/03_blip.ipynb #89f764fe
 class _ConvStem(nn.Sequential):
     "Patches (B,width,H/patch,W/patch) by convolutions that halve, and two residual blocks that see beyond a patch."
@@ -274,14 +249,6 @@ def _token_ids(self:Blip):
     return {f'{role}_token_id':self.ids[token] for role,token in tokens.items()}
 
 @patch
-def _share_and_save_once(self:Blip):
-    "Tie encoder and decoder, and keep second names of weights out of the state dict."
-    if self.encoder and self.decoder: _share_weights(self.text_encoder, self.text_decoder)
-    self.aliases = _aliases(self)
-    self.register_state_dict_post_hook(_drop_aliases)
-    self.register_load_state_dict_pre_hook(_restore_aliases)
-
-@patch
 def _require_part(self:Blip, part, task):
     "`ValueError` where this model was made without the encoder or the decoder that a task needs."
     if getattr(self, part): return
@@ -289,6 +256,40 @@ def _require_part(self:Blip, part, task):
     else: missing, itm, captioning = 'decoder', 'cannot', 'describe'
     raise ValueError(f"this model cannot {task}: it was made without {missing} "
                      f"(of the published weights, blip-itm-* {itm}, blip-image-captioning-* {captioning})")
+
+# %% ../../nbs/codes/03_blip.ipynb #da02c3c5
+def _share_weights(encoder, decoder):
+    "Let the decoder use the encoder's embeddings and layers, except for self-attention (Li et al. 2022, section 3.2)."
+    decoder.bert.embeddings = encoder.embeddings
+    decoder.cls.predictions.decoder.weight = encoder.embeddings.word_embeddings.weight
+    for ours, theirs in zip(decoder.bert.encoder.layer, encoder.encoder.layer):
+        ours.crossattention = theirs.crossattention
+        ours.intermediate = theirs.intermediate
+        ours.output = theirs.output
+
+def _aliases(model):
+    "{second name of a weight: its first name}."
+    first, aliases = {}, {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        original = first.setdefault(id(p), name)
+        if original!=name: aliases[name] = original
+    return aliases
+
+def _drop_aliases(model, state, prefix, meta):
+    for name in model.aliases: state.pop(prefix+name, None)
+
+def _restore_aliases(model, state, prefix, *args):
+    for name, original in model.aliases.items():
+        if prefix+original in state: state[prefix+name] = state[prefix+original]
+
+# %% ../../nbs/codes/03_blip.ipynb #5a9f0f87
+@patch
+def _share_and_save_once(self:Blip):
+    "Tie encoder and decoder, and keep second names of weights out of the state dict."
+    if self.encoder and self.decoder: _share_weights(self.text_encoder, self.text_decoder)
+    self.aliases = _aliases(self)
+    self.register_state_dict_post_hook(_drop_aliases)
+    self.register_load_state_dict_pre_hook(_restore_aliases)
 
 # %% ../../nbs/codes/03_blip.ipynb #07e83184
 def _check_images(images):
@@ -498,7 +499,7 @@ def sample_hard_negatives(
     logits:torch.Tensor, # similarities divided by the temperature, images by texts, (B,B)
     same:torch.Tensor, # (B,B) booleans: which text is right for which image
 )->torch.Tensor: # (B,) a text for each image, no text twice; -1 where none is left
-    "Draw texts that look right and are wrong, by the softmax of `logits`, without replacement."
+    "Draw texts that look right and are wrong, by the mean of both log-softmaxes of `logits`, without replacement."
     log_p = (logits.log_softmax(1) + logits.log_softmax(0))/2
     log_p = log_p.masked_fill(same, -math.inf)
     gumbel = -torch.empty_like(log_p).exponential_().log()
@@ -531,13 +532,14 @@ def _equal(a, b):
     "Which texts of `a` are which of `b`, (n,m)."
     return (a.ids[:,None]==b.ids).all(-1)
 
+# %% ../../nbs/codes/03_blip.ipynb #b1a2c3d4
 @patch
 def temperature(self:Blip)->torch.Tensor: # a number
     "Of the contrast, from .01 to .5."
     return self.log_temperature.exp().clamp(.01,.5)
 
 @patch
-def contrast(self:Blip,
+def itc_logits(self:Blip,
     pairs:Pairs, # images and their captions
     hard_negatives:Tokens=None, # (B,T) captions that are nearly right; None: there are none
     paraphrases:Tokens=None, # (B,T) captions that say the same in other words; None: there are none
@@ -545,22 +547,24 @@ def contrast(self:Blip,
     "Similarities divided by the temperature; the last columns are of the captions that are nearly right."
     images = self._project_images(pairs.states)
     texts = self.encode_text(*pairs.texts)[0]
-    negatives, no_mistake = texts[:0], texts.new_zeros(len(texts), len(texts), dtype=torch.bool)
+    negatives = texts[:0]                                             # none
+    masked = texts.new_zeros(len(texts), len(texts), dtype=torch.bool)
     if hard_negatives is not None:
         negatives = self.encode_text(*hard_negatives)[0]
-        no_mistake = torch.cat([no_mistake, _equal(pairs.texts, hard_negatives)], 1)
-    reworded = None if paraphrases is None else self.encode_text(*paraphrases)[0]
-    def logits(a, b):
+        no_mistake = _equal(pairs.texts, hard_negatives)              # a "wrong" caption that is the image's own
+        masked = torch.cat([masked, no_mistake], 1)
+    def compare(a, b):
         similarity = a @ torch.cat([b, negatives]).T
-        return (similarity/self.temperature()).masked_fill(no_mistake, -math.inf)
+        return (similarity/self.temperature()).masked_fill(masked, -math.inf)
+    reworded = None if paraphrases is None else self.encode_text(*paraphrases)[0]
     with torch.autocast(images.device.type, enabled=False):
-        return logits(images, texts), None if reworded is None else logits(texts, reworded)
+        return compare(images, texts), None if reworded is None else compare(texts, reworded)
 
 # %% ../../nbs/codes/03_blip.ipynb #c7182f08
 @patch
-def choose_mismatched(self:Blip,
+def mine_hard_negatives(self:Blip,
     pairs:Pairs, # images and their captions
-    logits:torch.Tensor, # of `contrast`, (B,B)
+    logits:torch.Tensor, # of `itc_logits`, (B,B)
     same:torch.Tensor, # (B,B) booleans: which text is right for which image
 )->Pairs: # at most B
     "Images with a caption of another image that looks right."
@@ -569,7 +573,7 @@ def choose_mismatched(self:Blip,
     return Pairs(pairs.states[image], pairs.texts.select(text[image]))
 
 @patch
-def matching(self:Blip,
+def itm_loss(self:Blip,
     right:Pairs, # pairs that belong together
     wrong:list, # of `Pairs` that do not
 )->dict: # `itm`, `itm_accuracy`
@@ -581,29 +585,29 @@ def matching(self:Blip,
     return dict(itm=F.cross_entropy(logits, belongs.long()), itm_accuracy=accuracy)
 
 @patch
-def contrast_and_match(self:Blip,
+def itc_itm_losses(self:Blip,
     pairs:Pairs, # images and their captions
     mismatched:Pairs=None, # images and captions known not to belong together; None: there are none
-    hard_negatives:Tokens=None, # as in `contrast`
-    paraphrases:Tokens=None, # as in `contrast`
+    hard_negatives:Tokens=None, # as in `itc_logits`
+    paraphrases:Tokens=None, # as in `itc_logits`
 )->dict: # `itc`, `itm`, `itm_accuracy`, and `texts` where there are paraphrases
     "The losses of contrast and matching."
-    logits, text_logits = self.contrast(pairs, hard_negatives, paraphrases)
+    logits, text_logits = self.itc_logits(pairs, hard_negatives, paraphrases)
     same = _equal(pairs.texts, pairs.texts)
-    wrong = [self.choose_mismatched(pairs, logits[:,:len(same)], same)]
+    wrong = [self.mine_hard_negatives(pairs, logits[:,:len(same)], same)]
     if hard_negatives is not None: wrong.append(Pairs(pairs.states, hard_negatives))
     if mismatched is not None: wrong.append(mismatched)
-    losses = dict(itc=contrastive_loss(logits, same), **self.matching(pairs, wrong))
+    losses = dict(itc=contrastive_loss(logits, same), **self.itm_loss(pairs, wrong))
     if text_logits is not None: losses['texts'] = contrastive_loss(text_logits, same)
     return losses
 
 # %% ../../nbs/codes/03_blip.ipynb #bfd94c1e
 @patch
-def describe(self:Blip,
+def lm_loss(self:Blip,
     pairs:Pairs, # images and their captions
     smoothing:float=0., # of the labels
 )->torch.Tensor: # a number
-    "Nats a piece, of the pieces and the end."
+    "Cross-entropy of the next token, in nats per token, the end token included."
     ids, mask = pairs.texts.begin_with(self.ids['[DEC]'])
     read = self.text_decoder(input_ids=ids, attention_mask=mask, encoder_hidden_states=pairs.states)
     logits = read.logits[:,:-1].float()
@@ -625,14 +629,14 @@ def _tokens_together(model, *groups):
     parts = iter(zip(together.ids.split(sizes), together.mask.split(sizes)))
     return [None if g is None else Tokens(*next(parts)) for g in groups]
 
-def _objectives(model, right, mismatched, nearly, reworded, smoothing, reconstruct):
+def _objectives(model, right, mismatched, hard_negatives, paraphrases, smoothing, reconstruct):
     "The losses that a model can compute, of pairs that belong together and others."
     losses = {}
-    if model.encoder: losses.update(model.contrast_and_match(right, mismatched, nearly, reworded))
-    if model.decoder: losses['lm'] = model.describe(right, smoothing)
+    if model.encoder: losses.update(model.itc_itm_losses(right, mismatched, hard_negatives, paraphrases))
+    if model.decoder: losses['lm'] = model.lm_loss(right, smoothing)
     if reconstruct and model.encoder and model.decoder:
         states = model.encode_text(*right.texts)[1]
-        losses['reconstruct'] = model.describe(Pairs(states, right.texts))
+        losses['reconstruct'] = model.lm_loss(Pairs(states, right.texts))
     return losses
 
 # %% ../../nbs/codes/03_blip.ipynb #54d7b248
@@ -651,9 +655,8 @@ def blip_loss(
     Hard negatives: Yuksekgonul et al. 2023; paraphrases: Gao et al. 2021."""
     def loss_fn(model, batch):
         captions = _as_texts(batch['caption'])
-        nearly = _variants(captions, hard_negatives)
-        reworded = _variants(captions, paraphrases)
-        texts, nearly, reworded = _tokens_together(model, captions, nearly, reworded)
+        variants = [_variants(captions, make) for make in (hard_negatives, paraphrases)]
+        texts, *variants = _tokens_together(model, captions, *variants)
         label = torch.ones(len(captions)) if match is None else torch.as_tensor(batch[match]).cpu()
         label = label.masked_fill(~texts.not_empty.cpu(), -1)
         belong, differ = ((label==value).nonzero().flatten().to(texts.ids.device) for value in (1,0))
@@ -661,9 +664,9 @@ def blip_loss(
         losses = dict.fromkeys(('itc','itm','lm'), pairs.states.sum()*0)
         if len(belong):
             mismatched = pairs.select(differ) if len(differ) else None
-            nearly, reworded = (t if t is None else t.select(belong) for t in (nearly,reworded))
+            variants = [t if t is None else t.select(belong) for t in variants]
             right = pairs.select(belong)
-            losses.update(_objectives(model, right, mismatched, nearly, reworded, smoothing, reconstruct))
+            losses.update(_objectives(model, right, mismatched, *variants, smoothing, reconstruct))
         contrast = losses['itc'] + losses.get('texts', 0.)
         loss = itc*contrast + itm*losses['itm'] + lm*losses['lm'] + reconstruct*losses.get('reconstruct', 0.)
         log = {name:value.detach() for name,value in losses.items()}
