@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import nn
 from ..core.models import Module, fingerprint, check_choice
 from ..data.faces import read_mask
-from ..data.images import edges, from_image
+from ..data.images import edges, from_image, plain_picture
 from ..diffusion.autoencoder import LatentDataset
 from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Guided, scales, uniform_weight
@@ -26,7 +26,7 @@ from ..diffusion.schedules import uniform_t
 
 # %% ../../nbs/control/00_adapter.ipynb #91ecafb3
 class _AdapterBlock(nn.Module):
-    "Two convolutions, added to the input."
+    "A residual block: a 3×3 convolution, ReLU, and a 1×1 convolution."
     def __init__(self,
         channels:int, # in and out
     ):
@@ -43,7 +43,7 @@ def _zero_conv(c_in, c_out):
     return conv
 
 def _check_interval(interval):
-    "Raises `ValueError` for what are not two times in order."
+    "Raises `ValueError` unless 0 <= first < last <= 1."
     first, last = interval
     if not 0<=first<last<=1: raise ValueError(f'interval={tuple(interval)}: expected 0 <= first < last <= 1')
 
@@ -56,7 +56,8 @@ def _check_control(control, channels, multiple, kinds):
 
 # %% ../../nbs/control/00_adapter.ipynb #e9ea8e4b
 class ControlAdapter(Module):
-    "Turns a control picture into features, one map for each level of a U-Net's encoder (T2I-Adapter, Mou et al. 2023)."
+    """Turns a control picture into features, one map for each level of a U-Net's encoder: a T2I-Adapter (Mou et al.
+    2023), with the zero convolutions of ControlNet (Zhang et al. 2023)."""
     def __init__(self,
         kinds, # names of the controls it understands, in the order of their channels, e.g. ['edges']
         c_in:int, # channels of all of them together
@@ -116,7 +117,7 @@ def resize_region(
     raise ValueError(f"mode={mode!r}: expected 'nearest', 'max' or 'area'")
 
 def mask_features(
-    features:list, # one map (B,c,h,w) a level
+    features:list, # one map (B,c,h,w) per level
     region:torch.Tensor, # (B,1,H,W) in [0,1]
     mode:str='nearest', # as in `resize_region`
 )->list: # the same maps, zero outside the region
@@ -151,7 +152,8 @@ class Controlled:
 
 # %% ../../nbs/control/00_adapter.ipynb #6e9a533f
 def _add_features(denoise, features, branch):
-    "The same denoiser with features; a controlled one gets them in both of its denoisers, so at all times."
+    """The same denoiser, with features. Where it is `Controlled` itself, its base gets them too, so that the new
+    features are used at all times."""
     if isinstance(denoise, Controlled):
         both = copy(denoise)
         both.base = _add_features(denoise.base, features, branch)
@@ -163,13 +165,12 @@ def _add_features(denoise, features, branch):
 
 def _guided_with_features(guided, features, branch):
     "A guided denoiser, whose network sees all its predictions in one batch, with features in those of one branch."
-    k = len(guided.coefs)
-    n_unconditional = 1 if k>1 else 0
-    chosen = dict(both=range(k), conditional=range(n_unconditional, k), unconditional=range(n_unconditional))[branch]
-    stacked = [torch.cat([f if i in chosen else torch.zeros_like(f) for i in range(k)]) for f in features]
+    gets = [branch=='both' or (branch=='unconditional')==without for without in guided.is_unconditional]
+    stacked = [torch.cat([f if got else torch.zeros_like(f) for got in gets]) for f in features]
     result = copy(guided)
     result.stacked = guided.stacked+Cond(features=stacked)
-    result.full = guided.full+Cond(features=features)
+    # outside guidance's interval there is only the conditional prediction
+    if branch!='unconditional': result.full = guided.full+Cond(features=features)
     return result
 
 # %% ../../nbs/control/00_adapter.ipynb #591e7437
@@ -285,7 +286,7 @@ def control(
     adapter, # a `ControlAdapter` trained for the model that samples
     picture, # the control: (H,W), (c,H,W), or (n,c,H,W) with one per sample, in [0,1]
     region=None, # where it counts: (H,W), or (n,1,H,W) with one per sample, in [0,1]; None: everywhere
-    weight:float=1., # factor of its features
+    weight:float=1., # factor of its features, diffusers' `adapter_conditioning_scale`
     branch:str='conditional', # as in `Controlled`
     mode:str='max', # as in `resize_region`
     mask_control:bool=True, # erase the control outside the region first, so that none of it can leak
@@ -536,17 +537,24 @@ _WHITE = dict(edges='white lines on black', depth='white where it is far', silho
               region='white inside')
 _MADE_BY = dict(edges='`fastldm.data.images.edges`', silhouette='`fastldm.control.silhouettes`')
 
-def _read_grey(path, kind):
-    "(1,H,W) in [0,1] from a file; the kind is a key of `_WHITE`."
+def _open(path):
+    "A picture from a file; raises `ValueError` where it cannot be read."
     try:
         im = Image.open(path)
         im.load()
     except OSError as e: raise ValueError(f'{path} cannot be read as a picture ({e}): give a picture file') from e
-    x = torch.from_numpy(np.array(im.convert('RGB'))).movedim(-1,0).float()
+    return im
+
+def _read_grey(path, kind):
+    "(1,H,W) in [0,1] from a file, black where it is transparent; the kind is a key of `_WHITE`."
+    im = _open(path)
+    x = torch.from_numpy(np.array(plain_picture(im, ground='black'))).movedim(-1,0).float()
     if (x-x.mean(0)).abs().max()>8:
         hint = f'; {_MADE_BY[kind]} makes one of a photograph' if kind in _MADE_BY else ''
         raise ValueError(f'{path} is in colour, but a file for {kind!r} is grey, {_WHITE[kind]}{hint}')
     x = x[:1]
+    if x.max()==0 and np.array(plain_picture(im)).min()<255 and 'A' in im.getbands():
+        raise ValueError(f'{path} is black on a transparent ground, but a file for {kind!r} is {_WHITE[kind]}')
     is_flags = im.mode!='1' and x.max()==1                                    # a file of zeros and ones
     return x if is_flags else x/255
 
@@ -565,7 +573,7 @@ def read_control(
         if ids.max()>=n_classes:
             raise ValueError(f'{path} has the class {int(ids.max())}, this adapter knows 0 to {n_classes-1}')
         return F.one_hot(ids, n_classes).movedim(-1,0).float()
-    if kind=='colour': return (from_image(Image.open(path).convert('RGB'))+1)/2
+    if kind=='colour': return (from_image(plain_picture(_open(path)))+1)/2
     x = _read_grey(path, kind)
     if kind=='edges' and x.mean()>.5:
         raise ValueError(f'{path} is mostly white: edges are white lines on black, so invert it')
