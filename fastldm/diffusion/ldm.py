@@ -27,9 +27,10 @@ def _sampler(given, kind):
         fits = _is_step if kind=='step' else _is_grid
         names = [name for name in samplers.__all__ if fits(name)]
         if given not in names:
-            closest = get_close_matches(given, names, 1, 0)[0]
+            closest = get_close_matches(given, names, 1, .4)
+            hint = f'did you mean {closest[0]!r}?' if closest else f"there are {', '.join(names)}"
             what = 'sampler' if kind=='step' else 'time grid'
-            raise ValueError(f'there is no {what} {given!r} in fastldm.diffusion.samplers; did you mean {closest!r}?')
+            raise ValueError(f'there is no {what} {given!r} in fastldm.diffusion.samplers; {hint}')
         given = getattr(samplers, given)
     example = 'ddim_step' if kind=='step' else 'karras_times'
     if not callable(given):
@@ -95,7 +96,7 @@ NAMES_ELSEWHERE = {
     'precision': 'dtype torch_dtype autocast',
     'latents=True': 'output_type return_latents',
     'step=partial(ddim_step, eta=...)': 'eta ddim_eta',
-    'step=partial(heun_step, churn=...)': 'churn s_churn',
+    'step=partial(heun_step, churn=S_churn/steps)': 'churn s_churn gamma',
     'constraint=vary(images, strength)': 'image init_image strength',
     'constraint=inpaint(images, hole)': 'mask_image inpaint_mask hole',
     'constraint=control(adapter, picture)': 'control control_image controlnet',
@@ -164,13 +165,13 @@ def _guidance_scales(ldm, guidance_scale, conditions):
     names = _condition_names(ldm)
     given = [name for name,value in conditions.items() if value is not None]
     if not isinstance(guidance_scale, dict):
-        real_number(guidance_scale, 'guidance_scale', 0, 1000, ' (1: as in the data)')
+        real_number(guidance_scale, 'guidance_scale', 0, 100, ' (1: as in the data)')
         guidance_scale = dict.fromkeys(given, guidance_scale)
     scales = dict(guidance_scale)
     for name,w in scales.items():
         if name not in names:
             raise ValueError(f'guidance_scale for {name!r}: this model is conditioned on {names or "nothing"}')
-        scales[name] = real_number(w, f'guidance_scale of {name!r}', 0, 1000, ' (1: as in the data)')
+        scales[name] = real_number(w, f'guidance_scale of {name!r}', 0, 100, ' (1: as in the data)')
     return scales
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #cdcd175e
@@ -224,7 +225,7 @@ def sample(self:LatentDiffusion,
     step=None, # a step, or its name in `fastldm.diffusion.samplers`
     times=None, # a time grid `(schedule, n) -> (n+1,)`, or its name
     seed:int=None, # whole number: the same seed gives the same pictures; None: new ones each time
-    guidance_scale=1., # how closely to follow the conditions: a number, or a dict by condition
+    guidance_scale=1., # how closely to follow the conditions: a number, or a dict by condition; 1: no guidance
     interval=(0.,1.), # times at which guidance acts
     order=None, # of several conditions, as in `guide`
     constraint=None, # e.g. `inpaint(...)`, `upscale(...)` or `vary(...)` of `fastldm.diffusion.constraints`
