@@ -47,11 +47,12 @@ class FaceClassifier(Module):
 
     def features(self, x):
         "Pictures (B,3,H,W) in [-1,1] to (B,hidden), for `image_features`."
-        return self.reader[:-3](self.encoder(x)).mean((2,3))
+        maps = self.reader[:-3](self.encoder(x))                 # without Flatten, Dropout and Linear
+        return maps.mean((2,3))
 
 # %% ../../nbs/metrics/03_faces.ipynb #c66fd9f8
 def _random_move(x, mask):
-    "Pictures and masks, moved by up to two pixels, the same for all."
+    "Pictures and masks, moved by up to two pixels, the same for all; what leaves on one side comes in on the other."
     dy, dx = torch.randint(-2, 3, (2,)).tolist()
     if mask is not None: mask = mask.roll((dy,dx), (1,2))
     return x.roll((dy,dx), (2,3)), mask
@@ -65,23 +66,23 @@ def blur_some(
     chosen = torch.rand(len(x), 1, 1, 1, device=x.device)<.5
     return torch.where(chosen, blurred, x) + std*torch.randn_like(x)
 
-def face_classifier_loss(model, batch)->dict: # the loss and its parts
+def face_classifier_loss(model, batch)->dict: # the loss and its terms
     "Cross-entropies of `attrs` and pixels (`mask`, for a parser), on images that are moved, blurred and noisy."
     x, mask = _random_move(batch['image'], batch.get('mask'))
     attribute_logits, class_logits = model(blur_some(x))
-    parts = dict(attributes=F.binary_cross_entropy_with_logits(attribute_logits.float(), batch['attrs'].float()))
-    if class_logits is not None: parts['parts'] = F.cross_entropy(class_logits.float(), mask.long())
-    return dict(loss=sum(parts.values()), **parts)
+    terms = dict(attributes=F.binary_cross_entropy_with_logits(attribute_logits.float(), batch['attrs'].float()))
+    if class_logits is not None: terms['parts'] = F.cross_entropy(class_logits.float(), mask.long())
+    return dict(loss=sum(terms.values()), **terms)
 
 # %% ../../nbs/metrics/03_faces.ipynb #e170e8af
 def overlap(
-    mask:torch.Tensor, # class ids (B,H,W); pixels with other ids (unspecified ones) do not count
-    other:torch.Tensor, # class ids (B,H,W)
+    target:torch.Tensor, # class ids (B,H,W); pixels with other ids (unspecified ones) do not count
+    predicted:torch.Tensor, # class ids (B,H,W), from 0 to n-1
     n:int, # number of classes
 )->torch.Tensor: # IoU (n,), nan for a class that is in neither
     "Intersection over union of each class."
-    counted = mask<n
-    pairs = (mask*n+other)[counted].flatten()
+    counted = target<n
+    pairs = (target*n+predicted)[counted].flatten()
     count = torch.bincount(pairs, minlength=n*n).view(n,n).double()
     both = count.diag()
     return both/(count.sum(0)+count.sum(1)-both)

@@ -189,8 +189,8 @@ def _features_of(x, net):
 
 # %% ../../nbs/metrics/00_images.ipynb #7b879152
 def fid(
-    real, # pictures (N,C,H,W) in [0,1], a data set in memory, a `Reference`, or features (N,d)
-    fake, # the same
+    real, # real pictures (N,C,H,W) in [0,1], a data set in memory, a `Reference`, or features (N,d)
+    fake, # the same, of a model
     net=None, # the network that computes the features; not needed for features
 )->Score: # 0 or more
     """Fréchet distance of two sets in the features of `net` (Heusel et al. 2017, eq. 6), by torch-fidelity.
@@ -222,9 +222,9 @@ def _both_features(real, fake, net, least=2):
 
 # %% ../../nbs/metrics/00_images.ipynb #fc493390
 def kid(
-    real, # as in `fid`
-    fake, # as in `fid`
-    net=None, # as in `fid`
+    real, # real pictures (N,C,H,W) in [0,1], a data set in memory, a `Reference`, or features (N,d)
+    fake, # the same, of a model
+    net=None, # the network that computes the features; not needed for features
     subset:int=1000, # pictures in a subset, at most
     subsets:int=100, # how many subsets the mean is taken over
 )->Score: # about 0 for equal distributions, and then sometimes a little below
@@ -232,26 +232,28 @@ def kid(
 
     Raises `ValueError` as `fid` does."""
     from torch_fidelity.metric_kid import kid_features_to_metric
-    a, b = _both_features(real, fake, net)
-    size = min(subset, len(a), len(b))
-    res = kid_features_to_metric(b, a, kid_subsets=subsets, kid_subset_size=size, verbose=False)
-    return Score(res['kernel_inception_distance_mean'], f'kid_{_space(real, net)}')
+    real_features, fake_features = _both_features(real, fake, net)
+    size = min(subset, len(real_features), len(fake_features))
+    # torch-fidelity takes the generated set first
+    result = kid_features_to_metric(fake_features, real_features, kid_subsets=subsets, kid_subset_size=size,
+                                    verbose=False)
+    return Score(result['kernel_inception_distance_mean'], f'kid_{_space(real, net)}')
 
 # %% ../../nbs/metrics/00_images.ipynb #8ec81371
 def precision_recall(
-    real, # as in `fid`
-    fake, # as in `fid`
-    net=None, # as in `fid`
+    real, # real pictures (N,C,H,W) in [0,1], a data set in memory, a `Reference`, or features (N,d)
+    fake, # the same, of a model
+    net=None, # the network that computes the features; not needed for features
     k:int=3, # the neighbour that sets the radius
 )->tuple: # two scores, precision and recall
     """Improved precision and recall (Kynkäänniemi et al. 2019), by torch-fidelity.
 
     Raises `ValueError` as `fid` does."""
     from torch_fidelity.metric_prc import prc_features_to_metric
-    a, b = (features.float() for features in _both_features(real, fake, net, k+1))
+    real_features, fake_features = (f.float() for f in _both_features(real, fake, net, least=k+1))
     options = dict(prc_neighborhood=k, prc_batch_size=2000, save_cpu_ram=True, verbose=False)
-    res = prc_features_to_metric(b, a, **options)
-    return tuple(Score(res[name], f'{name}_{_space(real, net)}') for name in ('precision','recall'))
+    result = prc_features_to_metric(fake_features, real_features, **options)    # the generated set first, as of 0.4.0
+    return tuple(Score(result[name], f'{name}_{_space(real, net)}') for name in ('precision','recall'))
 
 # %% ../../nbs/metrics/00_images.ipynb #cadb0fd5
 class Inception(nn.Module):
@@ -336,14 +338,15 @@ class PhotoEvaluator(Module):
 @patch
 def fit(self:PhotoEvaluator,
     ds, # a data set with `image` and `label` in memory
-    c:float=10., # inverse strength of the penalty
+    c:float=10., # inverse strength of the penalty per feature: scikit-learn's C times the number of features
 ): # the evaluator
-    "Logistic regression, by scikit-learn."
+    "Fit the head by logistic regression on standardised features, by scikit-learn."
     from sklearn.linear_model import LogisticRegression
     f = image_features(ds, self)
     mean = f.mean(0)
     std = f.std(0).clamp_min(1e-3)
     regression = LogisticRegression(C=c/len(mean), max_iter=500).fit((f-mean)/std, ds.label)
+    # the standardisation is folded into the weights
     weight = torch.from_numpy(regression.coef_/std.numpy()).float()
     bias = torch.from_numpy(regression.intercept_).float()
     if len(weight)==1:                                    # of two classes, scikit-learn has the second only
@@ -369,7 +372,7 @@ def register_evaluator(
             self.net = net
         def forward(self, x):
             f = self.net.features(x/127.5-1)
-            return tuple(f if o=='features' else self.net.head(f) for o in self.features_list)
+            return tuple(f if layer=='features' else self.net.head(f) for layer in self.features_list)
         @staticmethod
         def get_provided_features_list(): return 'features', 'logits'
         @staticmethod
@@ -425,9 +428,9 @@ def psnr(
     return _score_pairs(a, b, _psnr, 'psnr', each)
 
 def ssim(
-    a, # as in `psnr`
-    b, # as in `psnr`
-    each:bool=False, # as in `psnr`
+    a, # pictures (N,C,H,W) in [0,1], or bytes
+    b, # the same shape
+    each:bool=False, # give one number per picture, (N,), instead of their mean
 ): # a `Score`, or numbers (N,)
     """Structural similarity (Wang et al. 2004, eq. 13).
 
@@ -436,10 +439,10 @@ def ssim(
 
 @torch.no_grad()
 def lpips_distance(
-    a, # as in `psnr`
-    b, # as in `psnr`
+    a, # pictures (N,C,H,W) in [0,1], or bytes
+    b, # the same shape
     distance='auto', # a name for `perceptual`, or what it returned
-    each:bool=False, # as in `psnr`
+    each:bool=False, # give one number per picture, (N,), instead of their mean
 ): # a `Score` named after the network, or numbers (N,)
     """Perceptual distance; see `fastldm.core.perceptual`.
 
@@ -473,8 +476,8 @@ def nearest_neighbours(
     return (a-b[nearest]).norm(dim=1), nearest
 
 def memorisation(
-    samples, # as in `nearest_neighbours`
-    train, # as in `nearest_neighbours`
+    samples, # pictures (N,C,H,W) in [0,1], bytes, a data set in memory, or features
+    train, # the same
     test, # real pictures that the model has not seen, or the mean of their distances
     net=None, # compare the features of this network; None: pixels
 )->Score: # 1: as new as real pictures, 0: copies
@@ -487,7 +490,7 @@ def memorisation(
 
 # %% ../../nbs/metrics/00_images.ipynb #f8d9ed6f
 class Reference:
-    "Features of the real test pictures, their labels, and the floor: the scores of real training pictures."
+    "Features of the real test pictures, their labels, and the scores of real training pictures beside them (`floor`)."
     def __init__(self,
         features:torch.Tensor, # of the test pictures, (N,d)
         labels:torch.Tensor, # their labels, (N,)
@@ -530,19 +533,31 @@ def _floor(ref, test, net, train, sizes):
     "Scores of training pictures with the labels of the test set, and distances of test pictures to the training set."
     floor = {}
     for n in {min(n, len(test)) for n in sizes}:
-        labels = test.label[:n].tolist()
-        unused = {label: iter((train.label==label).nonzero()[:,0].tolist()) for label in set(labels)}
-        chosen = [next(unused[label]) for label in labels]
+        chosen = _with_labels(train, test.label[:n].tolist())
         floor[str(n)] = evaluate(train.image[chosen], train.label[chosen], net, ref)
     spaces = {'pixels': None, ref.name: net}
-    floor['nearest'] = {name: nearest_neighbours(test, train, o)[0].mean().item() for name,o in spaces.items()}
+    for name,network in spaces.items():
+        floor.setdefault('nearest', {})[name] = nearest_neighbours(test, train, network)[0].mean().item()
     return floor
 
+def _with_labels(ds, labels):
+    """A picture of a set for each label, none twice: their numbers.
+
+    Raises `ValueError` where the set has too few."""
+    for label in set(labels):
+        n = int((ds.label==label).sum())
+        if n<labels.count(label):
+            raise ValueError(f'the training set has {n} pictures of label {label}, the test set {labels.count(label)}: '
+                             'give a training set with as many, or train=None')
+    unused = {label: iter((ds.label==label).nonzero()[:,0].tolist()) for label in set(labels)}
+    return [next(unused[label]) for label in labels]
+
+# %% ../../nbs/metrics/00_images.ipynb #c90f73b6
 def _reference_file(name):
     "reference.safetensors of a shipped evaluator, or in a folder."
     folders = [folder/str(name) for folder in weights_folders()] + [Path(name)]
-    there = [folder for folder in folders if folder.is_dir()]
-    return (there or folders[-1:])[0]/'reference.safetensors'
+    folder = next((folder for folder in folders if folder.is_dir()), folders[-1])
+    return folder/'reference.safetensors'
 
 @patch(cls_method=True)
 def load(cls:Reference,
