@@ -10,11 +10,12 @@ import torch
 from copy import copy
 from functools import partial
 from pathlib import Path
-from ..control.adapter import ControlAdapter, ControlData, control_loss, times_within
-from ..core.models import fingerprint, n_params
+from ..control.adapter import CONTROLS, ControlAdapter, ControlData, control_loss, times_within
+from ..core.models import check_choice, fingerprint, n_params
 from ..diffusion.denoiser import edm_weight
 from ..diffusion.ldm import load
-from .stages import diffusion_of, embedders_of, recipe, train_stage, training_set, write_card
+from .stages import (begin, diffusion_of, embedders_of, full_path, recipe, train_stage, training_set,
+                                    write_card)
 
 # %% ../../nbs/recipes/04_control.ipynb #f14a252c
 def control_data(
@@ -50,10 +51,12 @@ def train_adapter(
     **loss, # for `control_loss`; by default `edm_weight`, times uniform in `interval`, conditions dropped at rate .2
 )->ControlAdapter: # saved in `folder`
     "Train an adapter of a model that stays as it is. Raises what the model and its data set raise, before work starts."
+    arguments = dict(locals(), model=None)
     named = isinstance(model, (str,Path))
     base = load(model) if named else model
     ldm = diffusion_of(base)
-    kinds = kinds.split('+')
+    kinds = [check_choice(kind, CONTROLS, 'control') for kind in kinds.split('+')]
+    folder = begin(folder, train_adapter, arguments, base=fingerprint(ldm.denoiser))
     loss = dict(weight=edm_weight, sample_t=partial(times_within, interval=interval), drop=.2) | loss
     pictures = copy(pictures) or control_data(base, kinds, root, n, progress)
     pictures.regions = regions
@@ -61,12 +64,13 @@ def train_adapter(
         channels = ldm.denoiser.net.widths[0]
         return ControlAdapter(kinds, pictures.c_in, channels, pictures.factor, width=width, interval=interval)
     def card(learn):
-        about = dict(base=str(model) if named else 'a model in memory', base_fingerprint=fingerprint(ldm.denoiser))
+        about = dict(base=full_path(model) if named else 'a model in memory')
+        about['base_fingerprint'] = fingerprint(ldm.denoiser)
         about |= dict(data=base.meta['data'], n_pictures=len(pictures), regions=regions)
         about |= dict(loss={k: _name(v) for k,v in loss.items()}, n_params=n_params(learn.model))
         return about | dict(licence=base.meta.get('licence', 'weights Apache-2.0; data of the user'))
     adapter = train_stage(folder, build, pictures, control_loss(ldm.denoiser, **loss), seed, batch_size,
-                          card=card, steps=steps, lr=2e-3, warmup=min(100, steps//10), ema=.995,
+                          card=card, longer=True, steps=steps, lr=2e-3, warmup=min(100, steps//10), ema=.995,
                           precision=precision, progress=progress)
     write_card(folder)
     return adapter

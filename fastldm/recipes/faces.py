@@ -7,10 +7,8 @@ __all__ = ['face_embedders', 'face_denoiser', 'face_ldm', 'train_face_classifier
 
 # %% ../../nbs/recipes/02_faces.ipynb #5b2801d5
 from functools import partial
-from pathlib import Path
 from ..core.models import check_choice, fingerprint, set_seed
 from ..data.faces import EXCLUSIVE, Mirrored
-from ..data.images import get_dataset
 from ..diffusion.autoencoder import LatentDataset
 from ..diffusion.cond import AttributeEmbedder, Conditioner, LabelEmbedder, MaskEmbedder, WordEmbedder, pack_rows
 from ..diffusion.denoiser import Denoiser, diffusion_loss, edm_weight
@@ -18,8 +16,8 @@ from ..diffusion.ldm import LatentDiffusion, load
 from ..diffusion.schedules import Cosine
 from ..diffusion.unet import UNet
 from ..metrics.faces import FaceClassifier, face_classifier_loss
-from .stages import (finish, licence_line, recipe, run_stage, stage_folder, train_autoencoder,
-                                    train_denoiser, train_stage)
+from .stages import (begin, finish, licence_line, picture_set, recipe, run_stage, stage_folder,
+                                    train_autoencoder, train_denoiser, train_stage)
 
 # %% ../../nbs/recipes/02_faces.ipynb #c2d1bd38
 def face_embedders(
@@ -107,17 +105,18 @@ def face_ldm(
     if start is not None and autoencoder is not None:
         raise ValueError('both `start` and `autoencoder` were given, and the model to start from has an autoencoder: '
                          'leave one out')
-    folder = Path(folder)
-    faces = get_dataset(data, root, size=size)
+    arguments = dict(locals())
+    faces = picture_set(data, root, size=size, needs=('attributes','mask_classes'))
+    folder = begin(folder, face_ldm, arguments, faces, multiple=2**len(ae_channels))
     ds = Mirrored(faces) if mirrored else faces
     training = dict(seed=seed, precision=precision, progress=progress)
     first = None if start is None else load(start)
-    ae = _face_autoencoder(ds, folder, autoencoder if first is None else first.autoencoder, c_latent, ae_channels,
-                           ae_steps, training)
-    latents = LatentDataset(ds, ae, cache=folder/'cache', progress=progress)
     set_seed(seed)
     denoiser = face_denoiser(ds, c_latent, **network)
     if first is not None: denoiser.load_state_dict(first.denoiser.state_dict(), strict=False)
+    ae = _face_autoencoder(ds, folder, autoencoder if first is None else first.autoencoder, c_latent, ae_channels,
+                           ae_steps, training)
+    latents = LatentDataset(ds, ae, cache=folder/'cache', progress=progress)
     denoiser = train_denoiser(latents, folder, denoiser, partial(diffusion_loss, weight=weight), steps, **training)
     about = dict(n_pictures=len(ds), seed=seed)
     if first is not None: about |= dict(start=str(start), start_fingerprint=fingerprint(first.denoiser))
@@ -153,8 +152,10 @@ def train_face_classifier(
     **network, # for `FaceClassifier`
 )->FaceClassifier: # saved in `folder`; its card has its accuracy on held-out faces
     "Train a network that predicts attributes and parts of faces. Raises what the data set raises, before work starts."
-    faces = get_dataset(data, root, split='train', size=size)
-    held_out = get_dataset(data, root, split='test', size=size)
+    arguments = dict(locals())
+    faces = picture_set(data, root, 'train', size, needs=('attributes','mask_classes'))
+    held_out = picture_set(data, root, 'test', size, needs=('attributes','mask_classes'))
+    folder = begin(folder, train_face_classifier, arguments, faces)
     classes = faces.mask_classes if 'mask' in faces[0] else ()
     def build(): return FaceClassifier(faces.attributes, classes, size, **network)
     def card(learn):
@@ -166,8 +167,8 @@ def train_face_classifier(
         about['iou'] = dict(zip(classes, scores['iou'].tolist())) if len(classes) else None
         return about
     ds = Mirrored(faces) if mirrored else faces
-    return train_stage(folder, build, ds, face_classifier_loss, seed, card=card, steps=steps, batch_size=64, lr=3e-3,
-                       weight_decay=.05,
+    return train_stage(folder, build, ds, face_classifier_loss, seed, card=card, longer=True, steps=steps,
+                       batch_size=64, lr=3e-3, weight_decay=.05,
                        warmup=min(200, steps//10), ema=.998, precision=precision, progress=progress)
 
 # %% ../../nbs/recipes/02_faces.ipynb #9cd9fc6f

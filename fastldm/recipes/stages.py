@@ -4,35 +4,41 @@
 
 # %% auto #0
 __all__ = ['RENAMED_STAGES', 'RECIPES', 'run_stage', 'ResumeCB', 'train_stage', 'stage_folder', 'train_autoencoder',
-           'train_denoiser', 'card_rows', 'write_card', 'licence_line', 'save_grid', 'finish', 'captioned_set',
-           'training_set', 'diffusion_of', 'embedders_of', 'recipe']
+           'train_denoiser', 'card_rows', 'write_card', 'licence_line', 'save_grid', 'full_path', 'finish',
+           'data_facts', 'check_free', 'check_same_run', 'begin', 'picture_set', 'captioned_set', 'training_set',
+           'diffusion_of', 'embedders_of', 'recipe']
 
 # %% ../../nbs/recipes/00_stages.ipynb #cc247f72
 import json
+import math
+import numpy as np
 import torch
+import warnings
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from ..core.models import load_model, n_params, save_model, set_seed, write_atomic
+from ..core.models import (check_folder, check_saveable, fingerprint, fits_half, json_text, load_model, n_params,
+                                 real_number, save_model, set_seed, whole_number, write_atomic)
 from ..core.show import image_grid
-from ..core.train import Callback, Learner
+from ..core.train import Callback, Learner, name_of, steps_asked
 from ..data.captioned import Captioned
 from ..data.images import DATASETS, get_dataset, licence_of, to_image
 from ..data.synthetic import SyntheticScenes
 from ..diffusion.autoencoder import Autoencoder, autoencoder_loss
 from ..diffusion.denoiser import diffusion_loss
-from ..diffusion.ldm import LatentDiffusion, load, save
+from ..diffusion.ldm import LatentDiffusion, available, load, save
 
 # %% ../../nbs/recipes/00_stages.ipynb #440bf9c2
 def run_stage(
     folder, # of the stage
     make, # `() -> (model, card)`: trains or fits the model; the card is a dict that JSON can hold
+    again:bool=False, # make it also where the stage is finished
 )->torch.nn.Module: # the model as it was saved, in eval mode; the card is its `meta`
     "Load the model that a finished stage left in `folder`, or make it and save it there."
-    folder = Path(folder)
-    if not (folder/'config.json').exists():
+    folder = check_folder(folder)
+    if again or not (folder/'config.json').exists():
         model, card = make()
-        save_model(model, folder, **card)
+        save_model(model, folder, half=fits_half(model), **card)
     return load_model(folder)
 
 # %% ../../nbs/recipes/00_stages.ipynb #061b5c01
@@ -57,23 +63,46 @@ def train_stage(
     finish=None, # `model -> model`: what is done with the trained model before it is saved
     card=None, # `learner -> dict`: what else the card should say, called after `finish`
     cbs=(), # callbacks
+    longer:bool=False, # train on where the stage was begun or finished with fewer steps; right for a last stage only
     **learner, # for the `Learner`: steps, lr, ema, ...
 )->torch.nn.Module: # the averaged weights, in eval mode
     """Train the model of a stage, or load it. Raises `ValueError` for settings that the learner refuses, or that
-    differ from those of the checkpoint."""
+    differ from those of the checkpoint, and for a model that could not be saved."""
     folder = Path(folder)
     def make():
         set_seed(seed)
-        learn = Learner(build(), data, loss_fn, folder=folder/'run', seed=seed, batch_size=min(batch_size, len(data)),
+        model = build()
+        check_saveable(model)
+        learn = Learner(model, data, loss_fn, folder=folder/'run', seed=seed, batch_size=min(batch_size, len(data)),
                         cbs=[*cbs, ResumeCB(folder.name)], **learner)
-        learn.fit(resume=learn.checkpoint.exists())
+        learn.fit(resume=learn.checkpoint.exists(), longer=longer)
         model = learn.ema_model.eval()
         if finish is not None: model = finish(model)
         about = dict(stage=folder.name, steps=learn.step, batch_size=learn.batch_size, seconds=round(learn.seconds),
                      seed=seed)
-        if card is not None: about |= card(learn)
+        if card is not None: about |= _report(card, learn)
         return model, about
-    return run_stage(folder, make)
+    return run_stage(folder, make, again=longer and _ends_before(folder, learner['steps']))
+
+# %% ../../nbs/recipes/00_stages.ipynb #1b1ba760
+def _report(card, learn):
+    "What a card says; where that cannot be computed, why, as the model is saved all the same."
+    try: return card(learn)
+    except Exception as error:
+        problem = f'{type(error).__name__}: {error}'
+        warnings.warn(f'the model is saved, but what its card should say could not be computed ({problem})')
+        return dict(problem=problem)
+
+def _ends_before(folder, steps):
+    "Whether a finished stage has had fewer steps. Raises `FileNotFoundError` where it cannot be trained on."
+    checkpoint = folder/'run'/'checkpoint.safetensors'
+    if not (folder/'config.json').exists(): return False
+    if checkpoint.exists(): return steps_asked(checkpoint)<steps
+    done = load_model(folder, 'cpu').meta.get('steps', steps)
+    if done<steps:
+        raise FileNotFoundError(f'{folder} is finished after {done} steps, and {checkpoint} is gone, from which it '
+                                f'could be trained on: give {done} steps to load it, or another folder')
+    return False
 
 # %% ../../nbs/recipes/00_stages.ipynb #c5c3c2de
 RENAMED_STAGES = dict(text_encoder='reader') # today's name: the folder of earlier runs
@@ -128,7 +157,7 @@ def train_denoiser(
         return dict(history=[{k: v for k,v in row.items() if k not in ('lr','grad_norm')} for row in scores])
     settings = dict(lr=1e-3, warmup=min(500, steps//10), ema=.999) | learner
     return train_stage(stage_folder(folder, 'denoiser'), lambda: model, latents, loss_fn, seed, card=history,
-                       steps=steps, **settings)
+                       longer=True, steps=steps, **settings)
 
 # %% ../../nbs/recipes/00_stages.ipynb #84389587
 def card_rows(
@@ -151,12 +180,14 @@ def write_card(
     "Write the card of a model from its `config.json`. Raises `FileNotFoundError` where there is no model."
     folder = Path(folder)
     info = json.loads((folder/'config.json').read_text(encoding='utf-8')) | more
-    with write_atomic(folder/'config.json') as f:
-        f.write_text(json.dumps(info, indent=1, ensure_ascii=False)+'\n', encoding='utf-8')
+    with write_atomic(folder/'config.json') as f: f.write_text(json_text(info), encoding='utf-8')
     name = folder.name
-    title = [f'# {name}', '', f"A `{info['config']['cls']}` of fastldm: `fastldm.load('{name}')`.", '']
+    cls = info['config']['cls']
+    article = 'An' if cls[0] in 'AEIOU' else 'A'
+    title = [f'# {name}', '', f"{article} `{cls}` of fastldm: `fastldm.load('{name}')`.", '']
     table = ['| | |', '|---|---|'] + [f'| {k} | {v} |' for k,v in card_rows(info).items()]
-    with write_atomic(folder/'README.md') as f: f.write_text('\n'.join(title+table)+'\n', encoding='utf-8')
+    with write_atomic(folder/'README.md') as f:
+        f.write_text('\n'.join(title+table)+'\n', encoding='utf-8', errors='backslashreplace')
     return folder/'README.md'
 
 # %% ../../nbs/recipes/00_stages.ipynb #ed1d8c75
@@ -178,6 +209,15 @@ def save_grid(
     grid = image_grid(pictures, ncol, lo=0).repeat(zoom, 0).repeat(zoom, 1)
     with write_atomic(path) as f: to_image(torch.from_numpy(grid).permute(2,0,1)).save(f)
 
+# %% ../../nbs/recipes/00_stages.ipynb #2a86d41f
+def full_path(
+    name, # of a data set or a model, or the path of one
+)->str: # a path that leads there from any folder; a name as it is
+    "How a card calls data and models."
+    key = str(name).lower().replace('-', '').replace('_', '')
+    is_name = key in DATASETS or str(name) in available('')
+    return str(name) if is_name or not Path(name).exists() else str(Path(name).resolve())
+
 # %% ../../nbs/recipes/00_stages.ipynb #e196acc4
 def finish(
     folder, # where the model goes
@@ -190,28 +230,185 @@ def finish(
 )->torch.nn.Module: # the model as it was saved
     "Save a whole model, with its card and a grid of samples."
     folder = Path(folder)
-    about = dict(data=str(data), stages={}, n_params=n_params(model), licence=licence) | card
-    for stage in stages: about['stages'][stage] = load_model(stage_folder(folder, stage), 'cpu').meta
-    save(model, folder, max_file=15*2**20, **about)
-    write_card(folder)
+    cards = {stage: load_model(stage_folder(folder, stage), 'cpu').meta for stage in stages}
+    is_new = not _made_of(folder, cards)
+    if is_new:
+        about = dict(data=full_path(data), stages=cards, n_params=n_params(model), licence=licence) | card
+        save(model, folder, max_file=15*2**20, half=fits_half(model), **about)
+    if is_new or not (folder/'README.md').exists(): write_card(folder)
     model = load(folder)
-    save_grid(draw(model), folder/'samples.png')
+    if is_new or not (folder/'samples.png').exists(): save_grid(draw(model), folder/'samples.png')
     return model
 
+def _made_of(folder, cards):
+    "Whether a folder has a model that was made of these stages."
+    if not (folder/'config.json').exists(): return False
+    stages = load_model(folder, 'cpu').meta.get('stages', {})
+    then = {stage: about.get('fingerprint') for stage,about in stages.items()}
+    return then=={stage: about['fingerprint'] for stage,about in cards.items()}
+
+# %% ../../nbs/recipes/00_stages.ipynb #5e349a44
+_PLACES = ('folder','root','data','progress','cbs','card')         # arguments that do not say what the result is
+
+def _described(value):
+    "An argument as JSON can hold it, the same in each process."
+    if isinstance(value, dict): return {str(name): _described(item) for name,item in value.items()}
+    if isinstance(value, (list,tuple)): return [_described(item) for item in value]
+    if isinstance(value, torch.nn.Module): return f'{type(value).__name__} {fingerprint(value)}'
+    if value is None or isinstance(value, (bool,int,float,str)): return value
+    if np.isscalar(value): return value.item()
+    return name_of(value) if callable(value) else type(value).__name__
+
+def data_facts(
+    ds, # a set of pictures
+)->dict: # fit for JSON
+    "What tells sets of pictures apart, wherever their files are."
+    indices = sorted({i*(len(ds)-1)//7 for i in range(8)})
+    images = [ds[i]['image'] for i in indices]
+    classes = list(getattr(ds, 'classes', None) or [])
+    return dict(pictures=len(ds), shape=list(images[0].shape), classes=classes,
+                brightness=[round(image.float().mean().item(), 3) for image in images])
+
+def _is_close(a, b):
+    "Whether two values are the same; mean brightness may differ a little, as versions of libraries read pictures."
+    numbers = all(isinstance(value, list) and value and isinstance(value[0], float) for value in (a,b))
+    if not numbers or len(a)!=len(b): return a==b
+    return all(math.isclose(x, y, abs_tol=.02) for x,y in zip(a,b))
+
+# %% ../../nbs/recipes/00_stages.ipynb #89a534f3
+def _is_run(folder):
+    "Whether a recipe has been at work in a folder, also one of version 0.1."
+    signs = ('recipe.json', 'run/checkpoint.safetensors', '*/run/checkpoint.safetensors')
+    return any(any(folder.glob(sign)) for sign in signs) or any(map(_is_stage, folder.glob('*/config.json')))
+
+def _is_stage(config):
+    "Whether a file is the card of a stage."
+    try: return 'stage' in json.loads(config.read_text(encoding='utf-8'))
+    except (ValueError, OSError): return False
+
+def check_free(
+    folder, # where a run should go
+    data=None, # name or folder of its data
+)->Path: # the folder
+    "Raises `ValueError` for a folder that has something else in it, or that is within the data."
+    folder = check_folder(folder)
+    if data is not None and Path(data).is_dir():
+        place = Path(data).resolve()
+        if place in (folder.resolve(), *folder.resolve().parents):
+            raise ValueError(f'{folder} is in {data}, the folder of the data, where it would be taken for data: '
+                             'give another folder for the model (--out)')
+    if folder.is_file(): raise ValueError(f'{folder} is a file: give a folder for the model (--out)')
+    others = sorted(f.name for f in folder.glob('*') if not f.name.startswith('.'))
+    if others and not _is_run(folder):
+        some = ', '.join(others[:3]) + (', ...' if len(others)>3 else '')
+        raise ValueError(f'{folder} has files that are not of a run ({some}), and the model would be written among '
+                         'them: give a new folder (--out)')
+    return folder
+
+# %% ../../nbs/recipes/00_stages.ipynb #f409e3dd
+def _asked_before(folder):
+    "What the run in a folder was asked for; of a run of version 0.1, what the card of its model says of that."
+    for name in ('recipe.json','config.json'):
+        file = folder/name
+        if not file.exists(): continue
+        asked = json.loads(file.read_text(encoding='utf-8'))
+        if name=='recipe.json': return asked
+        return {key: asked[key] for key in ('seed','classes','steps','regions') if key in asked}
+    return {}
+
+# %% ../../nbs/recipes/00_stages.ipynb #aa092c34
+def check_same_run(
+    folder, # of the run
+    asked:dict, # what is asked for now, fit for JSON
+):
+    "Raises `ValueError`, which names what differs, where the run in a folder was asked for something else."
+    was = _asked_before(folder)
+    different = [name for name in asked if name in was and not _is_close(was[name], asked[name])]
+    of_data = {'pictures','shape','classes','brightness'} & {*different}
+    if 'data' in different and not of_data: different.remove('data')     # the same pictures, in another place
+    if of_data>{'brightness'}: different.remove('brightness')              # which says the least
+    lengths = [name for name in different if name in ('steps','epochs')]
+    is_longer = all(asked[name]>was[name] for name in lengths)
+    if different==lengths and is_longer: return
+    def short(value): return repr(value) if len(repr(value))<60 else f'{repr(value)[:55]}...'
+    changes = '; '.join(f'{name} was {short(was[name])}, is {short(asked[name])}' for name in different)
+    raise ValueError(f'{folder} has a run that was asked for something else: {changes}. Give the same to go on with '
+                     'it, only more steps to train it on, or another folder (--out) for another model')
+
+# %% ../../nbs/recipes/00_stages.ipynb #9ac00260
+def begin(
+    folder, # where the run goes
+    recipe, # the function
+    arguments:dict, # that it was called with: `locals()`, before it does anything
+    ds=None, # its data set
+    multiple:int=1, # that height and width of its pictures must be multiples of
+    **more, # what else makes the run what it is
+)->Path: # the folder
+    """The first act of every recipe: check what it was asked for, before any work, and write it down.
+    Raises `ValueError` for numbers that cannot work, for a folder that is not free, and for another run's."""
+    _check_numbers(arguments)
+    data = arguments.get('data')
+    folder = check_free(folder, data)
+    asked = dict(recipe=recipe.__name__, data=None if data is None else str(data))
+    asked |= {name: _described(value) for name,value in arguments.items() if name not in _PLACES} | more
+    if ds is not None:
+        asked |= data_facts(ds)
+        _check_size(*asked['shape'][1:], multiple)
+    asked = json.loads(json_text(asked))
+    if _is_run(folder): check_same_run(folder, asked)
+    with write_atomic(folder/'recipe.json') as file: file.write_text(json_text(asked), encoding='utf-8')
+    return folder
+
+# %% ../../nbs/recipes/00_stages.ipynb #4038efce
+def _check_numbers(arguments):
+    "Raises `ValueError` for steps, epochs, pictures or pixels that are no whole number above 0, and for odd rates."
+    for name,value in arguments.items():
+        is_count = name.endswith(('steps','epochs')) or name in ('n','size','copies','c_latent','batch_size')
+        numbers = value if isinstance(value, (list,tuple)) else [value]
+        if is_count and value is not None: numbers = [whole_number(number, name, 1) for number in numbers]
+    whole_number(arguments.get('seed', 0), 'seed')
+    rates = arguments | (arguments.get('network') or {})
+    for name in ('drop','partial'): real_number(rates.get(name, 0), name, 0, 1)
+
+def _check_size(height, width, multiple):
+    "Raises `ValueError` for pictures that the networks cannot divide as often as they need to."
+    if height%multiple==0 and width%multiple==0: return
+    below = max(multiple, height//multiple*multiple)
+    raise ValueError(f'size={height}: this model takes pictures whose sides are multiples of {multiple}, '
+                     f'such as {below} or {below+multiple}')
+
 # %% ../../nbs/recipes/00_stages.ipynb #9bbbeac5
+def picture_set(
+    data, # name of a set, or a folder of pictures
+    root=None, # where a public set is looked for first
+    split:str='train', # or 'test'
+    size:int=None, # side of the pictures; None: the set's own
+    needs=(), # attributes that the set must have, e.g. ('attributes','mask_classes')
+): # the data set
+    "A set of pictures. Raises `ValueError` for a set that has not what is needed, or one size only."
+    maker = DATASETS.get(str(data).lower().replace('-', '').replace('_', ''))
+    parameters = signature(maker or get_dataset).parameters.values()
+    takes_size = any(p.name=='size' or p.kind==p.VAR_KEYWORD for p in parameters)
+    options = dict(size=size) if takes_size and size is not None else {}
+    ds = get_dataset(data, root, split=split, **options)
+    missing = [name for name in needs if getattr(ds, name, None) is None]
+    if missing:
+        raise ValueError(f'{data} is a set without {" and ".join(missing).replace("_", " ")}, '
+                         'which this recipe needs: give another set')
+    if size is not None and not takes_size:
+        raise ValueError(f'the pictures of {data} have one size only, so none can be given: leave it out')
+    return ds
+
+# %% ../../nbs/recipes/00_stages.ipynb #e1ef5bab
 def captioned_set(
     data, # name of a set, or a folder, table or zip file that `Captioned` reads
     root=None, # where a public set is looked for first
     split:str='train', # or 'test'
     size:int=64, # side of the pictures
 ): # the data set
-    """A set of pictures with captions. Raises `ValueError` for a set whose pictures have one size only, and what
-    the set raises."""
+    "A set of pictures with captions. Raises `ValueError` as `picture_set` does, and what the set raises."
     if data not in DATASETS: return Captioned(data, split, size=size)
-    try: return get_dataset(data, root, split=split, size=size)
-    except TypeError as e:
-        message = f'{data} is not a set of pictures of any size ({e})'
-        raise ValueError(f'{message}: give a captioned set, or a folder, table or zip file of one') from e
+    return picture_set(data, root, split, size, needs=('caption',))
 
 def training_set(
     model, # whose card names its set
@@ -221,7 +418,8 @@ def training_set(
     n:int=None, # pictures, of a set that draws as many as it is asked for
 ): # the data set
     "The set that a model was trained on. Raises what the set raises."
-    data = model.meta['data']
+    data = getattr(model, 'meta', {}).get('data')
+    if data is None: raise ValueError('the card of this model does not say what it was trained on')
     if data=='scenes': return SyntheticScenes(n, split, size)
     if hasattr(model, 'text_encoder'): return captioned_set(data, root, split, size)
     has_one_size = data in DATASETS and 'size' not in signature(DATASETS[data]).parameters      # mnist, digits, ...

@@ -23,7 +23,7 @@ from ..diffusion.denoiser import Denoiser, diffusion_loss, edm_weight
 from ..diffusion.schedules import Cosine, logit_normal_t
 from ..diffusion.unet import UNet
 from ..metrics.scenes import SceneClassifier, scene_classifier_loss
-from .stages import (captioned_set, finish, licence_line, recipe, stage_folder, train_denoiser,
+from .stages import (begin, captioned_set, finish, licence_line, recipe, stage_folder, train_denoiser,
                                     train_stage)
 
 # %% ../../nbs/recipes/03_text.ipynb #8b12308c
@@ -62,9 +62,10 @@ def train_vqvae(
         if model is not None: return model
         return VQVAE(c_in=ds[0]['image'].shape[0])
     def fit_scale(vqvae): return vqvae.fit_scale(ds)
+    def report(learn): return dict(size=ds[0]['image'].shape[-1])       # of the pictures that its codes are for
     settings = dict(lr=2e-3, weight_decay=0., warmup=min(200, steps//10), ema=.999) | learner
     return train_stage(stage_folder(folder, 'vqvae'), build, ds, loss_fn or vqvae_loss(), seed, finish=fit_scale,
-                       steps=steps, **settings)
+                       card=report, steps=steps, **settings)
 
 # %% ../../nbs/recipes/03_text.ipynb #70ffeea3
 def train_prior(
@@ -130,9 +131,13 @@ def text_to_image(
     card:dict=None, # what else the card should say
 )->TextToImage: # saved in `folder`
     "Train text encoder, VQ-VAE and priors. Raises what the data set raises, before work starts."
-    folder = Path(folder)
+    arguments = dict(locals())
     ds = captioned_set(data, root, 'train', size)
     held_out = captioned_set(data, root, 'test', size)
+    if len(held_out)<2:
+        raise ValueError(f'{data} has {len(held_out)} pictures to test with: 2 are needed, '
+                         'to choose a prior and to measure it')
+    folder = begin(folder, text_to_image, arguments, ds, multiple=8)
     training = dict(seed=seed, precision=precision, progress=progress)
     encoder = train_text_encoder(ds, folder, steps=text_encoder_steps, network=text_encoder,
                                  hard_negatives=hard_negatives, paraphrases=paraphrases, **training)
@@ -174,9 +179,12 @@ def train_scene_classifier(
     progress:bool=True, # show bars
 )->SceneClassifier: # saved in `folder`
     "Train a network that predicts what a scene shows. Raises `ValueError` as `train_stage` does."
+    arguments = dict(locals())
+    scenes = SyntheticScenes(n)
+    folder = begin(folder, train_scene_classifier, arguments, scenes)
     def card(learn): return dict(name='scenes_classifier', data='scenes')
-    return train_stage(folder, SceneClassifier, SyntheticScenes(n), scene_classifier_loss, seed, 32, card=card,
-                       steps=steps, lr=3e-3, weight_decay=.01,
+    return train_stage(folder, SceneClassifier, scenes, scene_classifier_loss, seed, 32, card=card,
+                       longer=True, steps=steps, lr=3e-3, weight_decay=.01,
                        warmup=min(100, steps//10), ema=.995, precision=precision, progress=progress)
 
 # %% ../../nbs/recipes/03_text.ipynb #b74b7ed8
