@@ -10,9 +10,10 @@ import pytest, torch
 from fastldm.core import set_seed
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     "Skip what this machine cannot run, and say why."
     no = {}
+    if 'fuzz' not in config.option.markexpr: no['fuzz'] = 'takes minutes: pytest -m fuzz'
     if not torch.cuda.is_available(): no['gpu'] = 'no CUDA device'
     if not os.environ.get('FASTLDM_NET'): no['net'] = 'needs the network: set FASTLDM_NET=1'
     for item in items:

@@ -17,7 +17,8 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 from ..core.models import check_choice,check_flags,write_atomic
 from .captioned import read_text
-from .images import DATASETS,ImageFolder,ZippedFile,check_split,from_image,licence_of,open_zip,to_image
+from .images import (DATASETS,ImageFolder,ZippedFile,check_split,from_image,licence_of,open_zip,to_image,
+                                 upright)
 from .public import FashionMNIST,not_found,search_folders
 
 # %% ../../nbs/data/07_faces.ipynb #722e20f2
@@ -79,7 +80,7 @@ def read_mask(
     if im.mode not in ('L','P','1'):
         raise ValueError(f"{path} is a picture in {im.mode}: the pixels of a mask are class ids, one number each "
                          "(grey, or with a palette), in a format without loss")
-    return torch.from_numpy(np.array(im, dtype=np.uint8))
+    return torch.from_numpy(np.array(upright(im), dtype=np.uint8))
 
 # %% ../../nbs/data/07_faces.ipynb #fba2c712
 def _class_of(part, classes):
@@ -289,14 +290,15 @@ def merge_parts(
         mask[inside] = i
     return mask
 
-@lru_cache(32)
-def _file_names(folder): return {f.name for f in folder.iterdir()} if folder.is_dir() else set()
-
-def _part_files(folder, number):
-    "{part: file} of the picture with this number, for those parts that it has."
-    folder = folder/'CelebAMask-HQ-mask-anno'/str(number//2000)
-    names = {part:f'{number:05d}_{part}.png' for part in PARTS[1:]}
-    return {part:folder/name for part,name in names.items() if name in _file_names(folder)}
+def _part_files(folder, numbers):
+    "{part: file} of each picture, by its number, for those parts that it has; a folder is listed once."
+    masks,parts = folder/'CelebAMask-HQ-mask-anno',[]
+    there = {sub:{*os.listdir(sub)} for sub in {masks/str(n//2000) for n in numbers} if sub.is_dir()}
+    for n in numbers:
+        sub = masks/str(n//2000)
+        names = {part:f'{n:05d}_{part}.png' for part in PARTS[1:]}
+        parts.append({part:sub/name for part,name in names.items() if name in there.get(sub, ())})
+    return parts
 
 # %% ../../nbs/data/07_faces.ipynb #cc5dc140
 _SPLITS = 'train','val','test'
@@ -448,7 +450,7 @@ class CelebA(Faces):
         names,masks = [files[i] for i in rows],folder/'masks.zip'
         self.hold_files(_celeba_pictures(folder, names), label=None, classes=(), size=size, channels=3, cache=cache)
         self.attrs = attrs[rows]
-        if masks.is_file(): self._read_masks([ZippedFile(masks, Path(n).stem+'.png') for n in names], masks)
+        if masks.is_file(): self._add_masks([ZippedFile(masks, Path(n).stem+'.png') for n in names], masks)
 
     def _find(self, root):
         "The table of attributes."
@@ -456,11 +458,6 @@ class CelebA(Faces):
             for name in ('attributes.csv','list_attr_celeba.txt','list_attr_celeba.csv'):
                 if (folder/name).is_file(): return folder/name
         raise not_found('CelebA', root, self.how_to_get)
-
-    def _read_masks(self, files, source):
-        self.mask,self.mask_classes = _read_masks([lambda f=f: _class_ids(f) for f in files], self.size),PARTS8
-        if (highest := int(self.mask.max()))>=len(PARTS8):
-            raise ValueError(f"{source} has the class {highest}, expected 0 to {len(PARTS8)-1}: {', '.join(PARTS8)}")
 
 # %% ../../nbs/data/07_faces.ipynb #7634ea18
 def _celeba_pictures(folder, names):
@@ -475,15 +472,6 @@ def _celeba_pictures(folder, names):
                                 f"{CelebA.how_to_get}")
     return [ZippedFile(zipped, name) if place==zipped else aligned/name for name in names]
 
-def _available_split(split, splits, folder):
-    """The split, or 'val' (with a warning) instead of a 'test' that is not there.
-    Raises FileNotFoundError for any other that is not there: training on 'val' would spoil it."""
-    if split in splits: return split
-    if split=='test' and 'val' in splits:
-        warnings.warn(f"{folder} has no split 'test': these are the pictures of 'val'")
-        return 'val'
-    raise FileNotFoundError(f"{folder} has no picture of split {split!r}, only of {', '.join(sorted({*splits}))}")
-
 def _read_partition(folder, files):
     "'train', 'val' or 'test' for each file, by list_eval_partition.txt, or Kaggle's .csv."
     paths = [folder/f'list_eval_partition.{suffix}' for suffix in ('txt','csv')]
@@ -497,11 +485,31 @@ def _read_partition(folder, files):
                              "fetch both again")
     return [_SPLITS[int(number[f])] for f in files]
 
+# %% ../../nbs/data/07_faces.ipynb #86e4a4d2
+def _available_split(split, splits, folder):
+    """The split, or 'val' (with a warning) instead of a 'test' that is not there.
+    Raises FileNotFoundError for any other that is not there: training on 'val' would spoil it."""
+    if split in splits: return split
+    if split=='test' and 'val' in splits:
+        warnings.warn(f"{folder} has no split 'test': these are the pictures of 'val'")
+        return 'val'
+    raise FileNotFoundError(f"{folder} has no picture of split {split!r}, only of {', '.join(sorted({*splits}))}")
+
+# %% ../../nbs/data/07_faces.ipynb #3e969b42
+@patch
+def _add_masks(self:CelebA, files, source):
+    "Class ids of `PARTS8` for each picture. Raises ValueError for other classes."
+    self.mask,self.mask_classes = _read_masks([lambda f=f: _class_ids(f) for f in files], self.size),PARTS8
+    if (highest := int(self.mask.max()))>=len(PARTS8):
+        raise ValueError(f"{source} has the class {highest}, expected 0 to {len(PARTS8)-1}: {', '.join(PARTS8)}")
+
 def _class_ids(file):
     "A mask (H,W), from a file in a zip file."
     try:
-        with file.open('rb') as f: return np.asarray(Image.open(io.BytesIO(f.read()))).copy()
-    except (OSError,KeyError) as e: raise ValueError(f"{file} cannot be read as a mask ({e}): fetch it again") from e
+        with Image.open(file.open()) as im: ids = np.array(im)
+    except Exception as e: raise ValueError(f"{file} cannot be read as a mask ({e}): fetch it again") from e
+    if ids.ndim!=2: raise ValueError(f"{file} has colours: the pixels of a mask are class ids, one number each")
+    return ids
 
 # %% ../../nbs/data/07_faces.ipynb #32ae17d0
 DATASETS.update(celebahq=CelebAMaskHQ, celeba=CelebA)

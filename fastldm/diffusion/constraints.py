@@ -175,7 +175,8 @@ class LinearInverse(PictureConstraint):
         scale, shift = autoencoder.scale, autoencoder.shift
         def measure_latent(z):
             raw = z.to(scale.dtype)*scale + shift                       # in the precision of the weights, and back
-            return self.measure(autoencoder.decode_raw(raw).to(z.dtype), *data)
+            with torch.autocast(z.device.type, enabled=False):          # which Jacobians cannot pass
+                return self.measure(autoencoder.decode_raw(raw).to(z.dtype), *data)
         return PosteriorDenoiser(denoise, measure_latent, data[0], self.noise, self.iters), x, ts
 
 # %% ../../nbs/diffusion/07_constraints.ipynb #640fc05e

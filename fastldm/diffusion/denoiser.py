@@ -246,6 +246,12 @@ def check_interval(
     if lo<=hi: return lo, hi
     raise ValueError(f'interval={interval!r}: expected two times from 0 (picture) to 1 (noise), the smaller first')
 
+def _check_order(order, names):
+    "The order, as a list; raises `ValueError` unless it names each condition once."
+    is_list = isinstance(order, (list,tuple))
+    if is_list and sorted(map(str, order))==sorted(names): return list(order)
+    raise ValueError(f'order={order!r}: expected each of {names} once')
+
 def guide(
     model, # a `Denoiser` with a conditioner
     batch:dict, # a field for each condition
@@ -255,16 +261,14 @@ def guide(
 )->Guided: # a denoiser
     """Guide a denoiser without a classifier (Ho and Salimans 2022): a scale for each condition, an interval of times.
 
-    Raises `ValueError` for an unknown condition, a scale that is not finite or beyond 1000, an interval that is none,
+    Raises `ValueError` for an unknown condition, a scale that is not finite or beyond 100, an interval that is none,
     or an order that does not name each condition once."""
     interval = check_interval(interval)
     names = list(model.conditioner.embedders)
     unknown = sorted(set(guidance_scales) - set(names))
     if unknown: raise ValueError(f'guidance_scale for {unknown}, but this model is conditioned on {names}')
-    if order is not None and sorted(order)!=sorted(names):
-        raise ValueError(f'order={list(order)}: expected each of {names} once')
-    names = list(order or names)
-    w = [real_number(guidance_scales.get(k, 1.), f'guidance_scale of {k!r}', -1000, 1000) for k in names]
+    if order is not None: names = _check_order(order, names)
+    w = [real_number(guidance_scales.get(k, 1.), f'guidance_scale of {k!r}', -100, 100) for k in names]
     conds = [model.conditioner(batch, without=names[i:]) for i in range(len(names)+1)]
     coefs = [before-after for before,after in zip([1.]+w, w+[0.])]
     return Guided(model, conds, coefs, interval)

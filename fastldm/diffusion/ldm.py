@@ -11,6 +11,7 @@ import errno, inspect, json, os, torch
 from difflib import get_close_matches
 from fastcore.basics import patch
 from pathlib import Path
+from tqdm.auto import tqdm
 from ..core.models import Module, load_model, real_number, save_model, whole_number
 from . import samplers
 from .samplers import sample_generators, noise_from, noise_like
@@ -232,7 +233,7 @@ def sample(self:LatentDiffusion,
     batch_size:int=256, # pictures at a time
     first:int=0, # index of the first of these pictures, to sample many in parts
     precision:str=None, # 'bf16': the network's products in 16 bit, faster where the processor has it
-    progress:bool=False, # show a bar
+    progress:bool=False, # show a bar: of the steps, or of the batches where there are several
     callback=None, # called as `callback(x, t, s)` with the latents after each step
     latents:bool=False, # return the latents, not the pictures
     **conditions, # what to sample: a value for all, or one per picture
@@ -253,7 +254,7 @@ def sample(self:LatentDiffusion,
     data = constraint.prepare(self, n)
     first = whole_number(first, 'first', 0)
     pictures = []
-    for start in range(0, n, batch_size):
+    for start in tqdm(range(0, n, batch_size), disable=not progress or n<=batch_size, leave=False):
         stop = min(start+batch_size, n)
         fields = {name: field[start:stop] for name,field in batch.items()}
         rows = [d[start:stop] for d in data]
@@ -261,7 +262,8 @@ def sample(self:LatentDiffusion,
         denoise = guide(model, fields, interval=interval, order=order, **scales) if fields else model
         denoise, x, grid = constraint.start(self, denoise, _noise(self, ts[0], generators), ts, rows)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision=='bf16'):
-            z = samplers.sample(denoise, x, grid, step, cb=callback, progress=progress, generators=generators)
+            z = samplers.sample(denoise, x, grid, step, cb=callback, progress=progress and n<=batch_size,
+                                generators=generators)
         pictures.append(z if latents else (constraint.finish(self.decode(z).to(z), *rows)+1)/2)
     return torch.cat(pictures)
 
