@@ -175,8 +175,11 @@ def _paint_of(colour):
 def _sprite(kind, n=256, rim=64, line=.055):
     "A kind, `n` pixels wide in an empty rim: paint (a picture of 4 bands) and coverage; `n` and `rim`."
     def at(outline): return [((x/1.12+1)*n/2+rim,(y/1.12+1)*n/2+rim) for x,y in outline]
-    paint,coverage = Image.new('CMYK', (n+2*rim,)*2),Image.new('L', (n+2*rim,)*2)
-    draw_paint,draw_coverage,width = ImageDraw.Draw(paint),ImageDraw.Draw(coverage),round(line*n)
+    paint = Image.new('CMYK', (n+2*rim,)*2)
+    coverage = Image.new('L', (n+2*rim,)*2)
+    draw_paint = ImageDraw.Draw(paint)
+    draw_coverage = ImageDraw.Draw(coverage)
+    width = round(line*n)
     for outline,_ in _PARTS[kind]:                                    # the dark line first: each part, a little larger
         closed = at([*outline,*outline[:2]])
         draw_paint.line(closed, fill=(70,0,0,0), width=width, joint='curve')
@@ -195,12 +198,13 @@ def _stamp(image, kind, rgb, x, y, r, flip):
     y0,y1 = max(0,math.floor(y-r)),min(height,math.ceil(y+r))
     paint,coverage,n,rim = _sprite(kind)
     def on_sprite(o, centre): return (o-centre+r)*n/(2*r)+rim        # a coordinate of the picture, on the sprite
-    left,right = (2*x-x1,2*x-x0) if flip else (x0,x1)
+    left,right = (2*x-x1,2*x-x0) if flip else (x0,x1)               # mirrored about the middle
     box = on_sprite(left,x),on_sprite(y0,y),on_sprite(right,x),on_sprite(y1,y)
     def shrink(band):
         small = np.asarray(band.resize((x1-x0,y1-y0), Image.BOX, box)).astype(np.float32)
         return small[:,::-1] if flip else small
-    p,α = shrink(paint),shrink(coverage)
+    p = shrink(paint)
+    α = shrink(coverage)
     where = (slice(y0,y1),slice(x0,x1))
     image[where] = image[where]*(1-α[...,None]/255)+p[...,:1]/255*np.float32(rgb)+p[...,1:]
     return where,α>127
@@ -215,23 +219,29 @@ _GROUNDS = dict( # sky above and at the horizon, ground there and below
 def _clouds(rng, colour, y0, y1, n, scale):
     puffs = []
     for _ in range(n):
-        x,y = rng.uniform(0,3),rng.uniform(y0,y1)
+        x = rng.uniform(0,3)
+        y = rng.uniform(y0,y1)
         for _ in range(5):
-            dx,dy,r = rng.uniform(-.1,.1)*scale, rng.uniform(-.03,.03)*scale, rng.uniform(.06,.13)*scale
+            dx = rng.uniform(-.1,.1)*scale
+            dy = rng.uniform(-.03,.03)*scale
+            r = rng.uniform(.06,.13)*scale
             puffs.append((ellipse(x+dx, y+dy, r, .55, 20), colour))
     return puffs
 
 def _rows(rng, y0, n): return sorted(rng.uniform(y0,1) for _ in range(n)) # far to near
 
 def _waves(rng, colour, n, scale):
-    waves,h = [],.012*scale
+    waves = []
+    h = .012*scale
     for y in _rows(rng, .03, n):
-        x,near = rng.uniform(0,3),.5+y                                # nearer waves are larger
+        x = rng.uniform(0,3)
+        near = .5+y                                                   # nearer waves are larger
         top = [(x+i*.03*scale*near,y+(h*math.sin(i*math.pi/2)-h)*near) for i in range(-4,5)]
         bottom = [(x+i*.03*scale*near,y+h*near*math.sin(i*math.pi/2)) for i in range(4,-5,-1)]
         waves.append((top+bottom, colour))
     return waves
 
+# %% ../../nbs/data/06_synthetic.ipynb #55f104db
 def _hills(rng, colour, height, width):
     tops = [rng.uniform(0,3) for _ in range(7)]
     profile = (-width,0.),(-.5*width,-.7*height),(0,-height),(.5*width,-.7*height),(width,0.)
@@ -270,9 +280,11 @@ def _shapes(name, rng):
 @lru_cache(64)
 def _landscape(name, size, over=4):
     "A landscape (2·size,3·size,3), horizon in the middle."
-    n,colours = size*over,np.float32(_GROUNDS[name])
+    n = size*over
+    colours = np.float32(_GROUNDS[name])
     t = np.linspace(0, 1, n, dtype=np.float32)[:,None]
-    sky,ground = colours[0]+(colours[1]-colours[0])*t, colours[2]+(colours[3]-colours[2])*t
+    sky = colours[0]+(colours[1]-colours[0])*t
+    ground = colours[2]+(colours[3]-colours[2])*t
     rows = np.concatenate([sky,ground]).round().astype(np.uint8)
     image = Image.fromarray(rows[:,None].repeat(3*n, 1))
     draw = ImageDraw.Draw(image)
@@ -306,7 +318,8 @@ class _Layout(NamedTuple):
 # %% ../../nbs/data/06_synthetic.ipynb #b902eb64
 def _layout(scene, rng):
     def uniform(a, b): return rng.uniform(a,b) if rng else (a+b)/2
-    two,things = scene.relation is not None,[]
+    two = scene.relation is not None
+    things = []
     for colour,kind,role in scene.things:
         distance = uniform(.16,.224)
         x,y = (uniform(.23,.27),uniform(.3,.7)) if two else (uniform(.38,.62),uniform(.4,.6))
@@ -322,7 +335,8 @@ def _layout(scene, rng):
 # %% ../../nbs/data/06_synthetic.ipynb #5c784e48
 def _paint(scene, layout, size):
     "Bytes (size,size,3), and class ids (size,size)."
-    row,column = round(layout.horizon*size),int(layout.window*size)
+    row = round(layout.horizon*size)
+    column = int(layout.window*size)
     image = _landscape(scene.background, size)[size-row:2*size-row,column:column+size]*layout.light
     mask = np.zeros((size,size), np.uint8)
     for t in layout.things:
@@ -377,7 +391,8 @@ def _sample_scene(rng, test):
     "A scene of a split; its things differ in kind and colour."
     def pick(options): return options[int(rng.random()*len(options))]
     while True:
-        c,k,c2,k2 = pick([*COLOURS]),pick(KINDS),pick([*COLOURS]),pick(KINDS)
+        c,k = pick([*COLOURS]),pick(KINDS)
+        c2,k2 = pick([*COLOURS]),pick(KINDS)
         second = (pick([*RELATIONS]),c2,k2) if rng.random()<.75 else (None,None,None)
         if second[0] and (c==c2 or k==k2): continue
         scene = Scene(c, k, *second, pick([*BACKGROUNDS]))
@@ -391,7 +406,8 @@ def near_miss(
     """The same sentence with one mistake: the relation reversed, colours or kinds exchanged, or else another
     background.
     Raises ValueError as `parse_scene` does."""
-    s,rng = parse_scene(caption),random.Random(seed)
+    s = parse_scene(caption)
+    rng = random.Random(seed)
     form = next((f for f in range(2*len(FORMS)) if s.caption(f)==caption), 0)
     wrong = []
     if s.relation:
@@ -408,7 +424,8 @@ def paraphrase(
     seed:int=0, # which words
 )->str: # of the same scene
     "Another sentence of the same meaning, told from either thing. Raises ValueError as `parse_scene` does."
-    s,rng = parse_scene(caption),random.Random(seed)
+    s = parse_scene(caption)
+    rng = random.Random(seed)
     if s.relation and rng.random()<.5: s = Scene(s.colour2, s.kind2, MIRROR[s.relation], s.colour, s.kind, s.background)
     return s.caption(rng.randrange(2*len(FORMS)))
 
