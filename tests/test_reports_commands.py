@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 from fastldm import load
 from fastldm.core import Busy, Module, save_model, show_parameters
-from fastldm.recipes import codes_cli, command, draw_files, eval_cli, figures_cli, sample_cli
+from fastldm.data import SyntheticScenes
+from fastldm.recipes import (codes_cli, command, draw_files, eval_cli, figures_cli, label_ldm, sample_cli, train_adapter,
+                             train_vqvae)
 from fastldm.recipes import commands, evaluate
 
 def line(run, *args, **options):
@@ -209,3 +211,32 @@ def test_import_does_nothing_outside_of_ipython():
     code = 'import sys, fastldm; print("IPython" in sys.modules, fastldm.show_parameters())'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.stdout.split()==['False','False'], done.stderr
+
+# ---- from another folder
+
+@pytest.fixture
+def pics(here):
+    "A folder of pictures to train and to test with, given by a path that is good in this folder only."
+    rng = np.random.default_rng(0)
+    for split,n in dict(train=8, test=2).items():
+        Path('pics', split).mkdir(parents=True)
+        for i in range(n): Image.fromarray(rng.integers(0, 256, (16,16,3), np.uint8)).save(f'pics/{split}/{i}.png')
+    return 'pics'
+
+def test_an_adapter_of_a_model_from_another_folder(here, pics, monkeypatch):
+    "Paths on the cards of both were kept as they were typed, and the data was not found."
+    label_ldm(pics, 'runs/base', size=16, ae_channels=(8,8), channels=(16,32), ae_steps=2, steps=2, progress=False)
+    assert load('runs/base').meta['data']==str((here/'pics').resolve())
+    monkeypatch.chdir(here/'runs')
+    train_adapter('base', 'adapter', steps=2, progress=False)
+    (here/'elsewhere').mkdir()
+    monkeypatch.chdir(here/'elsewhere')
+    adapter = load(here/'runs'/'adapter')
+    assert adapter.meta['base']==str((here/'runs'/'base').resolve())
+    scores = adapter.evaluate_command(n=2, steps=2)
+    assert scores['n']==2
+
+def test_a_vqvae_says_for_which_pictures_its_codes_are(here):
+    vqvae = train_vqvae(SyntheticScenes(8, 'train', 32), 'text', steps=2, batch_size=4, progress=False)
+    assert vqvae.meta['size']==32
+    assert '--size 64: text/vqvae makes codes of 32×32 pictures' in line(codes_cli, 'scenes', 'text/vqvae', 'c', size=64)
