@@ -78,15 +78,19 @@ def sideways(orientation):
     exif[0x112] = orientation
     return (upright if back is None else upright.transpose(back)),exif
 
+@pytest.mark.parametrize('kind', ['png','tif'])
 @pytest.mark.parametrize('orientation', [1,3,6,8])
-def test_the_camera_lay_on_its_side(tmp_path, orientation):
+def test_the_camera_lay_on_its_side(tmp_path, orientation, kind):
     im,exif = sideways(orientation)
-    im.save(tmp_path/'a.png', exif=exif)
-    x = from_image(Image.open(tmp_path/'a.png'))
+    f = tmp_path/f'a.{kind}'
+    im.save(f, exif=exif)
+    f.with_suffix('.txt').write_text('a picture')
+    x = from_image(Image.open(f))
     assert (x[...,:4]==-1).all() and (x[...,4:]==1).all()
     assert torch.equal(to_uint8(x), ImageFolder(tmp_path, size=8).image[0])
-    again = plain_picture(plain_picture(Image.open(tmp_path/'a.png')))
-    assert np.array_equal(again, plain_picture(Image.open(tmp_path/'a.png')))       # it is turned once
+    assert torch.equal(to_uint8(x), Captioned(tmp_path, size=8, test=0, pad=True).image[0])
+    assert np.array_equal(plain_picture(upright(Image.open(f))), plain_picture(Image.open(f)))       # it is turned once
+    assert np.array_equal(plain_picture(plain_picture(Image.open(f))), plain_picture(Image.open(f)))
 
 @pytest.mark.parametrize('kind', ['png','jpeg','webp','tiff'])
 @pytest.mark.parametrize('junk', [b'', b'Exif\0\0', b'Exif\0\0II*\0\x08\0\0\0\xff\xff'+b'\x12\x01\x07\0'*9, b'\xff'*40])
@@ -289,12 +293,22 @@ def test_what_macs_and_jupyter_add_to_a_captioned_set(tmp_path):
     d = tmp_path/'d'
     for i in range(3): save(d/f'{i}.png', 10*i)
     table(d/'captions.csv', *(f'{i}.png,picture {i}' for i in range(3)))
-    junk = [(f'__MACOSX/._{n}',b'\0\5\x16\7') for n in ('captions.csv','0.png')]+[('.ipynb_checkpoints/captions.csv',b'')]
+    junk = [(f'__MACOSX/._{n}',b'\0\5\x16\7') for n in ('captions.csv','0.png')]
+    junk.append(('.ipynb_checkpoints/captions.csv',b''))
     ds = Captioned(zipped(tmp_path/'a.zip', d, *junk), test=0, size=4)
     assert ds.caption==['picture 0','picture 1','picture 2'] and greys(ds)==[0,10,20]
     (d/'captions.csv').rename(d/'mine.csv')
     (d/'._mine.csv').write_bytes(b'\0\5\x16\7')
     assert len(Captioned(d, test=0, size=4))==3
+
+def test_the_outermost_table_of_a_zip_file(tmp_path):
+    "As in a folder: captions.csv comes before other tables, and before those in folders."
+    save(tmp_path/'d'/'0.png', 50)
+    table(tmp_path/'d'/'captions.csv', '0.png,a')
+    z = zipped(tmp_path/'a.zip', tmp_path/'d', ('old/captions.csv',b''), ('notes.csv',b''))
+    assert greys(Captioned(z, test=0, size=4))==[50]
+    z = zipped(tmp_path/'b.zip', tmp_path/'none', ('pairs.json',b'[{"file":"0.png","caption":"a"}]'), ('0.png',png(60)))
+    assert greys(Captioned(z, test=0, size=4))==[60]
 
 def test_checkpoints_are_no_pictures(tmp_path):
     for f in ('a','.ipynb_checkpoints/a','._b'):
@@ -379,3 +393,136 @@ def test_a_damaged_table_in_a_zip_file(tmp_path):
     z = zipped(tmp_path/'a.zip', tmp_path/'none', ('captions.csv',b'file,caption\n0.png,abcdefgh'))
     z.write_bytes(z.read_bytes().replace(b'abcdefgh', b'abcdefgx', 1))
     with pytest.raises(ValueError, match='captions.csv cannot be read'): Captioned(z)
+
+
+# ---- loader processes
+
+class Several(torch.utils.data.Dataset):
+    "Two pictures of each set."
+    def __init__(self, sets): self.sets = sets
+    def __len__(self): return len(self.sets)
+    def __getitem__(self, i): return self.sets[i].__getitems__([1,0])
+
+def same(items): return items
+
+def alike(a, b): return torch.equal(a, b) if torch.is_tensor(a) else a==b
+
+def celeba(folder, **more):
+    "A part of CelebA in zip files, four faces of which half are for training."
+    faces,names = SyntheticFaces(n=4, parts=PARTS8),[f'{i:06d}' for i in range(4)]
+    folder.mkdir(parents=True)
+    with zipfile.ZipFile(folder/'images.zip', 'w') as z:
+        for name,x in zip(names, faces[:]['image']): z.writestr(f'{name}.jpg', raw(to_image(x), 'png'))
+    with zipfile.ZipFile(folder/'masks.zip', 'w') as z:
+        for name,mask in zip(names, faces[:]['mask'].numpy()):
+            z.writestr(f'{name}.png', raw(Image.fromarray(mask), 'png'))
+    attrs = faces[:]['attrs'].tolist()
+    rows = [f"{n}.jpg,{'train' if i<2 else 'val'},{','.join(map(str, attrs[i]))}" for i,n in enumerate(names)]
+    table(folder/'attributes.csv', *rows, header=','.join(['file','split',*faces.attributes]))
+    return faces
+
+def every_set(d):
+    "One set of each kind that reads, from folders and from zip files, without a cache."
+    files = [save(d/'folder'/c/f'{i}.png', 40*i+9) for c in 'ab' for i in range(2)]
+    for i,f in enumerate(files): table(f.with_suffix('.txt'), header=f'picture {i}')
+    for name,columns in (('captions','file,caption'),('paintings','file,style,artist,title')):
+        rows = [','.join([f'{c}/{i}.png',*'xyz'[:columns.count(',')]]) for c in 'ab' for i in range(2)]
+        zipped(d/f'{name}.zip', d/'folder', ('captions.csv','\n'.join([columns,*rows])))
+    for name in ('wikiart-titles','flickr8k-1k'):
+        rows = [f'{c}/{i}.png,x,y,z' for c in 'ab' for i in range(2)]
+        table(d/name/'captions.csv', *rows, header='file,style,artist,title')
+        zipped(d/name/'images.zip', d/'folder')
+    table(d/'flickr8k-1k'/'captions.csv', *(f'{c}/{i}.png,x' for c in 'ab' for i in range(2)))
+    table(d/'flowers17'/'labels.csv', *(f'{c}/{i}.png,{"ab".index(c)},{c}' for c in 'ab' for i in range(2)),
+          header='file,label,name')
+    zipped(d/'flowers17'/'images.zip', d/'folder')
+    pairs = [dict(image=f'{c}/{i}.png', text='x') for c in 'ab' for i in range(2)]
+    (d/'folder'/'musti.json').write_text(json.dumps(pairs))
+    celeba(d/'celeba10k')
+    write_celebamask_hq(SyntheticFaces(n=2), d)
+    how = dict(size=8, cache=0)
+    folder = ImageFolder(d/'folder', **how)
+    captioned = Captioned(d/'captions.zip', test=0, **how)
+    faces = CelebA(d, **how)
+    return [Digits(), folder, Captioned(d/'folder', test=0, **how), captioned, ClipArt(**how),
+            Captioned(d/'captions.zip', test=0, pad=True, **how), Together(captioned, captioned),
+            Paintings(d, test=0, **how), Photos(d, test=0, **how), Flowers17(d, **how),
+            MUSTI(d/'folder'/'musti.json', test=0, **how), Shards(write_shards(folder, d/'tars', 2), size=8),
+            faces, Mirrored(faces), Described(faces), CelebAMaskHQ(d, **how), SyntheticFaces(n=2, size=16),
+            SyntheticScenes(n=2), Augmented(ImageFolder(d/'folder', size=8))]
+
+@pytest.mark.filterwarnings('ignore:.*worker')
+@pytest.mark.parametrize('method', ['fork',pytest.param('spawn', marks=pytest.mark.slow)])
+def test_every_set_in_loader_processes(tmp_path, method):
+    "The pictures of this process, read before, are those of two processes at once, forked or new."
+    ds = Several(every_set(tmp_path))
+    here = [ds[i] for i in range(len(ds))]
+    sampler = [*range(len(ds))]*(5 if method=='fork' else 1)
+    workers = dict(num_workers=2 if method=='fork' else 1, multiprocessing_context=method)
+    for i,batch in zip(sampler, torch.utils.data.DataLoader(ds, 1, sampler=sampler, collate_fn=same, **workers)):
+        for key,value in here[i].items(): assert alike(value, batch[0][key]), (type(ds.sets[i]),key)
+
+def test_every_set_shows_itself(tmp_path):
+    for ds in every_set(tmp_path): assert type(ds).__name__ in repr(ds) and str(len(ds)) in repr(ds)
+
+
+# ---- faces
+
+def kaggle(d, splits, nested=True):
+    "CelebA as Kaggle has it."
+    pictures = d/'img_align_celeba'/('img_align_celeba' if nested else '')
+    for i in range(len(splits)): save(pictures/f'{i+1:06d}.jpg', 20*i)
+    rows = [f"{i+1:06d}.jpg,{','.join('1' if a%2==i%2 else '-1' for a in range(40))}" for i in range(len(splits))]
+    table(d/'list_attr_celeba.csv', *rows, '', header=','.join(['image_id',*ATTRIBUTES]))
+    rows = [f'{i+1:06d}.jpg,{s}' for i,s in enumerate(splits)]
+    table(d/'list_eval_partition.csv', *rows, header='image_id,partition')
+
+@pytest.mark.parametrize('nested', [True,False])
+def test_celeba_as_kaggle_has_it(tmp_path, nested):
+    kaggle(tmp_path/'celeba-dataset', [0,0,1,2], nested)
+    train,test = (CelebA(tmp_path, split, size=8) for split in ('train','test'))
+    assert (greys(train),greys(test))==([0,20],[60]) and train.attributes==ATTRIBUTES
+    assert train.attrs[:,:2].tolist()==[[1,0],[0,1]]
+    assert len(CelebA(tmp_path/'celeba-dataset', size=8))==2                    # the folder itself may be given
+
+def test_celeba_without_rows_of_a_split(tmp_path):
+    kaggle(tmp_path/'celeba', [0,0])
+    for split in ('val','test'):
+        with pytest.raises(FileNotFoundError, match=f"no picture of split '{split}'"): CelebA(tmp_path, split)
+
+def test_celeba_without_some_pictures(tmp_path):
+    "It is said at the start, also without a cache, from folders and from zip files."
+    kaggle(tmp_path/'celeba', [0,0,0])
+    (tmp_path/'celeba'/'img_align_celeba'/'img_align_celeba'/'000002.jpg').unlink()
+    with pytest.raises(FileNotFoundError, match='1 of 3 pictures are not in .*000002.jpg'): CelebA(tmp_path, cache=0)
+    celeba(tmp_path/'b'/'celeba10k')
+    with zipfile.ZipFile(tmp_path/'b'/'celeba10k'/'images.zip', 'w') as z: z.writestr('000001.jpg', b'')
+    with pytest.raises(FileNotFoundError, match='1 of 2 pictures are not in .*images.zip'):
+        CelebA(tmp_path/'b', cache=0)
+    (tmp_path/'celeba'/'list_eval_partition.csv').unlink()
+    with pytest.raises(FileNotFoundError, match='list_eval_partition.txt .or .csv. does not exist'): CelebA(tmp_path)
+
+def test_masks_that_were_restored_come_back(tmp_path):
+    "In the same process."
+    folder = write_celebamask_hq(SyntheticFaces(n=3), tmp_path)
+    masks = [*(folder/'CelebAMask-HQ-mask-anno'/'0').glob('00001_*')]
+    kept = {f:f.read_bytes() for f in masks}
+    for f in masks: f.unlink()
+    with pytest.warns(UserWarning, match='1 of 3 pictures have no mask'): assert len(CelebAMaskHQ(tmp_path))==2
+    for f,content in kept.items(): f.write_bytes(content)
+    assert len(CelebAMaskHQ(tmp_path))==3
+
+@pytest.mark.parametrize('content,says', [
+    (b'caf\xe9', 'is not UTF-8'), (b'name,Smiling\na.jpg,1\n', 'no attributes: expected'),
+    (b'file,Smiling\na.jpg,2\n', 'line 2'), (b'', 'no attributes')])
+def test_attribute_tables_that_cannot_be(tmp_path, content, says):
+    (tmp_path/'attributes.csv').write_bytes(content)
+    with pytest.raises(ValueError, match=says): read_attributes(tmp_path/'attributes.csv')
+
+@pytest.mark.parametrize('rows,says', [
+    (['0.png,1,a'], r'labels \[1\]: expected 0, 1'), (['1.png,0,a'], '1 of 1 pictures.*1.png'), ([], 'expected 0, 1'),
+    (['0.png,a,a'], 'is damaged'), (['0.png'], 'is damaged')])
+def test_tables_of_labels_that_cannot_be(tmp_path, rows, says):
+    save(tmp_path/'flowers17'/'0.png')
+    table(tmp_path/'flowers17'/'labels.csv', *rows, header='file,label,name')
+    with pytest.raises((ValueError,FileNotFoundError), match=says): Flowers17(tmp_path)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from fastcore.basics import patch
 from .images import (DATASETS,ImageFolder,ZippedFile,check_split,escape_text,find_damaged,find_pictures,
-                                 first_few,licence_of,open_zip)
+                                 first_few,licence_of,open_zip,plain_picture,upright)
 
 # %% ../../nbs/data/04_captioned.ipynb #0bf49734
 def read_text(
@@ -77,7 +77,9 @@ class _PaddedFile(NamedTuple):
     def is_file(self): return self.file.is_file()
     def __str__(self): return str(self.file)
     def open(self, mode='rb'):
-        with self.file.open('rb') as f, Image.open(f) as im: picture,mode = im.convert('RGBA'),im.mode
+        with self.file.open('rb') as f, Image.open(f) as im:
+            mode,has_8_bits = im.mode,im.mode[0] not in 'IF'
+            picture = (upright(im) if has_8_bits else plain_picture(im)).convert('RGBA')
         picture = picture.crop(picture.getbbox())
         side = max(picture.size)
         if mode in ('RGBA','LA','P'): side += side//12               # a margin for what had a transparent rim
@@ -116,8 +118,12 @@ def _in_folder(folder):
 def _zip_source(path):
     "(tables, functions name -> file) of a zip file: pictures are beside the table or in a folder images there."
     names = {n:_plain_name(n) for n in open_zip(path).namelist()}
-    def is_table(name): return _USUAL_TABLE.search(name) or re.fullmatch(r'[^/]+\.(csv|tsv|jsonl|json)', name, re.I)
-    tables = [n for n,plain in names.items() if is_table(plain) and not _is_hidden(plain)]
+    names = {n:plain for n,plain in names.items() if not _is_hidden(plain)}
+    tables = [n for n,plain in names.items() if _USUAL_TABLE.search(plain)]
+    least = min((names[t].count('/') for t in tables), default=0)
+    tables = [t for t in tables if names[t].count('/')==least]                        # the outermost
+    usual = re.compile(r'[^/]+\.(csv|tsv|jsonl|json)', re.I)
+    if not tables: tables = [n for n,plain in names.items() if usual.fullmatch(plain)]
     top = names[tables[0]].rpartition('/')[0] if tables else ''
     return [ZippedFile(path, t) for t in tables], [_in_zip(path, top),_in_zip(path, f'{top}/images')]
 
@@ -230,7 +236,7 @@ def _folder_of_split(root, split):
 class Captioned(ImageFolder):
     """Pictures with captions: a folder with captions.csv or .jsonl (or a .txt beside each picture), a table with
     pictures beside it, or a zip file of both."""
-    failed = {} # {name: why it was left out}
+    table = 'the table' # or its path, for messages
     columns = dict(image='file file_name filename image image_path path img picture'.split(),
                    caption='caption captions text title description sentence prompt'.split()) # usual names
     def __init__(self,
@@ -249,6 +255,7 @@ class Captioned(ImageFolder):
         self.split,root = check_split(split),Path(root).expanduser()
         folder = _folder_of_split(root, split)
         table,find = find_source(folder)
+        self.table = table or folder
         rows = self.read_rows(table, find, image, caption) if table else self.read_folder(folder)
         rows = self._split_by_folders(rows) if folder==root else [dict(r, split=split) for r in rows]
         self.set_rows(rows, size, channels, cache, test, pad, skip)
@@ -304,6 +311,7 @@ def read_folder(self:Captioned, folder)->list: # of dicts
     for f in files:
         captions = [' '.join(line.split()) for line in read_text(f.with_suffix('.txt')).splitlines() if line.strip()]
         rows += [dict(file=f, name=f.relative_to(folder).as_posix(), caption=c) for c in captions]
+    if not rows: raise ValueError(f"{folder}: the {len(files)} text files beside pictures are empty: write captions")
     return rows
 
 # %% ../../nbs/data/04_captioned.ipynb #39176bdb
@@ -314,7 +322,7 @@ def _present(self:Captioned, rows, skip):
     if missing and not skip:
         n = len({r['name'] for r in rows})
         raise FileNotFoundError(f"{len(missing)} of the {n} pictures are not there ({first_few(missing)}): "
-                                "put them beside the table, correct it, or leave them out with skip=True")
+                                f"put them beside {self.table}, correct it, or leave them out with skip=True")
     self.leave_out(missing)
     return [r for r in rows if r['file']]
 
