@@ -1,5 +1,6 @@
 "Local control and its metrics: faults that were reported, each named by its symptom."
 import math
+from types import SimpleNamespace
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from PIL import Image
@@ -8,7 +9,7 @@ from fastldm.control import CONTROLS, TIME_WEIGHTS, ControlAdapter, control, con
 from fastldm.control import read_control, read_region
 from fastldm.core import set_seed
 from fastldm.metrics import leakage, lfmse
-from fastldm.recipes import train_adapter
+from fastldm.recipes import face_embedders, train_adapter
 
 
 # ---- lfmse was 20 to 40 % below the published number
@@ -162,3 +163,33 @@ def test_a_photograph_is_refused_in_words_of_its_kind(tmp_path, kind, says):
     path = tmp_path/'photo.png'
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64,64,3), dtype=np.uint8)).save(path)
     with pytest.raises(ValueError, match=says): read_region(path) if kind=='region' else read_control(path, kind)
+
+
+# ---- a bar for each batch
+
+def test_one_bar_for_a_run(digits, monkeypatch):
+    "Of the steps where there is one batch, of the batches where there are several; none where none is asked for."
+    shown = []
+    def bar(items, disable=False, **options):
+        if not disable: shown.append(len(list(items)))
+        return items
+    for name in ('ldm','samplers'): monkeypatch.setattr(f'fastldm.diffusion.{name}.tqdm', bar)
+    def bars(**options):
+        shown.clear()
+        digits.sample(3, steps=2, **options)
+        return [*shown]
+    assert bars(progress=True)==[2] and bars(progress=True, batch_size=1)==[3] and bars(batch_size=1)==[]
+
+
+# ---- slots of faces' conditions
+
+@pytest.mark.parametrize('condition', ['attrs','mask','text','label'])
+def test_an_unknown_slot_is_refused(condition):
+    "Each condition names the slots that it can fill; sentences fill `context` only."
+    faces = SimpleNamespace(attributes=['smiling'], mask_classes=['skin'], size=64, words=['a'], classes=['one'],
+                            attrs=torch.zeros(1, 1))
+    slots = dict(dict.fromkeys(['attrs','mask','text','label']), **{condition: 'vectr'})
+    with pytest.raises(ValueError, match='slot'): face_embedders(faces, dict(context=8, vector=8), **slots)
+    if condition!='text': return
+    with pytest.raises(ValueError, match="unknown slot of sentences 'vector'"):
+        face_embedders(faces, dict(context=8, vector=8), attrs=None, mask=None, text='vector')

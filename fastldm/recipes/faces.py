@@ -31,7 +31,7 @@ def face_embedders(
     partial:float=.3, # rate at which training shows a part of a condition only
     seen:int=2048, # faces whose attributes are kept, to sample from them what is not given
 )->dict: # {condition: its embedder}
-    "An embedder for each condition that has a slot."
+    "An embedder for each condition that has a slot. Raises `ValueError` for a slot that the condition cannot fill."
     embedders = {}
     if attrs:
         exclusive = [names for names in getattr(ds, 'exclusive', EXCLUSIVE) if {*names} & {*ds.attributes}]
@@ -41,7 +41,9 @@ def face_embedders(
     if mask:
         width = dims.get(mask, dims['context'])
         embedders['mask'] = MaskEmbedder(list(ds.mask_classes), width, ds.size, factor, mask, partial)
-    if text: embedders['text'] = WordEmbedder(ds.words, dims['context'])
+    if text:
+        check_choice(text, ['context'], 'slot of sentences')
+        embedders['text'] = WordEmbedder(ds.words, dims['context'])
     if label:
         width = dims[check_choice(label, dims, 'slot of labels')]
         embedders['label'] = LabelEmbedder(len(ds.classes), width, label=='context')
