@@ -407,7 +407,7 @@ def write_celebamask_hq(
     attributes,mapping = [str(len(ds)),' '.join(ATTRIBUTES)],['idx  orig_idx  orig_file']
     for i,number in zip(range(len(ds)), numbers):
         face = ds[i]
-        to_image(face['image']).save(folder/'CelebA-HQ-img'/f'{i}.jpg', quality=95)
+        to_image(face['image'], lo=-1.).save(folder/'CelebA-HQ-img'/f'{i}.jpg', quality=95)
         _write_parts(folder/'CelebAMask-HQ-mask-anno'/str(i//2000), i, face['mask'].numpy())
         on = dict(zip(ds.attributes, face['attrs'].tolist()))
         attributes.append(f"{i}.jpg  {' '.join(str(2*on.get(a,0)-1) for a in ATTRIBUTES)}")

@@ -214,7 +214,7 @@ def _add(tar, name, raw):
 def _png(image):
     "A picture (C,H,W) as the bytes of a PNG file."
     out = io.BytesIO()
-    to_image(image).save(out, 'png')
+    to_image(image, lo=-1.).save(out, 'png')
     return out.getvalue()
 
 def write_shards(
