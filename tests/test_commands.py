@@ -12,7 +12,7 @@ BIN = Path(sys.executable).parent
 
 def run(command, *args, cwd=None, ok=True):
     "What a command prints; it has to succeed, or with `ok=False` to fail without a traceback."
-    done = subprocess.run([BIN/command, *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=300)
+    done = subprocess.run([BIN/command, *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=1200)
     assert (done.returncode==0)==ok, done.stdout+done.stderr
     if not ok: assert 'Traceback' not in done.stderr, done.stderr
     return done.stdout+done.stderr
@@ -200,4 +200,4 @@ def test_a_missing_package_is_named_before_work(tmp_path, monkeypatch):
     book = tmp_path/'book.ipynb'
     book.write_text(json.dumps(dict(cells=[dict(cell_type='code', source='import no_such_package')])))
     monkeypatch.setattr(figures, '_figure_notebooks', lambda: dict(book=book))
-    with pytest.raises(SystemExit, match='no_such_package not installed, which book need'): figures_cli(['book'])
+    with pytest.raises(SystemExit, match='no_such_package not installed, needed for book'): figures_cli(['book'])

@@ -75,7 +75,7 @@ def cached(
     if row.get('settings')==settings and not os.environ.get('FASTLDM_FRESH'):
         _print_provenance(row.get('provenance'), make)
         return row['numbers']
-    if os.environ.get('FASTLDM_KEPT'): raise RuntimeError(_why_not_kept(name, row, settings))
+    if os.environ.get('FASTLDM_KEPT'): raise RuntimeError(_miss_message(name, row, settings))
     for package in peers: _version_of(package, name)
     row = dict(settings=settings, numbers=make(), provenance=provenance(make, peers))
     rows = _read_rows(file) | {name: row}                               # read again: others may have measured meanwhile
@@ -89,16 +89,16 @@ _printed = set()
 
 def _print_provenance(about, make):
     "When and where kept numbers were measured, unless the same was printed before."
-    if about is None: return
+    if about is None: return                                            # of before there was provenance
     line = f"kept since {about['date']}, on {about['processor']}, {about['threads']} thread{'s'*(about['threads']!=1)}"
     source = source_hash(make)
     if about['source'] and source and about['source']!=source: line += ' (by a function that was edited since)'
     if line not in _printed: print(line)
     _printed.add(line)
 
-def _why_not_kept(name, row, settings):
-    "What is different from the row that is kept."
-    if not row: return f'{name!r} was never measured, and FASTLDM_KEPT forbids to do so now'
+def _miss_message(name, row, settings):
+    "Why the numbers that are kept do not serve."
+    if not row: return f'{name!r} was never measured, and FASTLDM_KEPT=1 forbids measuring'
     old = row['settings']
     different = [k for k in sorted({*old, *settings}) if old.get(k)!=settings.get(k)]
     changed = '; '.join(f'{k} was {old.get(k)!r}, is {settings.get(k)!r}' for k in different)
@@ -129,13 +129,13 @@ def run_notebook(
 )->dict: # the notebook's variables
     "Run the cells of a notebook in this process, from its folder. The error of a cell is raised with its number."
     path = Path(path)
-    variables = {'__name__': '__main__', 'In': []}                      # as in Jupyter, `In` are the cells so far
+    variables = {'__name__': '__main__', 'In': []}                      # `save_figure` reads the cells so far from `In`
     here = os.getcwd()
     os.chdir(path.parent)
     try:
         for i,source in code_cells(path, skip).items():
             name = f'{path.name}, cell {i}'
-            # for tracebacks, and `source_hash`
+            # for tracebacks, and `source_hash`: (size, time of change, lines, file)
             linecache.cache[name] = len(source), None, source.splitlines(True), name
             variables['In'].append(source)
             exec(compile(source, name, 'exec'), variables)
@@ -204,8 +204,8 @@ def _check_packages(books):
     missing = {name: packages for name,book in books.items() if (packages := missing_packages(book))}
     if not missing: return
     packages = sorted({package for some in missing.values() for package in some})
-    raise ImportError(f"{', '.join(packages)} not installed, which {', '.join(missing)} need: pip install -e '.[dev]', "
-                      'or name the figures to draw')
+    needs = f"{', '.join(packages)} not installed, needed for {', '.join(missing)}"
+    raise ImportError(f"{needs}: pip install -e '.[dev]' brings all, or name figures that do without")
 
 def _train_all():
     "Train the shipped models anew into runs/, where `load` then finds them first."
