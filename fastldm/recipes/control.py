@@ -69,9 +69,9 @@ def train_adapter(
         about |= dict(data=base.meta['data'], n_pictures=len(pictures), regions=regions)
         about |= dict(loss={k: _name(v) for k,v in loss.items()}, n_params=n_params(learn.model))
         return about | dict(licence=base.meta.get('licence', 'weights Apache-2.0; data of the user'))
-    adapter = train_stage(folder, build, pictures, control_loss(ldm.denoiser, **loss), seed, batch_size,
-                          card=card, longer=True, steps=steps, lr=2e-3, warmup=min(100, steps//10), ema=.995,
-                          precision=precision, progress=progress)
+    adapter = train_stage(folder, build, pictures, control_loss(ldm.denoiser, **loss), seed=seed,
+                          batch_size=batch_size, card=card, longer=True, steps=steps, lr=2e-3,
+                          warmup=min(100, steps//10), ema=.995, precision=precision, progress=progress)
     write_card(folder)
     return adapter
 

@@ -142,8 +142,7 @@ def tutorial_ldm(
                     ema=None)
     batch_size, steps = _epochs(ae_epochs, 2048, len(ds))
     ae = train_autoencoder(ds, folder, TutorialAutoencoder(), loss_fn=autoencoder_loss(perceptual, 4.), steps=steps,
-                           batch_size=batch_size,
-                           lr=1e-3, schedule='constant', fit_scale=False, **training)
+                           batch_size=batch_size, lr=1e-3, schedule='constant', fit_scale=False, **training)
     latents = LatentDataset(ds, ae, cache=folder/'cache', progress=progress)
     set_seed(seed)
     denoiser = _tutorial_denoiser()
@@ -196,9 +195,9 @@ def train_evaluator(
     def card(learn):
         accuracy = label_accuracy(test, test.label, learn.ema_model)
         return dict(name=f'{data}_evaluator', data=str(data), test_accuracy=float(accuracy))
-    net = train_stage(folder, build, train, evaluator_loss(shift, turn, flip), seed, batch_size, card=card,
-                      longer=True, steps=steps, lr=3e-3, weight_decay=.05,
-                      warmup=steps//10, ema=.995, clip=None, precision=precision, progress=progress)
+    net = train_stage(folder, build, train, evaluator_loss(shift, turn, flip), seed=seed, batch_size=batch_size,
+                      card=card, longer=True, steps=steps, lr=3e-3, weight_decay=.05, warmup=steps//10, ema=.995,
+                      clip=None, precision=precision, progress=progress)
     return _with_reference(net, folder, train, test)
 
 def _with_reference(net, folder, train, test):

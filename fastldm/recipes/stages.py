@@ -136,7 +136,7 @@ def train_autoencoder(
     finish = partial(_fit_scale, ds=ds) if fit_scale else None
     settings = dict(lr=5e-3, weight_decay=0., warmup=200, ema=.999) | learner
     return train_stage(stage_folder(folder, 'autoencoder'), build, ds, loss_fn or autoencoder_loss(kl_weight=2e-3),
-                       seed, finish=finish, steps=steps, **settings)
+                       seed=seed, finish=finish, steps=steps, **settings)
 
 def _fit_scale(autoencoder, ds): return autoencoder.fit_scale(ds)
 
@@ -156,8 +156,8 @@ def train_denoiser(
         scores = [row for row in learn.log if 'fid' in row]
         return dict(history=[{k: v for k,v in row.items() if k not in ('lr','grad_norm')} for row in scores])
     settings = dict(lr=1e-3, warmup=min(500, steps//10), ema=.999) | learner
-    return train_stage(stage_folder(folder, 'denoiser'), lambda: model, latents, loss_fn, seed, card=history,
-                       longer=True, steps=steps, **settings)
+    return train_stage(stage_folder(folder, 'denoiser'), lambda: model, latents, loss_fn, seed=seed,
+                       card=history, longer=True, steps=steps, **settings)
 
 # %% ../../nbs/recipes/00_stages.ipynb #84389587
 def card_rows(

@@ -45,7 +45,7 @@ def train_text_encoder(
         return Blip.small(ds.caption, size=ds[0]['image'].shape[-1], **options)
     loss_fn = blip_loss(hard_negatives=hard_negatives, paraphrases=paraphrases, reconstruct=1.)
     settings = dict(lr=1e-3, weight_decay=.05, warmup=min(500, steps//10), ema=.999) | learner
-    return train_stage(stage_folder(folder, 'text_encoder'), build, ds, loss_fn, seed, steps=steps, **settings)
+    return train_stage(stage_folder(folder, 'text_encoder'), build, ds, loss_fn, seed=seed, steps=steps, **settings)
 
 # %% ../../nbs/recipes/03_text.ipynb #65e98c73
 def train_vqvae(
@@ -64,8 +64,8 @@ def train_vqvae(
     def fit_scale(vqvae): return vqvae.fit_scale(ds)
     def report(learn): return dict(size=ds[0]['image'].shape[-1])       # of the pictures that its codes are for
     settings = dict(lr=2e-3, weight_decay=0., warmup=min(200, steps//10), ema=.999) | learner
-    return train_stage(stage_folder(folder, 'vqvae'), build, ds, loss_fn or vqvae_loss(), seed, finish=fit_scale,
-                       card=report, steps=steps, **settings)
+    return train_stage(stage_folder(folder, 'vqvae'), build, ds, loss_fn or vqvae_loss(), seed=seed,
+                       finish=fit_scale, card=report, steps=steps, **settings)
 
 # %% ../../nbs/recipes/03_text.ipynb #70ffeea3
 def train_prior(
@@ -76,21 +76,24 @@ def train_prior(
     channels:int=96, # of the network
     steps:int=8000, # of the optimiser, at most
     seed:int=0, # as in `train_stage`
-    network:dict=None, # more for `PixelSNAIL`
+    network:dict=None, # other arguments of `PixelSNAIL`
     **learner, # for the `Learner`
 )->torch.nn.Module: # the prior that was best on the held-out codes
-    "Train one level of codes, given the level above and the text. Raises `ValueError` as `train_stage` does."
+    """Train the prior of one level of codes, given the level above and the text. Raises `ValueError` as `train_stage`
+    does."""
     choosing = Subset(held_out, range(0, len(held_out), 2)[:512])
     measuring = Subset(held_out, range(1, len(held_out), 2)[:2048])
     above = (codes.n_codes, codes.shapes[level-1]) if level else None
     d_text = codes.header['text']['shape'][1] if codes.header['text'] else None
+    # a finer level sees the coarse codes, so it needs no attention
     options = dict(above=above, d_text=d_text, attention=level==0, kernel=(1,3), n_res=3) | (network or {})
     def build(): return PixelSNAIL(codes.n_codes, codes.shapes[level], channels, **options)
     def card(learn): return dict(bits_per_code=float(bits_per_code(learn.ema_model.eval(), measuring)))
-    stop = EarlyStopCB(choosing, every=max(50, steps//20//50*50))
+    stop = EarlyStopCB(choosing, every=max(50, steps//20//50*50))      # some twenty times, at steps that are logged
     settings = dict(batch_size=32, lr=3e-3) if level else dict(batch_size=64, lr=4e-3)
-    settings |= dict(warmup=min(300, steps//10), ema=.999, cbs=[stop]) | learner
-    return train_stage(stage_folder(folder, f'prior_{level}'), build, codes, pixelsnail_loss(level), seed,
+    cbs = [stop, *learner.pop('cbs', ())]
+    settings |= dict(warmup=min(300, steps//10), ema=.999, cbs=cbs) | learner
+    return train_stage(stage_folder(folder, f'prior_{level}'), build, codes, pixelsnail_loss(level), seed=seed,
                        card=card, steps=steps, **settings)
 
 # %% ../../nbs/recipes/03_text.ipynb #11ca4383
@@ -183,9 +186,9 @@ def train_scene_classifier(
     scenes = SyntheticScenes(n)
     folder = begin(folder, train_scene_classifier, arguments, scenes)
     def card(learn): return dict(name='scenes_classifier', data='scenes')
-    return train_stage(folder, SceneClassifier, scenes, scene_classifier_loss, seed, 32, card=card,
-                       longer=True, steps=steps, lr=3e-3, weight_decay=.01,
-                       warmup=min(100, steps//10), ema=.995, precision=precision, progress=progress)
+    return train_stage(folder, SceneClassifier, scenes, scene_classifier_loss, seed=seed, batch_size=32, card=card,
+                       longer=True, steps=steps, lr=3e-3, weight_decay=.01, warmup=min(100, steps//10), ema=.995,
+                       precision=precision, progress=progress)
 
 # %% ../../nbs/recipes/03_text.ipynb #b74b7ed8
 _small_encoder = dict(width=128, heads=4)
