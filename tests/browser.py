@@ -13,7 +13,7 @@ def free_port():
         return s.getsockname()[1]
 
 def answers(address):
-    try: urllib.request.urlopen(address, timeout=2)
+    try: urllib.request.urlopen(address, timeout=30)
     except OSError: return False
     return True
 
@@ -32,17 +32,17 @@ def jupyterlab(root, home, **env):
         server = subprocess.Popen([sys.executable,'-m','jupyter','lab',*flags], stdout=log, stderr=log, cwd=home,
                                   env={**os.environ, **own, **env})
         try:
-            for _ in range(240):
+            for _ in range(2400):
                 if answers(f'http://127.0.0.1:{port}/api/status?token=t'): break
                 time.sleep(.5)
             else: pytest.fail((home/'log').read_text()[-2000:])
             yield lambda path: f'http://127.0.0.1:{port}/lab/tree/{path}?token=t&reset'
         finally:
             server.terminate()
-            server.wait(30)
+            server.wait(300)
 
 @contextmanager
-def browser_page(minutes=5):
+def browser_page(minutes=20):
     "A page of a headless browser; what is waited for longer than `minutes` fails."
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:

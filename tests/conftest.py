@@ -14,6 +14,7 @@ def pytest_collection_modifyitems(config, items):
     "Skip what this machine cannot run, and say why."
     no = {}
     if 'fuzz' not in config.option.markexpr: no['fuzz'] = 'takes minutes: pytest -m fuzz'
+    if 'bench' not in config.option.markexpr: no['bench'] = 'compares seconds on a quiet machine: pytest -m bench'
     if not torch.cuda.is_available(): no['gpu'] = 'no CUDA device'
     if not os.environ.get('FASTLDM_NET'): no['net'] = 'needs the network: set FASTLDM_NET=1'
     for item in items:

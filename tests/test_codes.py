@@ -26,7 +26,7 @@ def start_child(program, *args):
 def child(program, *args):
     "What a program prints in a new process."
     p = start_child(program, *args)
-    out, err = p.communicate(timeout=400)
+    out, err = p.communicate(timeout=1200)
     assert p.returncode==0, err[-3000:]
     return out
 
@@ -297,10 +297,10 @@ def reader(seed):
             assert all(torch.equal(c, w[i]) for c,w in zip(b['codes'], expected)) and (b['text']==.25).all()
     return len(sizes)
 class Watched(Lazy):
-    "Waits before each batch until both readers have looked again, ten seconds at most, as on a busy machine."
+    "Waits before each batch until both readers have looked again, a minute at most, as on a busy machine."
     looks = [0, 0]
     def __getitems__(self, idxs):
-        until = time.time()+10
+        until = time.time()+60
         def now(): return [os.path.getsize(f'{path}.{seed}') for seed in range(2)]
         while time.time()<until and any(a<=b for a,b in zip(now(), self.looks)): time.sleep(.005)
         self.looks = now()

@@ -17,7 +17,7 @@ BIN = Path(sys.executable).parent
 
 def run(command, *args):
     "What a command prints, as a user types it."
-    p = subprocess.run([BIN/command, *map(str,args)], capture_output=True, text=True, timeout=300)
+    p = subprocess.run([BIN/command, *map(str,args)], capture_output=True, text=True, timeout=1200)
     assert p.returncode==0, p.stdout+p.stderr
     return p.stdout+p.stderr
 

@@ -24,7 +24,7 @@ def lab(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def page(lab):
-    with browser_page(minutes=10) as page: yield page
+    with browser_page(minutes=20) as page: yield page
 
 @pytest.mark.lab
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import threading
-from functools import partialmethod
+from functools import partial, partialmethod
 from inspect import signature
 from pathlib import Path
 import numpy as np
@@ -20,7 +20,7 @@ from fastldm.core import (Busy, Callback, Interrupted, Learner, Module, SampleCB
 from fastldm.data import DATASETS, Described, Digits, Pictures, SyntheticFaces, SyntheticScenes
 from fastldm.diffusion import LatentDiffusion, load
 from fastldm.metrics import Reference
-from fastldm.recipes import RECIPES, check_free, control, faces, labels, stages, text, write_card
+from fastldm.recipes import RECIPES, check_free, control, faces, labels, stages, text, train_cli, write_card
 
 # ---- files that others can read
 
@@ -536,3 +536,48 @@ def test_few_pictures(tmp_path, small_sets):
     for n in (1,2,3):
         write_pictures(tmp_path/f'pics{n}', n)
         assert train_folder(tmp_path/f'pics{n}', tmp_path/f'out{n}').meta['n_pictures']==n
+
+# ---- the command
+
+def send_in_step(n, number):
+    "`Learner.train_step` that sends a signal when `n` steps are done."
+    step = Learner.train_step
+    def signalled(learn, batches):
+        step(learn, batches)
+        if learn.step==n: send(number)
+    return signalled
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_the_command_ends_in_one_line_and_goes_on(tmp_path, monkeypatch, capsys, signals, small_sets, number):
+    "Ctrl-C was 47 to 97 lines of traceback, and no checkpoint."
+    monkeypatch.setitem(RECIPES, 'small', partial(RECIPES['digits'], ae_channels=(8,8), channels=(8,8)))
+    options = dict(steps=6, ae_steps=6, out=str(tmp_path/'m'))
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, 'train_step', send_in_step(3, number))
+        says = '^train: stopped at step 4 of 6 in .*autoencoder.*the same command goes on'
+        with pytest.raises(SystemExit, match=says): train_cli('small', **options)
+    train_cli('small', **options)
+    assert 'autoencoder: going on from step 4 of 6' in capsys.readouterr().out
+    assert load(tmp_path/'m').meta['stages']['denoiser']['steps']==6
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_the_command_between_two_stages(tmp_path, monkeypatch, signals, small_sets, number):
+    "While pictures are encoded there is nothing to save; the program ends in order all the same."
+    monkeypatch.setitem(RECIPES, 'small', partial(RECIPES['digits'], ae_channels=(8,8), channels=(8,8)))
+    monkeypatch.setattr(labels, 'LatentDataset', lambda *args, **kwargs: send(number))
+    with pytest.raises(SystemExit, match='^train: interrupted between two stages: the same command goes on with'):
+        train_cli('small', steps=2, ae_steps=2, out=str(tmp_path/'m'))
+    assert (tmp_path/'m'/'autoencoder'/'config.json').exists()
+
+def test_the_command_beside_another(tmp_path, small_sets):
+    "Two processes on one folder: one line, not a RuntimeError with its traceback."
+    locked_by = tmp_path/'m'/'autoencoder'/'run'
+    with write_atomic(tmp_path/'m'/'recipe.json') as file: file.write_text('{}')
+    def other():
+        try: train_cli('digits', steps=2, ae_steps=2, out=str(tmp_path/'m'))
+        except SystemExit as error: os._exit(7 if 'another process is training in' in str(error) else 1)
+        finally: os._exit(2)
+    with locked(locked_by):
+        child = os.fork()
+        if not child: other()
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])==7

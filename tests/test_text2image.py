@@ -42,7 +42,7 @@ def trained(tmp_path_factory):
 def run(command, *args):
     "What a command prints."
     program = Path(sys.executable).parent/f'fastldm_{command}'
-    p = subprocess.run([program, *map(str,args)], capture_output=True, text=True, timeout=300)
+    p = subprocess.run([program, *map(str,args)], capture_output=True, text=True, timeout=1200)
     assert p.returncode==0, p.stdout+p.stderr
     return p.stdout+p.stderr
 

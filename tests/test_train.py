@@ -402,11 +402,11 @@ def saved_at(folder):
     return checkpoint(folder).stat().st_mtime_ns if checkpoint(folder).exists() else 0
 
 def wait_for_checkpoint(folder, process, after=0):
-    "Until the process has written a checkpoint later than `after`; two minutes at most."
+    "Until the process has written a checkpoint later than `after`; twenty minutes at most."
     start = time.time()
     while saved_at(folder)<=after:
         assert process.poll() is None, process.communicate()[0]
-        assert time.time()-start<120
+        assert time.time()-start<1200
         time.sleep(.02)
 
 def kill(process):
@@ -483,7 +483,7 @@ def test_two_processes_equal_one(tmp_path):
     "Two processes with half of each batch do what one does with all of it, also when they are stopped and resumed."
     steady_run(tmp_path/'one')
     child = start_child('two_processes(sys.argv[1])', tmp_path)
-    printed = child.communicate(timeout=240)[0]
+    printed = child.communicate(timeout=1200)[0]
     assert child.returncode==0, printed
     assert_same_run(tmp_path/'two', tmp_path/'two_stopped')
 

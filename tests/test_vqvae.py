@@ -16,7 +16,7 @@ def child(program, *args):
     "What a program prints in a new process, in this folder."
     call = [sys.executable, '-c', 'from test_vqvae import *\n'+program, *map(str,args)]
     env = {**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONPATH':str(HERE.parent)}
-    p = subprocess.run(call, cwd=HERE, capture_output=True, text=True, timeout=300, env=env)
+    p = subprocess.run(call, cwd=HERE, capture_output=True, text=True, timeout=1200, env=env)
     assert p.returncode==0, p.stderr[-2000:]
     return p.stdout
 
