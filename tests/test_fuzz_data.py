@@ -143,7 +143,8 @@ def run(seed, d, scenario):
 
 def image_folder(rng, d):
     grow(rng, d)
-    options = dict(split=rng.choice(['train','test']), size=4, channels=rng.choice([1,3]), cache=rng.choice([0,2.]))
+    split = rng.choice(['train','train','val','test'])
+    options = dict(split=split, size=4, channels=rng.choice([1,3]), cache=rng.choice([0,2.]))
     if rng.random()<.4: options['skip'] = 'warn'
     def make():
         ds = ImageFolder(d, **options)

@@ -89,8 +89,8 @@ def test_the_camera_lay_on_its_side(tmp_path, orientation, kind):
     assert (x[...,:4]==-1).all() and (x[...,4:]==1).all()
     assert torch.equal(to_uint8(x), ImageFolder(tmp_path, size=8).image[0])
     assert torch.equal(to_uint8(x), Captioned(tmp_path, size=8, test=0, pad=True).image[0])
-    assert np.array_equal(plain_picture(upright(Image.open(f))), plain_picture(Image.open(f)))       # it is turned once
-    assert np.array_equal(plain_picture(plain_picture(Image.open(f))), plain_picture(Image.open(f)))
+    plain = plain_picture(Image.open(f))
+    for again in (upright(Image.open(f)),plain): assert np.array_equal(plain_picture(again), plain)   # turned once
 
 @pytest.mark.parametrize('kind', ['png','jpeg','webp','tiff'])
 @pytest.mark.parametrize('junk', [b'', b'Exif\0\0', b'Exif\0\0II*\0\x08\0\0\0\xff\xff'+b'\x12\x01\x07\0'*9, b'\xff'*40])
@@ -152,6 +152,14 @@ def test_parts_of_a_folder(tmp_path, files, train, test):
 def test_folders_that_can_be_read_in_two_ways(tmp_path, files, split, says):
     for f in files.split(): save(tmp_path/f'{f}.png')
     with pytest.raises((ValueError,FileNotFoundError), match=says): ImageFolder(tmp_path, split)
+
+@pytest.mark.parametrize('name', ['val','valid','validation','Val'])
+def test_a_part_for_validation(tmp_path, name):
+    for f in ('train/a/1','train/b/2',f'{name}/b/3','test/a/4'): save(tmp_path/f'{f}.png', int(f[-1])*10)
+    ds = get_dataset(tmp_path, split='val', size=8)
+    assert (greys(ds),ds.label.tolist(),ds.classes,ds.split)==([30],[1],['a','b'],'val')
+    with pytest.raises(FileNotFoundError, match='no folder `val`'): ImageFolder(tmp_path/'train', 'val')
+    with pytest.raises(ValueError, match="split is 'dev'; it can be 'train', 'val' or 'test'"): ImageFolder(tmp_path, 'dev')
 
 def test_labels_of_the_two_parts_agree(tmp_path):
     "A class that has no picture for testing does not move the others."

@@ -316,7 +316,7 @@ def find_pictures(
     return sorted(f for f in _walk(folder) if _is_picture(f.name))
 
 # %% ../../nbs/data/00_images.ipynb #8115fd57
-_PARTS = 'train','test','val','valid','validation' # folders that are parts of a set
+_PARTS = dict(train='train', test='test', val='val', valid='val', validation='val') # folders that are parts of a set
 
 def _layout(folder):
     "'flat' with pictures in the folder itself, 'classes' with pictures in folders of it only, None without any."
@@ -324,8 +324,9 @@ def _layout(folder):
     return 'classes' if any(_is_picture(f.name) for f in _walk(folder)) else None
 
 def _layouts(root):
-    "{folder: its layout} of the folders with pictures."
+    "{folder: its layout} of the folders with pictures; none if no folder is a part, which saves listing them all."
     folders = sorted(root/e.name for e in _entries(root) if os.path.isdir(e.path))
+    if not any(d.name.lower() in _PARTS for d in folders): return {}
     layouts = {d:_layout(d) for d in folders}
     return {d:layout for d,layout in layouts.items() if layout}
 
@@ -337,20 +338,20 @@ def _is_class(train, layouts):
     return layouts[train]=='flat' and 'flat' in others.values() and not has_parts
 
 def _find_parts(root):
-    """(folder for training, folder for testing), None where there is none.
-    Raises ValueError if the test pictures have classes and those for training have none."""
+    """{'train', 'val' or 'test': its folder}, of those that there are.
+    Raises ValueError if pictures of another part have classes and those for training have none."""
     layouts = _layouts(root)
-    parts = {d.name.lower():d for d in layouts}
-    train,test = parts.get('train'),parts.get('test')
-    if train and test and layouts[train]=='flat' and layouts[test]=='classes':
-        raise ValueError(f"{test} has folders of pictures and {train} has none: both need the same folders, "
+    parts = {_PARTS[d.name.lower()]:d for d in layouts if d.name.lower() in _PARTS}
+    train = parts.get('train')
+    divided = [d for d in parts.values() if layouts[d]=='classes']
+    if train and layouts[train]=='flat' and divided:
+        raise ValueError(f"{divided[0]} has folders of pictures and {train} has none: both need the same folders, "
                          "one per class")
     if train and _is_class(train, layouts):
         warnings.warn(f"{root}: {train.name!r} is taken for a class, like the folders beside it. If it is the part for "
                       f"training, give {train} instead", stacklevel=4)
-        return root,None
-    parts = [d for d in layouts if d.name.lower()=='test' or d.name.lower() in _PARTS and layouts[d]=='classes']
-    return (train if train or parts else root),test
+        return dict(train=root)
+    return parts if train or divided or 'test' in parts else dict(train=root)
 
 # %% ../../nbs/data/00_images.ipynb #f6ae8c48
 def _class_names(files, root):
@@ -379,17 +380,17 @@ class ImageFolder(Pictures):
     failed = {} # {name: why it was left out}
     def __init__(self,
         root, # the folder
-        split='train', # 'train' or 'test': a subfolder of this name is used where there is one
+        split='train', # 'train', 'val' or 'test': a subfolder of this name is used where there is one
         size:int=64, # side of the pictures
         channels:int=3, # 3 colour, 1 grey
         cache:float=2., # keep the pictures in memory up to this many GiB; 0: never
         skip=False, # 'warn': leave out pictures that cannot be read
     ):
-        self.split,root = check_split(split),Path(root).expanduser()
+        self.split,root = check_split(split, ('train','val','test')),Path(root).expanduser()
         if not root.is_dir(): raise FileNotFoundError(f"{root} is not a folder; give a folder of pictures")
-        train,test = _find_parts(root)
-        folder = train if split=='train' else test
-        if folder is None: raise self._no_part(root)
+        parts = _find_parts(root)
+        if split not in parts: raise self._no_part(root)
+        train,folder = parts.get('train'),parts[split]
         files = find_pictures(folder)
         if not files:
             raise FileNotFoundError(f"{folder} has no pictures ({' '.join(IMAGE_SUFFIXES)}) in it or below it; "
@@ -400,8 +401,8 @@ class ImageFolder(Pictures):
         self.hold_files([*good], label, classes, size, channels, cache)
 
     def _no_part(self, root):
-        if self.split=='test':
-            advice = "put pictures to test with there, or ask for split='train'"
+        if self.split!='train':
+            advice = "put its pictures there, or ask for split='train'"
         else: advice = "put what is for training there, and rename a folder `test` or `val` that is a class"
         return FileNotFoundError(f"{root} has no folder `{self.split}` with pictures; {advice}")
 
