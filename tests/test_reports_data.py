@@ -159,7 +159,8 @@ def test_a_part_for_validation(tmp_path, name):
     ds = get_dataset(tmp_path, split='val', size=8)
     assert (greys(ds),ds.label.tolist(),ds.classes,ds.split)==([30],[1],['a','b'],'val')
     with pytest.raises(FileNotFoundError, match='no folder `val`'): ImageFolder(tmp_path/'train', 'val')
-    with pytest.raises(ValueError, match="split is 'dev'; it can be 'train', 'val' or 'test'"): ImageFolder(tmp_path, 'dev')
+    with pytest.raises(ValueError, match="split is 'dev'; it can be 'train', 'val' or 'test'"):
+        ImageFolder(tmp_path, 'dev')
 
 def test_labels_of_the_two_parts_agree(tmp_path):
     "A class that has no picture for testing does not move the others."
