@@ -34,16 +34,16 @@ def code_colours(
 # %% ../../nbs/recipes/11_text_probes.ipynb #debcc158
 def changed_caption(
     caption:str, # of a scene
-    part:str, # 'colour', 'thing', 'relation' or 'place'
+    part:str, # 'colour', 'thing', 'relation' or 'background'
     choose=itemgetter(0), # picks one of a list, e.g. `random.Random(0).choice`; else the first
 )->str: # the same form of sentence
     """A caption of which one part is wrong; a relation becomes its opposite.
     Raises ValueError for another part, and as `parse_scene` does."""
-    check_choice(part, ['colour', 'thing', 'relation', 'place'], 'part')
+    check_choice(part, ['colour', 'thing', 'relation', 'background'], 'part')
     scene = parse_scene(caption)
     form = next(i for i in range(8) if scene.caption(i)==caption)
     if part=='relation': return replace(scene, relation=MIRROR[scene.relation]).caption(form)
-    if part=='place':
+    if part=='background':
         places = [place for place in BACKGROUNDS if place!=scene.background]
         return replace(scene, background=choose(places)).caption(form)
     field, words = dict(colour=('colour', COLOURS), thing=('kind', KINDS))[part]
