@@ -10,8 +10,8 @@ from PIL import Image
 from fastldm import load
 from fastldm.core import Busy, Module, save_model, show_parameters
 from fastldm.data import SyntheticScenes
-from fastldm.recipes import (codes_cli, command, draw_files, eval_cli, figures_cli, label_ldm, sample_cli, train_adapter,
-                             train_vqvae)
+from fastldm.recipes import (codes_cli, command, draw_files, eval_cli, figures_cli, label_ldm, sample_cli,
+                             train_adapter, train_vqvae)
 from fastldm.recipes import commands, evaluate
 
 def line(run, *args, **options):
@@ -51,7 +51,7 @@ def test_a_command_that_is_interrupted():
     assert line(failing(KeyboardInterrupt()))=='thing: interrupted'
 
 SAMPLE = [ # model, options, what the line has
-    ('local_scenes', {}, 'local_scenes is a ControlAdapter, which has no method `sample_command`; these models have: '),
+    ('local_scenes', {}, 'local_scenes is a ControlAdapter, which has no method `sample_command`; these models have'),
     ('scenes_classifier', {}, 'which has no method `sample_command`'),
     ('nothing', {}, "no model 'nothing'"),
     ('scenes', {}, "give --prompt 'a text', or --prompt '' to draw anything"),
@@ -239,4 +239,5 @@ def test_an_adapter_of_a_model_from_another_folder(here, pics, monkeypatch):
 def test_a_vqvae_says_for_which_pictures_its_codes_are(here):
     vqvae = train_vqvae(SyntheticScenes(8, 'train', 32), 'text', steps=2, batch_size=4, progress=False)
     assert vqvae.meta['size']==32
-    assert '--size 64: text/vqvae makes codes of 32×32 pictures' in line(codes_cli, 'scenes', 'text/vqvae', 'c', size=64)
+    said = line(codes_cli, 'scenes', 'text/vqvae', 'c', size=64)
+    assert '--size 64: text/vqvae makes codes of 32×32 pictures' in said
