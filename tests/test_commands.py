@@ -99,7 +99,7 @@ def test_options_that_a_model_does_not_take(tmp_path, monkeypatch):
           sample_cli, 'mnist', prompt='three')
     fails('scenes is a TextToImage, which takes no --label; these models do: .*mnist', sample_cli, 'scenes', label=3)
     fails('takes no --candidates', eval_cli, 'mnist', candidates=2)
-    fails('mnist_evaluator is a Evaluator, which has no method `sample_command`', sample_cli, 'mnist_evaluator')
+    fails('mnist_evaluator is an Evaluator, which has no method `sample_command`', sample_cli, 'mnist_evaluator')
     fails('expected NAME=VALUE', sample_cli, 'mnist', condition=['label'])
     fails("no condition 'ink'", sample_cli, 'mnist', condition=['ink=1,0,0'])
     fails('give a picture to follow', sample_cli, 'scenes', region='region.png')

@@ -32,7 +32,8 @@ from ..diffusion.ldm import LatentDiffusion, available, load, weights_folders
 from .evaluate import (evaluate_conditions, evaluate_control, evaluate_faces, evaluate_ldm,
                                       evaluate_texts, print_scores,
                                       reconstruction_texts)
-from .stages import RECIPES, captioned_set, diffusion_of, embedders_of, save_grid, write_card
+from .stages import (RECIPES, captioned_set, diffusion_of, embedders_of, save_grid, with_article,
+                                    write_card)
 
 # %% ../../nbs/recipes/06_commands.ipynb #7ff52052
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, Busy) # their messages say what to do
@@ -241,9 +242,11 @@ def command_method(
     does not take."""
     kind = type(model).__name__
     if not hasattr(model, method):
-        raise ValueError(f'{name} is a {kind}, which has no method `{method}`; these models have: {_names_of(method)}')
+        raise ValueError(f'{name} is {with_article(kind)}, which has no method `{method}`; '
+                         f'these models have: {_names_of(method)}')
     for option in refused(getattr(model, method), options):
-        raise ValueError(f'{name} is a {kind}, which takes no --{option}; these models do: {_names_of(method, option)}')
+        raise ValueError(f'{name} is {with_article(kind)}, which takes no --{option}; '
+                         f'these models do: {_names_of(method, option)}')
     return getattr(model, method)
 
 def _names_of(method, option=None):
@@ -338,7 +341,7 @@ def control_from_files(
     kinds = getattr(net, 'kinds', ())
     if len(kinds)!=1:
         what = type(net).__name__ + (' of several controls' if kinds else '')
-        raise ValueError(f'{name} is a {what}: expected a ControlAdapter of one control')
+        raise ValueError(f'{name} is {with_article(what)}: expected a ControlAdapter of one control')
     constraint = control(net, read_control(picture, kinds[0], net.c_in),
                          None if region is None else read_region(region))
     constraint.prepare(diffusion_of(model), 1)                           # raises for sizes that do not fit
@@ -530,7 +533,7 @@ def codes_cli(
     vqvae = getattr(net, 'vqvae', net)
     if not hasattr(vqvae, 'encode_codes'):
         kind = type(net).__name__
-        raise ValueError(f'{model} is a {kind}: codes are made by a VQVAE, or by a TextToImage that has one')
+        raise ValueError(f'{model} is {with_article(kind)}: codes are made by a VQVAE, or by a TextToImage that has one')
     encoder = _encoder_of(net, text_encoder)
     whole_number(batch_size, '--batch_size', 1)
     whole_number(workers, '--workers', 0)
@@ -546,8 +549,8 @@ def _encoder_of(net, text_encoder):
     encoder = load(text_encoder, 'cpu')
     encoder = getattr(encoder, 'text_encoder', encoder)
     if hasattr(encoder, 'text_features'): return encoder
-    raise ValueError(f'--text_encoder {text_encoder} is a {type(encoder).__name__}: expected a model with a method '
-                     '`text_features`, such as a `Blip`, or a TextToImage that has one')
+    raise ValueError(f'--text_encoder {text_encoder} is {with_article(type(encoder).__name__)}: '
+                     'expected a model with a method `text_features`, such as a `Blip`, or a TextToImage that has one')
 
 def _size_of(net, name, size):
     "The side of the pictures that a model was trained on, checked against `size` where that is given."

@@ -28,7 +28,7 @@ from ..metrics.images import (EfficientNetLite, Evaluator, Reference, evaluate, 
                                     net_name, psnr, ssim)
 from ..metrics.scenes import SceneClassifier
 from ..metrics.text import caption_scores, pairwise_diversity, retrieval, tokenise
-from .stages import captioned_set, diffusion_of, embedders_of, training_set
+from .stages import captioned_set, diffusion_of, embedders_of, training_set, with_article
 
 # %% ../../nbs/recipes/05_evaluate.ipynb #a0a304c1
 def picture_shape(
@@ -122,7 +122,8 @@ def held_out_pairs(
 )->tuple: # images (n,C,H,W) in [-1,1], the first caption of each, a list of all captions of each
     """Held-out pictures with their captions. Raises `ValueError` for a model that does not draw by text, a set
     without captions, or another `n`."""
-    if not hasattr(model, 'text_encoder'): raise ValueError(f'this is a {type(model).__name__}: expected a TextToImage')
+    if not hasattr(model, 'text_encoder'):
+        raise ValueError(f'this is {with_article(type(model).__name__)}: expected a TextToImage')
     n = whole_number(n, 'n', 1)
     ds = captioned_set(data, root, 'test', model.size)
     if not hasattr(ds, 'caption'):

@@ -6,7 +6,7 @@
 __all__ = ['RENAMED_STAGES', 'RECIPES', 'run_stage', 'ResumeCB', 'train_stage', 'stage_folder', 'train_autoencoder',
            'train_denoiser', 'card_rows', 'write_card', 'licence_line', 'save_grid', 'full_path', 'finish',
            'data_facts', 'check_free', 'check_same_run', 'begin', 'picture_set', 'captioned_set', 'training_set',
-           'diffusion_of', 'embedders_of', 'recipe']
+           'with_article', 'diffusion_of', 'embedders_of', 'recipe']
 
 # %% ../../nbs/recipes/00_stages.ipynb #cc247f72
 import json
@@ -427,6 +427,12 @@ def training_set(
     return get_dataset(data, root, split=split, size=size)
 
 # %% ../../nbs/recipes/00_stages.ipynb #8114e12e
+def with_article(
+    name:str, # of a class
+)->str: # e.g. 'an Evaluator'
+    "The name of a class after its article."
+    return f"{'an' if name[0] in 'AEIO' else 'a'} {name}"
+
 def diffusion_of(
     model, # a `LatentDiffusion`, or a model that has one as its `diffusion`
 )->LatentDiffusion: # the model itself, or its part
@@ -434,7 +440,7 @@ def diffusion_of(
     found = getattr(model, 'diffusion', model)
     if isinstance(found, LatentDiffusion): return found
     expected = 'a LatentDiffusion, or a TextToImage with a diffusion prior'
-    raise ValueError(f'this is a {type(model).__name__}: expected {expected}')
+    raise ValueError(f'this is {with_article(type(model).__name__)}: expected {expected}')
 
 def embedders_of(
     ldm:LatentDiffusion, # any
