@@ -581,3 +581,9 @@ def test_the_command_beside_another(tmp_path, small_sets):
         child = os.fork()
         if not child: other()
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])==7
+
+def test_a_mistake_before_the_first_step_can_be_put_right(tmp_path, small_sets):
+    "A run of which nothing is saved does not stand in the way of the next."
+    options = dict(SMALL[faces.face_ldm], data='avatars', folder=tmp_path/'m', progress=False)
+    with pytest.raises(FileNotFoundError, match='did you mean'): faces.face_ldm(start='avatar', **options)
+    assert faces.face_ldm(**options).meta['n_pictures']==12

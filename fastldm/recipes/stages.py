@@ -355,7 +355,8 @@ def begin(
         asked |= data_facts(ds)
         _check_size(*asked['shape'][1:], multiple)
     asked = json.loads(json_text(asked))
-    if _is_run(folder): check_same_run(folder, asked)
+    has_work = any(any(folder.rglob(name)) for name in ('checkpoint.safetensors','config.json'))
+    if has_work: check_same_run(folder, asked)                              # else nothing is lost by another run
     with write_atomic(folder/'recipe.json') as file: file.write_text(json_text(asked), encoding='utf-8')
     return folder
 
