@@ -533,7 +533,7 @@ def codes_cli(
     vqvae = getattr(net, 'vqvae', net)
     if not hasattr(vqvae, 'encode_codes'):
         kind = type(net).__name__
-        raise ValueError(f'{model} is {with_article(kind)}: codes are made by a VQVAE, or by a TextToImage that has one')
+        raise ValueError(f'{model} is {with_article(kind)}: codes are made by a VQVAE, or a TextToImage that has one')
     encoder = _encoder_of(net, text_encoder)
     whole_number(batch_size, '--batch_size', 1)
     whole_number(workers, '--workers', 0)
