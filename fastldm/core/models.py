@@ -214,7 +214,8 @@ def _saved_state(model, half):
         saved = tensor.half() if half and tensor.is_floating_point() else tensor
         if saved.isfinite().sum()!=tensor.isfinite().sum():
             raise ValueError(f"`{name}` has values that half precision cannot hold: save with half=False")
-        state[name] = saved.detach().cpu().clone().contiguous()
+        copy = saved.detach().cpu().clone()                    # safetensors refuses tensors that share memory
+        state[name] = copy.contiguous()
     return state
 
 def fits_half(
