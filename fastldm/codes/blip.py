@@ -269,7 +269,8 @@ def _share_weights(encoder, decoder):
 
 def _aliases(model):
     "{second name of a weight: its first name}."
-    first, aliases = {}, {}
+    first = {}
+    aliases = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         original = first.setdefault(id(p), name)
         if original!=name: aliases[name] = original

@@ -205,7 +205,8 @@ class PixelSNAIL(Module):
     ):
         _check_sizes(channels, n_heads, kernel, n_codes=n_codes, shape=min(shape), n_blocks=n_blocks, n_res=n_res)
         super().__init__()
-        self.n_codes, self.shape = n_codes, tuple(shape)
+        self.n_codes = n_codes
+        self.shape = tuple(shape)
         self.d_text, self.drop_text = d_text, drop_text
         self.above = (above[0], tuple(above[1])) if above else None
         self.first = CodeConv(n_codes, channels, kernel)
@@ -217,7 +218,8 @@ class PixelSNAIL(Module):
         if attention: block.append(partial(CausalAttention, channels, n_heads, dropout))
         if d_text: block.append(partial(TextAttention, channels, d_text, n_heads, dropout))
         self.layers = nn.ModuleList(layer() for layer in block*n_blocks)
-        self.norm, self.head = nn.LayerNorm(channels), nn.Linear(channels, n_codes)
+        self.norm = nn.LayerNorm(channels)
+        self.head = nn.Linear(channels, n_codes)
 
 # %% ../../nbs/codes/02_pixelsnail.ipynb #b011458a
 @patch
@@ -244,7 +246,8 @@ def logits(self:PixelSNAIL,
     tokens:torch.Tensor, # of the text, or None
 )->torch.Tensor: # (B,rows,w,n_codes)
     "Compute the logits at all positions at once."
-    x, code = self.first(codes), self.code(codes)
+    x = self.first(codes)
+    code = self.code(codes)
     for layer in self.layers: x = layer(x, condition, code, tokens)
     return self.head(_elu(self.norm(x)))
 
@@ -402,7 +405,8 @@ def resume(self:EarlyStopCB, learn, file):
         weights = {k:f.get_tensor(k) for k in f.keys()}
     step = int(meta['step'])
     if step>learn.step: return
-    self.best, self.weights = float(meta['bits']), weights
+    self.best = float(meta['bits'])
+    self.weights = weights
     self.since = sum(row['step']>step for row in learn.log if 'bits_valid' in row)
 
 # %% ../../nbs/codes/02_pixelsnail.ipynb #00150092
@@ -461,7 +465,8 @@ def _sample(stepper, model, n, above=None, text=None, seed=0, first=0, temperatu
         above = None if above is None else above.repeat(2,1,1)
         text = torch.cat([text, torch.zeros_like(text)])
     with evaluating(model), torch.autocast(device.type, enabled=False):
-        codes, last = torch.zeros(n*copies,h,w, dtype=torch.int64, device=device), None
+        codes = torch.zeros(n*copies,h,w, dtype=torch.int64, device=device)
+        last = None
         step = stepper(model, *model.condition(len(codes), above, text))
         for p in tqdm(range(h*w), desc='codes', disable=not progress, leave=False):
             logits = step(codes, p, last).float()
@@ -582,7 +587,9 @@ class _AttentionStep:
         self.before = condition.new_zeros(n, c)                                         # `h` of the position before
 
     def __call__(self, x, i, j, code):
-        n, heads, p = len(x), self.layer.n_heads, i*self.w+j
+        n = len(x)
+        heads = self.layer.n_heads
+        p = i*self.w+j
         h = self.layer.norm(x)+self.condition[:,i,j]
         self.kept[:,:,:,p] = self.kv(self.before+code).view(n, 2, heads, -1)
         self.before = h

@@ -115,7 +115,8 @@ def _environment(folder, write=False):
 # %% ../../nbs/codes/01_store.ipynb #b227e93d
 def _read(folder, keys):
     "The values of some keys, as they are now; None for a key that is not there."
-    lmdb, env = _lmdb(), _environment(folder)
+    lmdb = _lmdb()
+    env = _environment(folder)
     for _ in range(2):
         try:
             with env.begin() as t: return [t.get(k) for k in keys]
@@ -133,6 +134,7 @@ def _check_ours(folder, rosinality):
     if _environment(folder).stat()['entries']:
         raise ValueError(f"{folder} is an LMDB database of something else: give a folder that `write_codes` wrote")
 
+# %% ../../nbs/codes/01_store.ipynb #f67c7dc7
 def _read_header(folder):
     "Header and number of records, (None, 0) of an empty database; `ValueError` for what is not ours."
     header, done, rosinality = _read(folder, [_HEADER,_DONE,b'length'])
@@ -289,7 +291,8 @@ def write_codes(
     """Encode all of `ds` into LMDB, or what is missing of it.
     Raises `ValueError` where `path` holds codes of something else, `OSError` for a full disk."""
     if precision not in (None,'bf16'): raise ValueError(f"precision={precision!r}: expected None or 'bf16'")
-    header, folder = _header(ds, model, text_features, precision), Path(path).expanduser().resolve()
+    header = _header(ds, model, text_features, precision)
+    folder = Path(path).expanduser().resolve()
     try:
         env, done = _start(folder, header)
         if done==len(ds): return folder

@@ -32,7 +32,8 @@ class TextToImage(Module):
         if priors: _check_priors(priors, vqvae, size)
         super().__init__()
         self.text_encoder, self.vqvae = text_encoder, vqvae
-        self.priors, self.denoiser = nn.ModuleList(priors), denoiser
+        self.priors = nn.ModuleList(priors)
+        self.denoiser = denoiser
         self.size = size
         self.settings = dict(codes=dict(codes or {}), diffusion=dict(diffusion or {}))
 

@@ -228,7 +228,9 @@ def quantize(self:VQVAE,
     "Quantise all levels: each sees the features of its size, and what the coarser codes hold."
     features = []
     for encoder in self.encoders: features.insert(0, encoder(features[0] if features else x))
-    vectors, commitments, codes = [], [], []
+    vectors = []
+    commitments = []
+    codes = []
     for level, f in enumerate(features):
         if level: f = torch.cat([self.ups[level-1](self.mix(vectors)), f], 1)
         q, commitment, indices = self.quantizers[level](self.to_code[level](f))

@@ -305,7 +305,8 @@ def moved(
     def numbers(values):
         found = {name: value for name, value in leaves(values).items() if isinstance(value, (int,float))}
         return {name: value for name, value in found.items() if timings or not is_timing(name)}
-    old, new = numbers(old), numbers(new)
+    old = numbers(old)
+    new = numbers(new)
     changed = []
     for name in sorted({*old, *new}):
         if name not in old or name not in new or _differs(old[name], new[name], tolerance):

@@ -49,15 +49,18 @@ class Augmented(Pictures):
         if ds.image is None and self.caption is None:
             raise ValueError(f'{ds!r} is not in memory: give a set of pictures a larger `cache`; '
                              'shards cannot be augmented')
-        first,generator = _all_bytes(ds),torch.Generator().manual_seed(seed)
-        images,augment = [first],[torch.zeros(len(ds),4)]
+        first = _all_bytes(ds)
+        generator = torch.Generator().manual_seed(seed)
+        images = [first]
+        augment = [torch.zeros(len(ds),4)]
         for _ in range(copies-1):
             params = torch.rand(len(ds), 4, generator=generator)*2-1
             flip = torch.randint(2, (len(ds),), generator=generator)*2-1
             images.append(_warp(first, _affine(params, flip, turn, zoom, move), padding_mode))
             augment.append(params)
         super().__init__(torch.cat(images), None if ds.label is None else ds.label.repeat(copies), ds.classes)
-        self.split,self.licence,self.n_originals = ds.split,licence_of(ds),len(ds)
+        self.split, self.licence = ds.split, licence_of(ds)
+        self.n_originals = len(ds)
         self.augment = torch.cat(augment)
 
     def __getitems__(self, idxs):

@@ -64,7 +64,8 @@ def read_table(
     path = Path(path) if isinstance(path, str) else path
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a table of captions (.csv, .tsv, .jsonl or .json)")
-    text,kind = read_text(path),Path(path.name).suffix.lower()
+    text = read_text(path)
+    kind = Path(path.name).suffix.lower()
     is_json = kind in ('.json','.jsonl','.ndjson')
     rows = _json_rows(path, text, lines=kind!='.json') if is_json else _csv_rows(path, text)
     if not rows: raise ValueError(f"{path} has no rows: it needs a header and a row for each caption")
@@ -83,7 +84,8 @@ class _PaddedFile(NamedTuple):
         picture = picture.crop(picture.getbbox())
         side = max(picture.size)
         if mode in ('RGBA','LA','P'): side += side//12               # a margin for what had a transparent rim
-        square,out = Image.new('RGBA', (side,side), (255,255,255,0)),io.BytesIO()
+        square = Image.new('RGBA', (side,side), (255,255,255,0))
+        out = io.BytesIO()
         square.paste(picture, ((side-picture.width)//2,(side-picture.height)//2))
         square.save(out, 'png', compress_level=0)
         out.seek(0)
@@ -133,7 +135,8 @@ def _folder_source(path):
     files = sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith('.'))
     tables = [f for f in files if _USUAL_TABLE.match(f.name)]
     if not tables: tables = [f for f in files if f.suffix.lower() in ('.csv','.tsv','.jsonl')]
-    places,zipped = [_in_folder(folder/sub) for sub in ('','images','Images')],folder/'images.zip'
+    places = [_in_folder(folder/sub) for sub in ('','images','Images')]
+    zipped = folder/'images.zip'
     if zipped.is_file(): places.append(_in_zip(zipped))
     return [path] if path.is_file() else tables, places
 
@@ -184,7 +187,8 @@ def group_rows(
     rows:list, # dicts with `name`, and `file` or `group` where there is one
 )->list: # the name of the group of each row
     "Which rows belong together: those that share a name, a `group`, a file, or the bytes of their file."
-    parent,first = {},{}
+    parent = {}
+    first = {}
     def root(key):
         while parent.setdefault(key,key)!=key: key = parent[key]
         return key
@@ -193,7 +197,8 @@ def group_rows(
         parent[b] = a
     checksum = _checksums({r['file'] for r in rows if r.get('file')})
     for r in rows:
-        name,file = r['name'],r.get('file')
+        name = r['name']
+        file = r.get('file')
         if r.get('group'): join(f" {r['group']}", name)
         if file: join(name, first.setdefault(file, name))           # two spellings of one name
         join(name, checksum.get(file, name))
@@ -210,7 +215,8 @@ def split_rows(
     test:float, # share of the groups that are for testing
 )->list: # 'train' or 'test' for each row
     "The side of each row: its own, else by a hash. Raises ValueError if a picture would be on both sides."
-    groups,given = group_rows(rows),{}
+    groups = group_rows(rows)
+    given = {}
     for group,r in zip(groups,rows):
         if not r.get('split'): continue
         if given.setdefault(group,str(r['split']))!=str(r['split']):
@@ -252,7 +258,8 @@ class Captioned(ImageFolder):
         skip=False, # True or 'warn': leave out what is missing or damaged, with a warning
         download=True, # not needed: every set can be called with it
     ):
-        self.split,root = check_split(split),Path(root).expanduser()
+        self.split = check_split(split)
+        root = Path(root).expanduser()
         folder = _folder_of_split(root, split)
         table,find = find_source(folder)
         self.table = table or folder
@@ -285,11 +292,13 @@ def _column(self:Captioned, table, names, what, given):
 def read_rows(self:Captioned, table, find, image=None, caption=None)->list: # of dicts
     """Rows of a table, one for each caption, with `file`, `name` and `caption`.
     Raises ValueError for a missing column or field."""
-    raw,rows = read_table(table),[]
+    raw = read_table(table)
+    rows = []
     image = self._column(table, [*raw[0]], 'image', image)
     caption = self._column(table, [*raw[0]], 'caption', caption)
     for n,r in enumerate(raw, 1):
-        name,captions = r.get(image),r.get(caption)
+        name = r.get(image)
+        captions = r.get(caption)
         captions = captions if isinstance(captions, list) else [captions]
         has_name = isinstance(name, str) and name.strip()
         if not has_name or None in captions:
@@ -341,17 +350,20 @@ def set_rows(self:Captioned, rows, size=64, channels=3, cache=2., test=.1, pad=F
     one for each row."""
     if skip not in (False,True,'warn'): raise ValueError(f"skip is {skip!r}; it can be False, True or 'warn'")
     if image is None: rows = self._present(rows, skip)
-    n_rows,part = len(rows),[i for i,side in enumerate(split_rows(rows, test)) if side==self.split]
+    n_rows = len(rows)
+    part = [i for i,side in enumerate(split_rows(rows, test)) if side==self.split]
     rows = [rows[i] for i in part]
     if skip: rows = self._undamaged(rows)
     if not rows:
         raise ValueError(f"{type(self).__name__}: none of {n_rows} rows are for {self.split!r} (test={test:g}): "
                          "ask for the other split, add pictures, or change `test`")
     self.rows = [{k:escape_text(v) for k,v in r.items() if k not in ('file','split','group')} for r in rows]
-    self.caption,self.name = [r['caption'] for r in self.rows],[r['name'] for r in self.rows]
+    self.caption = [r['caption'] for r in self.rows]
+    self.name = [r['name'] for r in self.rows]
     if image is None: self._hold_pictures([r['file'] for r in rows], classes, size, channels, cache, pad)
     else:
-        self.files,self.classes = self.name,[escape_text(c) for c in classes]
+        self.files = self.name
+        self.classes = [escape_text(c) for c in classes]
         self.size,self.channels = size,channels
         self.image = image[part]
     if classes: self.label = torch.tensor([r['label'] for r in rows])
@@ -404,7 +416,10 @@ class Together(Captioned):
             raise ValueError(f"given {len(sets)} sets of (split, size, channels) {sorted(kinds)}: "
                              "expected one or more, all alike")
         self.split,self.size,self.channels = kinds.pop()
-        self.sets,self.classes,self.image,self.licence = sets,[],None,licence_of(*sets)
+        self.sets = sets
+        self.classes = []
+        self.image = None
+        self.licence = licence_of(*sets)
         self.index = [(ds,i) for ds in sets for i in range(len(ds))]
         self.caption = [c for ds in sets for c in ds.caption]
         self.name = self.files = [f'{type(ds).__name__.lower()}/{n}' for ds in sets for n in ds.name]

@@ -30,7 +30,8 @@ DRAWN = sorted([*_RATES,*_HAIR_COLOURS,'No_Beard','Straight_Hair']) # the attrib
 
 def _sample_attributes(rng, given):
     "Names of the attributes of a face that can be: as given, the others at random."
-    required,on = check_attributes(given, DRAWN),set()
+    required = check_attributes(given, DRAWN)
+    on = set()
     for name,rate in _RATES.items():
         drawn = rng.random()<rate # also if it is given, so that the others stay the same
         if given.get(name, drawn): on.add(name)
@@ -283,7 +284,10 @@ class DrawnFaces(Faces):
     ):
         if n is None: n = 20_000 if split=='train' else 2_000
         if n<1 or size<16: raise ValueError(f"n is {n}, size is {size}; n is at least 1, size at least 16")
-        self.n,self.split,self.size,self.seed = n,check_split(split),size,seed
+        self.n = n
+        self.split = check_split(split)
+        self.size = size
+        self.seed = seed
         self.keep,self._kept = keep and n>=2000,None
     def __len__(self): return self.n
 
@@ -308,7 +312,9 @@ _DRAWING = 2 # raise it when a face is drawn in another way, so that no old file
 @patch
 def draw_batch(self:DrawnFaces, idxs)->dict: # image (B,3,H,W), attrs (B,A), mask (B,H,W)
     "Faces drawn now, as bytes."
-    images,attrs,masks = [],[],[]
+    images = []
+    attrs = []
+    masks = []
     for i in idxs:
         on,settings,rng = self.sample_face(i)
         image,mask = self.draw(on, settings, rng)
@@ -494,7 +500,8 @@ def draw_avatar(
 )->tuple: # bytes (size,size,3), and class ids (size,size) of `AVATAR_PARTS`
     "Stack the layers of an avatar."
     settings = _enum_settings(settings, on)
-    image,mask = np.broadcast_to(np.float32(ground), (size,size,3)),np.zeros((size,size), np.uint8)
+    image = np.broadcast_to(np.float32(ground), (size,size,3))
+    mask = np.zeros((size,size), np.uint8)
     for layer,part in _LAYERS.items():
         own = {name:settings[name] for name in _LAYER_SETTINGS[layer] if name in settings}
         rgba = _layer_pixels(layer, size, **own)
@@ -547,7 +554,8 @@ class ClothedAvatars(Described):
         **kw, # as for `Avatars`
     ):
         super().__init__(Avatars(*args, **kw))
-        self.colours,self.classes = [*_CLOTH_COLOURS],[*_CLOTH_COLOURS.values()]
+        self.colours = [*_CLOTH_COLOURS]
+        self.classes = [*_CLOTH_COLOURS.values()]
         generators = (self.ds.sample_face(i)[-1] for i in range(len(self)))
         self.label = torch.tensor([self.colours.index(rng.choice(self.colours)) for rng in generators]) # as `draw` will
     def __getitems__(self, idxs): return dict(super().__getitems__(idxs), label=self.label[list(idxs)])

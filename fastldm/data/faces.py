@@ -139,7 +139,8 @@ def describe_face(
     on, # names of the attributes that are true
 )->str: # e.g. 'a face with long wavy blond hair and a beard, wearing glasses, smiling'
     "Attributes as a sentence; those without words (Attractive, Blurry) are left out."
-    features,hair = [],_words_for(_HAIR, on)
+    features = []
+    hair = _words_for(_HAIR, on)
     if 'Bald' in on: features.append('a bald head')
     if hair: features.append(' '.join(hair)+' hair')
     if 'Bangs' in on: features.append('bangs')
@@ -195,7 +196,9 @@ class _Derived(Faces):
     "A set made from another set of faces, `ds`."
     def __init__(self, ds):
         self.ds,self.split,self.size,self.classes = ds,ds.split,ds.size,()
-        self.attributes,self.mask_classes,self.licence = ds.attributes,ds.mask_classes,licence_of(ds)
+        self.attributes = ds.attributes
+        self.mask_classes = ds.mask_classes
+        self.licence = licence_of(ds)
     def __len__(self): return len(self.ds)
     def pixels(self, idxs): return self.ds.pixels(idxs)
 
@@ -209,7 +212,8 @@ class Mirrored(_Derived):
     def __len__(self): return 2*len(self.ds)
 
     def pixels(self, idxs):
-        n,pictures = len(self.ds),[]
+        n = len(self.ds)
+        pictures = []
         for i in idxs:
             x = self.ds.pixels([i%n])[0]
             pictures.append(x.flip(-1) if i>=n else x)
@@ -292,7 +296,8 @@ def merge_parts(
 
 def _part_files(folder, numbers):
     "{part: file} of each picture, by its number, for those parts that it has; a folder is listed once."
-    masks,parts = folder/'CelebAMask-HQ-mask-anno',[]
+    masks = folder/'CelebAMask-HQ-mask-anno'
+    parts = []
     there = {sub:{*os.listdir(sub)} for sub in {masks/str(n//2000) for n in numbers} if sub.is_dir()}
     for n in numbers:
         sub = masks/str(n//2000)
@@ -370,7 +375,8 @@ class CelebAMaskHQ(Faces):
             raise FileNotFoundError(f"{folder} has no picture of split {split!r} with a mask: {self.how_to_get}")
         pictures = [folder/'CelebA-HQ-img'/files[i] for i in rows]
         self.hold_files(pictures, label=None, classes=(), size=size, channels=3, cache=cache)
-        self.attrs,self.mask_classes = attrs[rows],list(parts)
+        self.attrs = attrs[rows]
+        self.mask_classes = list(parts)
         self.mask = remap(self._merged_masks(folder, [masks[i] for i in rows]), self.mask_classes)
 
 # %% ../../nbs/data/07_faces.ipynb #9bdf7fdd
@@ -404,7 +410,8 @@ def write_celebamask_hq(
     folder = Path(folder)/'CelebAMask-HQ'
     numbers = list(numbers or range(1, len(ds)+1))
     (folder/'CelebA-HQ-img').mkdir(parents=True, exist_ok=True)
-    attributes,mapping = [str(len(ds)),' '.join(ATTRIBUTES)],['idx  orig_idx  orig_file']
+    attributes = [str(len(ds)),' '.join(ATTRIBUTES)]
+    mapping = ['idx  orig_idx  orig_file']
     for i,number in zip(range(len(ds)), numbers):
         face = ds[i]
         to_image(face['image'], lo=-1.).save(folder/'CelebA-HQ-img'/f'{i}.jpg', quality=95)
@@ -447,7 +454,8 @@ class CelebA(Faces):
         splits = more['split'] if 'split' in more else _read_partition(folder, files)
         self.split = _available_split(split, splits, folder)
         rows = [i for i,s in enumerate(splits) if s==self.split]
-        names,masks = [files[i] for i in rows],folder/'masks.zip'
+        names = [files[i] for i in rows]
+        masks = folder/'masks.zip'
         self.hold_files(_celeba_pictures(folder, names), label=None, classes=(), size=size, channels=3, cache=cache)
         self.attrs = attrs[rows]
         if masks.is_file(): self._add_masks([ZippedFile(masks, Path(n).stem+'.png') for n in names], masks)
@@ -499,7 +507,8 @@ def _available_split(split, splits, folder):
 @patch
 def _add_masks(self:CelebA, files, source):
     "Class ids of `PARTS8` for each picture. Raises ValueError for other classes."
-    self.mask,self.mask_classes = _read_masks([lambda f=f: _class_ids(f) for f in files], self.size),PARTS8
+    self.mask = _read_masks([lambda f=f: _class_ids(f) for f in files], self.size)
+    self.mask_classes = PARTS8
     if (highest := int(self.mask.max()))>=len(PARTS8):
         raise ValueError(f"{source} has the class {highest}, expected 0 to {len(PARTS8)-1}: {', '.join(PARTS8)}")
 
@@ -532,7 +541,8 @@ class Garments(Faces):
     """Fashion-MNIST as attributes and masks: the kinds, of which one is true, and the silhouette; 32×32, with a
     border of 2."""
     licence = 'MIT (Fashion-MNIST)'
-    attributes,mask_classes = FashionMNIST.classes,['background','garment']
+    attributes = FashionMNIST.classes
+    mask_classes = ['background','garment']
     exclusive = [FashionMNIST.classes]
     def __init__(self,
         root=None, # where to look first

@@ -174,7 +174,8 @@ class Pictures:
         label=None, # N whole numbers
         classes=(), # a name for each label
     ):
-        self.image,self.classes = image,[escape_text(c) for c in classes]
+        self.image = image
+        self.classes = [escape_text(c) for c in classes]
         if label is not None: self.label = torch.as_tensor(label).long()
 
     def __len__(self): return len(self.image)
@@ -386,11 +387,13 @@ class ImageFolder(Pictures):
         cache:float=2., # keep the pictures in memory up to this many GiB; 0: never
         skip=False, # 'warn': leave out pictures that cannot be read
     ):
-        self.split,root = check_split(split, ('train','val','test')),Path(root).expanduser()
+        self.split = check_split(split, ('train','val','test'))
+        root = Path(root).expanduser()
         if not root.is_dir(): raise FileNotFoundError(f"{root} is not a folder; give a folder of pictures")
         parts = _find_parts(root)
         if split not in parts: raise self._no_part(root)
-        train,folder = parts.get('train'),parts[split]
+        train = parts.get('train')
+        folder = parts[split]
         files = find_pictures(folder)
         if not files:
             raise FileNotFoundError(f"{folder} has no pictures ({' '.join(IMAGE_SUFFIXES)}) in it or below it; "
@@ -447,7 +450,8 @@ def hold_files(self:ImageFolder, files, label, classes, size, channels, cache):
     "Keep the list of files, and the pictures themselves if they fit into `cache` GiB."
     if channels not in (1,3) or size<1:
         raise ValueError(f"size is {size}, channels is {channels}; size is at least 1, channels 1 (grey) or 3 (colour)")
-    self.files,self.classes = files,[escape_text(c) for c in classes]
+    self.files = files
+    self.classes = [escape_text(c) for c in classes]
     self.size,self.channels = size,channels
     self.label = None if label is None else torch.tensor(label)
     if len(self)*channels*size**2<cache*2**30: self.image = self.pixels(range(len(self)))

@@ -127,7 +127,8 @@ def _plain_or_gz(path): return next((p for p in (path, path.with_name(path.name+
 
 @patch
 def _not_found(self:PublicSet, root, reason):
-    files,folders = ', '.join(self.files()),', '.join(self.folders)
+    files = ', '.join(self.files())
+    folders = ', '.join(self.folders)
     return FileNotFoundError(f"{type(self).__name__} ({self.split}) was not found. Looked for {files} (or .gz) "
                              f"in {_searched(root)}, and the folders {folders} in these; {reason}. "
                              f"To get it: {self.how_to_get}")
@@ -206,7 +207,8 @@ def _read_labels(folder):
     if not table.is_file(): return None
     try:
         with open(table, newline='', encoding='utf-8-sig') as f: rows = list(csv.DictReader(f))
-        labels,names = [int(r['label']) for r in rows],{int(r['label']):r['name'] for r in rows}
+        labels = [int(r['label']) for r in rows]
+        names = {int(r['label']):r['name'] for r in rows}
         files = [ZippedFile(zipped, r['file']) if zipped.exists() else folder/r['file'] for r in rows]
         missing = [f for f in files if not f.is_file()]
     except (KeyError,TypeError,ValueError,csv.Error) as e:

@@ -29,7 +29,10 @@ class Shards(Pictures):
         keep:int=4, # shards in memory, and mixed with each other
     ):
         urls = [urls] if isinstance(urls, (str,Path)) else urls
-        self.urls,self.size,self.channels,self.keep = [str(u) for u in urls],size,channels,keep
+        self.urls = [str(u) for u in urls]
+        self.size = size
+        self.channels = channels
+        self.keep = keep
         self.loaded = OrderedDict() # {number of a shard: its fields}, the least recently used first
         self.counts = self.fields = None # `fields` are those of the shard that was read first
         if not self.urls: raise ValueError('Shards needs the address of at least one tar file; given none')
@@ -151,7 +154,8 @@ def _files_of(url, entries, suffixes):
         files.append(None if suffix is None else _Entry(url, f'{key}.{suffix}', parts[suffix]))
     if not any(files): return []
     if None in files:
-        key,what = [*entries][files.index(None)],'/'.join(suffixes[:3])
+        key = [*entries][files.index(None)]
+        what = '/'.join(suffixes[:3])
         having = len(files)-files.count(None)
         raise ValueError(f'{url}: {key} has no .{what}, and {having} of {len(files)} keys have one')
     return files
@@ -217,15 +221,18 @@ def _png(image):
     to_image(image, lo=-1.).save(out, 'png')
     return out.getvalue()
 
+# %% ../../nbs/data/03_shards.ipynb #de6cdd17
 def write_shards(
     ds, # any set of pictures, with or without labels and captions
     folder, # where the shards and index.json go
     per_shard:int=1000, # pictures in each
 )->list: # of the files
     "Write a set as WebDataset shards."
-    folder,counts = Path(folder),{}
+    folder = Path(folder)
+    counts = {}
     for n,start in enumerate(range(0, len(ds), per_shard)):
-        name,rows = f'{n:06d}.tar',range(start, min(start+per_shard, len(ds)))
+        name = f'{n:06d}.tar'
+        rows = range(start, min(start+per_shard, len(ds)))
         counts[name] = len(rows)
         with write_atomic(folder/name) as p, tarfile.open(p, 'w') as tar:
             for i in rows:

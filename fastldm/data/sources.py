@@ -76,6 +76,7 @@ def _file_of(url, folder):
     if suffix.lower() not in IMAGE_SUFFIXES: suffix = '.img'
     return folder/f"{stem or 'picture'}-{hashlib.sha256(url.encode()).hexdigest()[:12]}{suffix}"
 
+# %% ../../nbs/data/05_sources.ipynb #2939a902
 def fetch_images(
     urls, # addresses (http, https); spaces around them do not count
     folder, # where they are kept; what is there already is not fetched
@@ -86,7 +87,8 @@ def fetch_images(
     download:bool=True, # False: only look at what is there
 )->tuple: # {address: file}, {address: why it could not be had}
     "Fetch pictures, each once. What failed is reported, and listed in `folder`/failed.json."
-    folder,urls = Path(folder).expanduser(),[*dict.fromkeys(u.strip() for u in urls)]
+    folder = Path(folder).expanduser()
+    urls = [*dict.fromkeys(u.strip() for u in urls)]
     files = {u:_file_of(u, folder) for u in urls}
     failed = {u:'not an address (http or https)' for u in urls if urlsplit(u).scheme.lower() not in ('http','https')}
     todo = [u for u in urls if u not in failed and not files[u].is_file()]
@@ -152,7 +154,8 @@ class MUSTI(Captioned):
         progress:bool=True, # show a bar
         download:bool=True, # as in `fetch_images`
     ):
-        self.split,path = check_split(split),_find_musti(json_file, root)
+        self.split = check_split(split)
+        path = _find_musti(json_file, root)
         if caption not in ('text','title') or label not in (None,*_MUSTI_LABELS):
             raise ValueError(f"caption is {caption!r}, label is {label!r}; caption can be 'text' or 'title', "
                              "label None, 'YES', 'NO' or ''")
@@ -201,7 +204,8 @@ def _with_captions(rows):
     for r in rows: stems.setdefault(clean_title(r['title']), set()).add(clean_title(Path(r['name']).name))
     captioned = []
     for r in rows:
-        title,path = clean_title(r['title']),Path(r['name'])
+        title = clean_title(r['title'])
+        path = Path(r['name'])
         caption = title
         if not title or len(stems[title])>6:                        # nothing, or the title of a whole collection
             words = clean_title(path.name) or title, clean_title(path.parent.name)
@@ -221,7 +225,8 @@ def _find_table_folder(name, root, how_to_get):
 def _clipart_rows(source):
     "Rows of captions.csv and its pictures; a caption in the table comes before one made of the title."
     table,find = find_source(source)
-    raw,rows = read_table(table),[]
+    raw = read_table(table)
+    rows = []
     check_columns(table, raw, ['file','category','title','source'])
     for r in raw:
         fields = {k:r[k] for k in ('title','category','caption') if k in r}
@@ -241,7 +246,8 @@ _TITLE = re.compile(rb'<dc:title[^>]*>\s*([^<]*?)\s*</dc:title>')
 def _debian_row(svg, png, name):
     "The row of a drawing; None if it is not declared public domain, or has no PNG file of a usual size."
     raw = svg.read_bytes()
-    licence,title = _LICENCE.search(raw),_TITLE.search(raw)
+    licence = _LICENCE.search(raw)
+    title = _TITLE.search(raw)
     if not licence or b'publicdomain' not in licence[1].lower(): return None
     if not png.is_file() or _n_pixels(png)>=2**25: return None
     title = html.unescape(title[1].decode('utf-8','replace')) if title else ''
@@ -363,7 +369,10 @@ def _emoji(font):
 @lru_cache(4)
 def _draw_emoji(font_file, size):
     "(rows, pictures) of all emoji of a font file, drawn once for both splits."
-    font,rows,pictures,plain = _emoji_font(font_file),[],[],{}
+    font = _emoji_font(font_file)
+    rows = []
+    pictures = []
+    plain = {}
     unknown = _draw_glyph(font, '\U0010FFFF', size) # what the font draws for a sign that it does not have
     for text,caption,sign in tqdm(list(_emoji(font)), 'drawing', leave=False):
         x0,y0,x1,y1 = font.getbbox(text)
@@ -437,7 +446,8 @@ class Paintings(Captioned):
         table,find = find_source(_find_table_folder('wikiart-titles', root, advice))
         raw = read_table(table)
         check_columns(table, raw, ['file','style','artist','title'])
-        classes,rows = sorted({r['style'] for r in raw}),[]
+        classes = sorted({r['style'] for r in raw})
+        rows = []
         for r,caption in zip(raw, _fill_template(form, raw)):
             rows.append(dict(r, file=find(r['file']), name=r['file'], caption=caption,
                              group=f"{r['artist']}: {r['title']}",

@@ -446,7 +446,7 @@ class SyntheticScenes(Pictures):
     ):
         if n is None: n = 200_000 if split=='train' else 4_000
         if n<1 or size<16: raise ValueError(f"n is {n}, size is {size}; n is at least 1, size at least 16")
-        self.n,self.split,self.size,self.seed = n,check_split(split),size,seed
+        self.n, self.split, self.size, self.seed = n, check_split(split), size, seed
         if keep:
             bar = tqdm(range(n), 'drawing', leave=False, disable=n<5000)
             image,mask = zip(*(self._draw(i) for i in bar))

@@ -391,7 +391,9 @@ def _concatenate(parts):
 @torch.no_grad()
 def _encode(self:LatentDataset, ds, ae, batch_size, progress):
     "Fill `latent` (1 or 2,N,c,h,w; the second are mirrored), `std` (the same, or None) and `fields`."
-    latents,stds,fields = [],[],{}
+    latents = []
+    stds = []
+    fields = {}
     for start in tqdm(range(0, len(ds), batch_size), desc='encoding', disable=not progress, leave=False):
         batch = fetch_batch(ds, list(range(start, min(start+batch_size, len(ds)))))
         image = batch.pop('image')
