@@ -213,8 +213,8 @@ def test_codes_of_anything(trained, tmp_path):
     for x,y,z in zip(a['codes'],b['codes'],c['codes']): assert x.equal(y) and y.equal(z)
     settings = dict(size=32, split='test')
     fails('holds codes of something else: .*text was', codes_cli, d/'set', d/'run', tmp_path/'a', **settings)
-    fails('multiples of 8', codes_cli, d/'set', d/'run', tmp_path/'c', size=20, split='test')
-    fails('give a captioned set', codes_cli, 'digits', d/'run', tmp_path/'c', **settings)
+    fails('makes codes of 32×32 pictures', codes_cli, d/'set', d/'run', tmp_path/'c', size=20, split='test')
+    fails('is a set without caption', codes_cli, 'digits', d/'run', tmp_path/'c', **settings)
     assert not (tmp_path/'c').exists()
 
 @pytest.mark.parametrize('kw,message', [
@@ -311,7 +311,7 @@ def test_scores_refuse_before_work(trained, monkeypatch, tmp_path):
         'codes and diffusion': dict(prior='magic'),
         "unknown setting 'steps'": dict(steps=3),
         'candidates=0': dict(candidates=0),
-        'give a captioned set': dict(data='mnist'),
+        'is a set without caption': dict(data='digits'),
         'no table of captions': dict(data=str(tmp_path)),
         'cannot describe': dict(model=no_captions),
     }

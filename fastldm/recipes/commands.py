@@ -547,7 +547,7 @@ def _encoder_of(net, text_encoder):
     "The text encoder by name, or the model's own; None where there is none."
     if text_encoder is None: return getattr(net, 'text_encoder', None)
     encoder = load(text_encoder, 'cpu')
-    encoder = getattr(encoder, 'text_encoder', encoder)
+    if not hasattr(encoder, 'text_features'): encoder = getattr(encoder, 'text_encoder', encoder)
     if hasattr(encoder, 'text_features'): return encoder
     raise ValueError(f'--text_encoder {text_encoder} is {with_article(type(encoder).__name__)}: '
                      'expected a model with a method `text_features`, such as a `Blip`, or a TextToImage that has one')

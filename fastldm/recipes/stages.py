@@ -394,8 +394,7 @@ def picture_set(
     ds = get_dataset(data, root, split=split, **options)
     missing = [name for name in needs if getattr(ds, name, None) is None]
     if missing:
-        raise ValueError(f'{data} is a set without {" and ".join(missing).replace("_", " ")}, '
-                         'which this recipe needs: give another set')
+        raise ValueError(f'{data} is a set without {" and ".join(missing).replace("_", " ")}: give one that has them')
     if size is not None and not takes_size:
         raise ValueError(f'the pictures of {data} have one size only, so none can be given: leave it out')
     return ds
