@@ -195,7 +195,10 @@ class Faces(ImageFolder):
 class _Derived(Faces):
     "A set made from another set of faces, `ds`."
     def __init__(self, ds):
-        self.ds,self.split,self.size,self.classes = ds,ds.split,ds.size,()
+        self.ds = ds
+        self.split = ds.split
+        self.size = ds.size
+        self.classes = ()
         self.attributes = ds.attributes
         self.mask_classes = ds.mask_classes
         self.licence = licence_of(ds)
