@@ -131,6 +131,7 @@ def run_notebook(
     path = Path(path)
     variables = {'__name__': '__main__', 'In': []}                      # `save_figure` reads the cells so far from `In`
     here = os.getcwd()
+    threads = torch.get_num_threads()
     os.chdir(path.parent)
     try:
         for i,source in code_cells(path, skip).items():
@@ -139,7 +140,9 @@ def run_notebook(
             linecache.cache[name] = len(source), None, source.splitlines(True), name
             variables['In'].append(source)
             exec(compile(source, name, 'exec'), variables)
-    finally: os.chdir(here)
+    finally:
+        os.chdir(here)
+        torch.set_num_threads(threads)
     return variables
 
 def code_cells(
