@@ -24,8 +24,8 @@ def noise(): return torch.randn(2,3,8,8, generator=torch.Generator().manual_seed
 def eps(model, x, step):
     "What the network of a diffusers user would predict: the noise, at an integer step."
     t = (torch.as_tensor(float(step))+1)/T
-    a, σ = model.schedule(t.double())
-    return ((x - a*model(x,t))/σ).float()
+    α, σ = model.schedule(t.double())
+    return ((x - α*model(x,t))/σ).float()
 
 def our_path(model, x, ts, step):
     "The result of each step."

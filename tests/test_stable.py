@@ -384,9 +384,9 @@ def test_half_precision(tokenizer, dtype):
 
 def test_zero_terminal_snr():
     "A table that ends in nothing gives finite scales, which fall and rise."
-    a, σ = Tabulated(torch.linspace(.999, 0, 100))(torch.tensor([1e-6,.005,.01,.5,1.]).double())
-    assert (a.diff()<0).all() and (σ.diff()>0).all() and abs(a[-1]-2**-12)<1e-9
-    assert torch.allclose(a**2+σ**2, torch.ones(5).double())
+    α, σ = Tabulated(torch.linspace(.999, 0, 100))(torch.tensor([1e-6,.005,.01,.5,1.]).double())
+    assert (α.diff()<0).all() and (σ.diff()>0).all() and abs(α[-1]-2**-12)<1e-9
+    assert torch.allclose(α**2+σ**2, torch.ones(5).double())
 
 def test_shifted_autoencoder():
     stage = StableVAE(vae(shift_factor=.2).eval())

@@ -378,18 +378,18 @@ def control_loss(
     def loss_fn(adapter, batch):
         z = batch['latent']
         t = sample_t(base.schedule, len(z), z.device)
-        a, σ = scales(base, t, z)
-        noisy = a*z + σ*torch.randn_like(z)
+        α, σ = scales(base, t, z)
+        noisy = α*z + σ*torch.randn_like(z)
         cond = _drop_conditions(base, batch, drop)
         picture = batch['control']
         if mask_control: picture = picture*(batch['region']>0)
         features = mask_features(adapter(picture), batch['region'], mode)
         predicted = base(noisy, t, cond+Cond(features=features)).float()
-        snr = (a/σ)**2
+        snr = (α/σ)**2
         terms = dict(noise=(weight(snr)*snr*(predicted-z)**2).mean())
         if edges is not None:
             error = _edge_error(EDGES[edges], predicted, z, batch['region'], mode, by_area)
-            abar = (a**2/(a**2+σ**2)).flatten()
+            abar = (α**2/(α**2+σ**2)).flatten()
             terms['edges'] = (TIME_WEIGHTS[time_weight](t.view_as(abar), abar)*error).mean()
         return dict(loss=terms['noise']+scale*terms.get('edges', 0.), **terms)
     return loss_fn

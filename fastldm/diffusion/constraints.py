@@ -59,14 +59,14 @@ class PosteriorDenoiser:
         self.iters = iters
 
     def __call__(self, x, t, cond=None):
-        a, σ = scales(self, t, x)
-        r2 = σ**2/(a**2+σ**2)                                   # variance of `x0` given `x`
+        α, σ = scales(self, t, x)
+        r2 = σ**2/(α**2+σ**2)                                   # variance of `x0` given `x`
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             x0 = self.denoise(x, t, cond)
         δ = least_squares(self.measure, x0.detach(), self.y, self.noise**2/r2, self.iters)
         gradient = torch.autograd.grad(x0, x, δ/r2)[0]
-        return x0.detach() + σ**2/a*gradient
+        return x0.detach() + σ**2/α*gradient
 
 # %% ../../nbs/diffusion/07_constraints.ipynb #993d3313
 def check_pictures(
@@ -224,9 +224,9 @@ class Variation(PictureConstraint):
     def start(self, ldm, denoise, x, ts, data):
         "Start from the noised latent of the picture, at time `strength`."
         s = torch.tensor(float(self.strength)).double()
-        a, σ = scales(denoise, s, x)
+        α, σ = scales(denoise, s, x)
         _, σ_first = scales(denoise, ts[0], x)
-        noised = a*ldm.encode(data[0]) + σ*x/σ_first
+        noised = α*ldm.encode(data[0]) + σ*x/σ_first
         return denoise, noised, torch.cat([s[None], ts[ts<s]])
 
 def vary(

@@ -18,7 +18,7 @@ def scales(
     denoise, # anything with a `.schedule`
     t:torch.Tensor, # one time, or one per sample
     x:torch.Tensor, # the tensor that they will multiply, (B,...)
-)->tuple: # `(alpha, sigma)`, shaped to broadcast over `x`
+)->tuple: # `(α, σ)`, shaped to broadcast over `x`
     "Compute the scales of picture and noise at `t`: in double precision, returned in that of `x`."
     t = torch.as_tensor(t, device=x.device).double().reshape(-1, *[1]*(x.ndim-1))
     return tuple(s.to(x.dtype) for s in denoise.schedule(t))
@@ -30,8 +30,8 @@ def eps_of(
     x0:torch.Tensor, # predicted clean latent
 )->torch.Tensor: # the predicted unit noise
     "Compute the noise that explains `x`, given the clean latent."
-    a, σ = scales(denoise, t, x)
-    return (x - a*x0)/σ
+    α, σ = scales(denoise, t, x)
+    return (x - α*x0)/σ
 
 def score_of(
     denoise, # anything with a `.schedule`
@@ -40,8 +40,8 @@ def score_of(
     x0:torch.Tensor, # predicted clean latent
 )->torch.Tensor: # gradient of the log-density of `x` at time `t`
     "Compute the score that belongs to a prediction, by Tweedie's formula (Efron 2011)."
-    a, σ = scales(denoise, t, x)
-    return (a*x0 - x)/σ**2
+    α, σ = scales(denoise, t, x)
+    return (α*x0 - x)/σ**2
 
 # %% ../../nbs/diffusion/04_denoiser.ipynb #3cd39eb7
 class GaussianDenoiser:
@@ -57,33 +57,33 @@ class GaussianDenoiser:
         self.mean = mean[None] if mean.ndim==0 else mean
 
     def __call__(self, x, t, cond=None):
-        a, σ = scales(self, t, x)
-        var = (a*self.std)**2 + σ**2
+        α, σ = scales(self, t, x)
+        var = (α*self.std)**2 + σ**2
         mean = self.mean.to(x)
-        gap = x[:,None] - a[:,None]*mean                                # to each component, (B,K,...)
+        gap = x[:,None] - α[:,None]*mean                                # to each component, (B,K,...)
         log_p = -(gap**2/var[:,None]/2).flatten(2).sum(2)               # of `x` under each, up to a constant
         weight = log_p.softmax(1).view(len(x), -1, *[1]*(x.ndim-1))
-        x0_of_each = mean + (a*self.std**2/var)[:,None]*gap
+        x0_of_each = mean + (α*self.std**2/var)[:,None]*gap
         return (weight*x0_of_each).sum(1)
 
 # %% ../../nbs/diffusion/04_denoiser.ipynb #bdd383d7
 def precondition(
     predict:str, # 'eps', 'score', 'x0', 'v' or 'edm'
-    a:torch.Tensor, # alpha
-    σ:torch.Tensor, # sigma
+    α:torch.Tensor, # scale of the image
+    σ:torch.Tensor, # of the noise
     sigma_data:float=1., # standard deviation of the data, for 'edm'
 )->tuple: # `(c_skip, c_out)` of `x0_hat = c_skip x + c_out net`
     """Return how to read a network's output (Salimans and Ho 2022, appendix D; Karras et al. 2022, table 1).
 
     Raises `ValueError` for another name."""
     d = sigma_data
-    r2 = a**2 + σ**2
-    var = (a*d)**2 + σ**2
-    if predict=='eps': return 1/a, -σ/a
-    if predict=='score': return 1/a, σ/a
-    if predict=='x0': return torch.zeros_like(a), torch.ones_like(a)
-    if predict=='v': return a/r2, -σ/r2.sqrt()
-    if predict=='edm': return a*d**2/var, σ*d/var.sqrt()
+    r2 = α**2 + σ**2
+    var = (α*d)**2 + σ**2
+    if predict=='eps': return 1/α, -σ/α
+    if predict=='score': return 1/α, σ/α
+    if predict=='x0': return torch.zeros_like(α), torch.ones_like(α)
+    if predict=='v': return α/r2, -σ/r2.sqrt()
+    if predict=='edm': return α*d**2/var, σ*d/var.sqrt()
     raise ValueError(f"predict={predict!r}: expected 'eps', 'score', 'x0', 'v' or 'edm'")
 
 # %% ../../nbs/diffusion/04_denoiser.ipynb #da8ec490
@@ -123,9 +123,9 @@ class Denoiser(Module):
         cond:Cond=None, # the encoded conditions, `conditioner(batch)`; None: no conditions
     )->torch.Tensor: # the predicted clean latent, (B,C,H,W)
         "Predict the clean latent."
-        a, σ = scales(self, t, x)
-        c_skip, c_out = precondition(self.predict, a, σ, self.sigma_data)
-        c_in = ((a*self.sigma_data)**2 + σ**2).rsqrt() if self.scale_input else 1.
+        α, σ = scales(self, t, x)
+        c_skip, c_out = precondition(self.predict, α, σ, self.sigma_data)
+        c_in = ((α*self.sigma_data)**2 + σ**2).rsqrt() if self.scale_input else 1.
         t = torch.as_tensor(t, device=x.device, dtype=torch.float32).expand(len(x))
         slots = cond.slots() if cond else {}
         net_input = c_in*x
@@ -137,20 +137,20 @@ class Denoiser(Module):
 
 # %% ../../nbs/diffusion/04_denoiser.ipynb #f5b05d7f
 def uniform_weight(
-    snr:torch.Tensor, # alpha²/sigma²
+    snr:torch.Tensor, # α²/σ²
 )->torch.Tensor: # weight of the squared error of the noise
     "Weight all noise levels alike: the 'simple' loss of Ho et al. 2020."
     return torch.ones_like(snr)
 
 def min_snr_weight(
-    snr:torch.Tensor, # alpha²/sigma²
+    snr:torch.Tensor, # α²/σ²
     gamma:float=5., # the cap
 )->torch.Tensor: # weight of the squared error of the noise
     "Min-SNR: the error of the latent counts SNR times, but no more than `gamma` (Hang et al. 2023)."
     return snr.clamp(max=gamma)/snr
 
 def p2_weight(
-    snr:torch.Tensor, # alpha²/sigma²
+    snr:torch.Tensor, # α²/σ²
     gamma:float=1., # strength; 0 is the simple loss
     k:float=1., # with 1 the weight is (1-alpha_bar)^gamma
     data_var:float=1., # variance of the data, by which the signal is stronger; 1 for latents scaled to it
@@ -159,7 +159,7 @@ def p2_weight(
     return (k + snr*data_var)**-gamma
 
 def edm_weight(
-    snr:torch.Tensor, # alpha²/sigma²
+    snr:torch.Tensor, # α²/σ²
     sigma_data:float=1., # standard deviation of the data
 )->torch.Tensor: # weight of the squared error of the noise
     """EDM: the error of the network's own output counts the same at all noise levels (Karras et al. 2022).
@@ -177,8 +177,8 @@ def mean_one(
 ): # the weight over its mean, a function of the SNR
     "Divide a weight by its mean over a schedule."
     midpoints = (torch.arange(n).double() + .5)/n
-    a, σ = schedule(schedule.t_min + (1-schedule.t_min)*midpoints)
-    mean = weight((a/σ)**2).mean().item()
+    α, σ = schedule(schedule.t_min + (1-schedule.t_min)*midpoints)
+    mean = weight((α/σ)**2).mean().item()
     return partial(_scaled_weight, weight=weight, mean=mean)           # not a closure: it can be pickled
 
 # %% ../../nbs/diffusion/04_denoiser.ipynb #90c529d2
@@ -192,10 +192,10 @@ def diffusion_loss(
     "Compute the loss of denoising score matching, from the predicted latent (Vincent 2011; Ho et al. 2020)."
     x0 = batch['latent']
     t = sample_t(model.schedule, len(x0), x0.device)
-    a, σ = scales(model, t, x0)
+    α, σ = scales(model, t, x0)
     cond = model.conditioner(batch) if model.conditioner is not None else None
-    x0_hat = model(a*x0 + σ*torch.randn_like(x0), t, cond)
-    snr = (a/σ)**2
+    x0_hat = model(α*x0 + σ*torch.randn_like(x0), t, cond)
+    snr = (α/σ)**2
     err = (weight(snr)*snr*(x0_hat.float()-x0)**2).flatten(1)
     return dict(loss=(err.sum(1) if total else err.mean(1)).mean())
 

@@ -61,11 +61,11 @@ def ddim_inverse_step(
     rounds:int=2, # fixed-point iterations, one call each; 0: take the noise predicted at `s` (plain DDIM inversion)
 )->torch.Tensor: # the sample at time `t` from which `ddim_step` comes to `x`
     "Undo a step of DDIM (Song et al. 2021a; its fixed point as in Garibi et al. 2024)."
-    a_s, σ_s = scales(denoise, s, x)
-    a, σ = scales(denoise, t, x)
-    def with_noise(eps): return a/a_s*x + (σ-a/a_s*σ_s)*eps
+    α_s, σ_s = scales(denoise, s, x)
+    α, σ = scales(denoise, t, x)
+    def with_noise(eps): return α/α_s*x + (σ-α/α_s*σ_s)*eps
     if s>0: guess = with_noise(eps_of(denoise, x, s, denoise(x, s, cond)))
-    else: guess = a/a_s*x                                       # at time 0 there is no noise to predict
+    else: guess = α/α_s*x                                       # at time 0 there is no noise to predict
     for _ in range(rounds if s>0 else rounds+1): guess = with_noise(eps_of(denoise, guess, t, denoise(guess, t, cond)))
     return guess
 

@@ -144,12 +144,12 @@ def ddim_step(
     eta:float=0., # 0: deterministic DDIM, 1: ancestral DDPM
 )->torch.Tensor: # sample at time `s`
     "Step from `t` to `s`: keep the predicted latent, carry over the noise (Song et al. 2021a, eq. 12)."
-    a, σ = scales(denoise, t, x)
-    a_s, σ_s = scales(denoise, s, x)
+    α, σ = scales(denoise, t, x)
+    α_s, σ_s = scales(denoise, s, x)
     x0 = denoise(x, t, cond)
-    if not eta: return a_s*x0 + σ_s*(x - a*x0)/σ
-    τ = eta**2 * (1 - (a/a_s*σ_s/σ)**2).clamp(0,1)                      # part of the variance that is fresh noise
-    return a_s*x0 + σ_s*((1-τ).sqrt()*(x - a*x0)/σ + τ.sqrt()*noise_like(x))
+    if not eta: return α_s*x0 + σ_s*(x - α*x0)/σ
+    τ = eta**2 * (1 - (α/α_s*σ_s/σ)**2).clamp(0,1)                      # part of the variance that is fresh noise
+    return α_s*x0 + σ_s*((1-τ).sqrt()*(x - α*x0)/σ + τ.sqrt()*noise_like(x))
 
 ddpm_step = partial(ddim_step, eta=1.)
 
@@ -161,10 +161,10 @@ def _add_churn(denoise, x, t, churn):
     schedule = denoise.schedule
     raised = schedule.log_snr(t.double()) - 2*torch.log1p(torch.tensor(churn).double())
     t_up = time_of_log_snr(schedule, raised).clamp(min=t)
-    a, σ = scales(denoise, t, x)
-    a_up, σ_up = scales(denoise, t_up, x)
-    added = ((σ_up/a_up)**2 - (σ/a)**2).clamp(min=0).sqrt()
-    return a_up*(x/a + added*noise_like(x)), t_up
+    α, σ = scales(denoise, t, x)
+    α_up, σ_up = scales(denoise, t_up, x)
+    added = ((σ_up/α_up)**2 - (σ/α)**2).clamp(min=0).sqrt()
+    return α_up*(x/α + added*noise_like(x)), t_up
 
 def euler_step(
     denoise, # the denoiser
@@ -176,10 +176,10 @@ def euler_step(
 )->torch.Tensor: # sample at time `s`
     "Step by Euler's method in the noise ratio σ/α (Karras et al. 2022, algorithm 2 without the correction)."
     x, t = _add_churn(denoise, x, t, churn)
-    a, σ = scales(denoise, t, x)
-    a_s, σ_s = scales(denoise, s, x)
-    slope = (x/a - denoise(x,t,cond))*a/σ
-    return a_s*(x/a + (σ_s/a_s - σ/a)*slope)
+    α, σ = scales(denoise, t, x)
+    α_s, σ_s = scales(denoise, s, x)
+    slope = (x/α - denoise(x,t,cond))*α/σ
+    return α_s*(x/α + (σ_s/α_s - σ/α)*slope)
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #11374ae4
 def heun_step(
@@ -192,16 +192,16 @@ def heun_step(
 )->torch.Tensor: # sample at time `s`
     "Step by Heun's method in the noise ratio σ/α: two calls, one in the step to 0 (Karras et al. 2022, algorithm 2)."
     x, t = _add_churn(denoise, x, t, churn)
-    a, σ = scales(denoise, t, x)
-    a_s, σ_s = scales(denoise, s, x)
-    r = σ/a
-    r_s = σ_s/a_s
-    y = x/a
+    α, σ = scales(denoise, t, x)
+    α_s, σ_s = scales(denoise, s, x)
+    r = σ/α
+    r_s = σ_s/α_s
+    y = x/α
     slope = (y - denoise(x,t,cond))/r
     y_s = y + (r_s-r)*slope
     if s==0: return y_s
-    slope_s = (y_s - denoise(a_s*y_s,s,cond))/r_s
-    return a_s*(y + (r_s-r)*(slope+slope_s)/2)
+    slope_s = (y_s - denoise(α_s*y_s,s,cond))/r_s
+    return α_s*(y + (r_s-r)*(slope+slope_s)/2)
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #7753ab0d
 def euler_maruyama_step(
@@ -228,13 +228,13 @@ def pc_step(
     snr:float=.16, # signal-to-noise ratio of the Langevin step
 )->torch.Tensor: # sample at time `s`
     "Make an Euler-Maruyama step, then one of Langevin dynamics; two calls (Song et al. 2021b, algorithms 2 to 5)."
-    a, _ = scales(denoise, t, x)
-    a_s, _ = scales(denoise, s, x)
+    α, _ = scales(denoise, t, x)
+    α_s, _ = scales(denoise, s, x)
     x = euler_maruyama_step(denoise, x, t, s, cond)
     if s==0: return x
     score = score_of(denoise, x, s, denoise(x,s,cond))
     z = noise_like(x)
-    ε = 2*(a/a_s)**2*(snr*_norms(z)/_norms(score))**2
+    ε = 2*(α/α_s)**2*(snr*_norms(z)/_norms(score))**2
     return x + ε*score + (2*ε).sqrt()*z
 
 def _norms(x): return x.flatten(1).norm(dim=1).view(-1, *[1]*(x.ndim-1))
@@ -264,9 +264,9 @@ class DPMSolver2M:
         self.next_t = s
         if s==0: return x0                                      # the linear part is gone: the prediction itself
         _, σ = scales(denoise, t, x)
-        a_s, σ_s = scales(denoise, s, x)
+        α_s, σ_s = scales(denoise, s, x)
         h = _lambda(denoise, s) - λ
-        x = σ_s/σ*np.exp(-self.eta*h)*x + a_s*self._integral(h)
+        x = σ_s/σ*np.exp(-self.eta*h)*x + α_s*self._integral(h)
         if not self.eta: return x
         return x + σ_s*np.sqrt(-np.expm1(-2*self.eta*h))*noise_like(x)
 
@@ -350,7 +350,7 @@ class UniPC(DPMSolver2M):
 def _update(self:UniPC, denoise, x, t, s, newest=None):
     "Step from `t` to `s` with the past predictions and, as a correction, with the newest."
     _, σ = scales(denoise, t, x)
-    a_s, σ_s = scales(denoise, s, x)
+    α_s, σ_s = scales(denoise, s, x)
     (λ,d0),*older = self.past
     h = _lambda(denoise, s) - λ
     rs = [(λ_i-λ)/h for λ_i,_ in older]
@@ -358,8 +358,8 @@ def _update(self:UniPC, denoise, x, t, s, newest=None):
     if newest is not None:
         rs.append(1.)
         differences.append(newest-d0)
-    out = σ_s/σ*x - a_s*np.expm1(-h)*d0
-    for w,r,d in zip(_unipc_weights(h,rs), rs, differences): out = out - a_s*np.expm1(-h)*w*d/r
+    out = σ_s/σ*x - α_s*np.expm1(-h)*d0
+    for w,r,d in zip(_unipc_weights(h,rs), rs, differences): out = out - α_s*np.expm1(-h)*w*d/r
     return out
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #a564bfad
@@ -367,8 +367,8 @@ def _velocity(denoise, y, t, θ, cond, signs):
     "dy/dθ, and one estimate of its divergence for each probe, (probes,B)."
     with torch.enable_grad():
         y = y.detach().requires_grad_()
-        a, σ = scales(denoise, t, y)
-        x0 = denoise(y*(a**2+σ**2).sqrt(), t, cond)
+        α, σ = scales(denoise, t, y)
+        x0 = denoise(y*(α**2+σ**2).sqrt(), t, cond)
         products = [v*torch.autograd.grad(x0, y, v, retain_graph=True)[0] for v in signs]
     trace = torch.stack([p.flatten(1).sum(1) for p in products]).double().cpu()
     velocity = ((θ.cos()*y-x0)/θ.sin()).detach().to(y.dtype)

@@ -59,8 +59,8 @@ def control_predictions(
     "Clean latents predicted from noised ones, without and with an adapter's features."
     set_seed(seed)
     time = torch.tensor(t)
-    a, σ = scales(denoiser, time, latents)
-    noisy = a*latents + σ*torch.randn_like(latents)
+    α, σ = scales(denoiser, time, latents)
+    noisy = α*latents + σ*torch.randn_like(latents)
     with_control = denoiser(noisy, time, cond+Cond(features=features))
     return dict(noisy=noisy, without=denoiser(noisy, time, cond), with_control=with_control)
 
