@@ -275,6 +275,32 @@ def test_shards_show_themselves(tmp_path):
     packed.write_bytes(packed.read_bytes()[:60])
     with pytest.raises(ValueError, match='b.tar.gz is damaged'): Shards(packed)
 
+def test_one_bad_picture_in_a_large_tar(tmp_path):
+    """`ImageFolder` and `Captioned` could leave it out, `Shards` could not. It is counted and named, its label goes
+    with it, and the counts of index.json are those of all pictures."""
+    good = [(f'{i}.png',png(10*i)) for i in range(1,5)]
+    labels = [(f'{i}.cls',str(i).encode()) for i in range(1,5)]
+    cut = [(name,content[:30] if name=='3.png' else content) for name,content in good]
+    shards = [tar(tmp_path/'a.tar', *cut[:2], *labels[:2]), tar(tmp_path/'b.tar', *cut[2:], *labels[2:])]
+    (tmp_path/'index.json').write_text('{"a.tar": 2, "b.tar": 2}')
+    with pytest.raises(ValueError, match='b.tar: 3.png cannot be read'): greys(Shards(shards, size=4))
+    with pytest.warns(UserWarning, match='Shards leaves out 1 pictures. .*b.tar: 3.png'):
+        ds = Shards(shards, size=4, keep=1, skip='warn')
+    assert [*ds.failed]==[f'{shards[1]}: 3.png']
+    assert (len(ds),ds.counts,greys(ds),ds[:]['label'].tolist())==(3,[2,1],[10,20,40],[1,2,4])
+    assert greys(ds)==[10,20,40]                                            # the first shard is read again
+    assert sorted(ds.order(torch.Generator()).tolist())==[0,1,2]
+
+def test_shards_without_a_good_picture(tmp_path):
+    "Of a shard all may be bad; of all shards not."
+    shards = [tar(tmp_path/'a.tar', ('1.png',b'cut')), tar(tmp_path/'b.tar', ('2.png',png(7)))]
+    with pytest.warns(UserWarning, match='a.tar: 1.png'): assert greys(Shards(shards, size=4, skip=True))==[7]
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match='none of 1 pictures can be read. .*a.tar: 1.png'):
+        Shards(shards[0], skip='warn')
+    with pytest.raises(ValueError, match="skip is 'all'; it can be False or 'warn'"): Shards(shards[1], skip='all')
+    with pytest.raises(ValueError, match='b.tar has 1 pictures, and 2 were counted'):
+        Shards(shards[1], counts=[2], skip='warn')
+
 def test_captions_are_written_into_shards(tmp_path):
     for i in range(3): save(tmp_path/f'{i}.png', i)
     table = 'file,caption\n'+''.join(f'{i}.png,é {i}\n' for i in range(3))

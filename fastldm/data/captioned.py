@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 from fastcore.basics import patch
-from .images import (DATASETS,ImageFolder,ZippedFile,check_split,escape_text,find_damaged,find_pictures,
-                                 first_few,licence_of,open_zip,plain_picture,upright)
+from .images import (DATASETS,ImageFolder,ZippedFile,check_skip,check_split,escape_text,find_damaged,
+                                 find_pictures,first_few,licence_of,open_zip,plain_picture,upright)
 
 # %% ../../nbs/data/04_captioned.ipynb #0bf49734
 def read_text(
@@ -348,7 +348,7 @@ def set_rows(self:Captioned, rows, size=64, channels=3, cache=2., test=.1, pad=F
              image=None):
     """Choose the rows of the split, and hold their pictures: from their files, or from `image`, uint8 (N,C,H,W),
     one for each row."""
-    if skip not in (False,True,'warn'): raise ValueError(f"skip is {skip!r}; it can be False, True or 'warn'")
+    check_skip(skip)
     if image is None: rows = self._present(rows, skip)
     n_rows = len(rows)
     part = [i for i,side in enumerate(split_rows(rows, test)) if side==self.split]

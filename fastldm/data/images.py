@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'DATASETS', 'upright', 'plain_picture', 'from_image', 'to_uint8', 'to_image', 'check_split',
            'escape_text', 'Pictures', 'licence_of', 'collate', 'dataloader', 'Digits', 'open_image', 'open_zip',
-           'ZippedFile', 'find_pictures', 'ImageFolder', 'find_damaged', 'first_few', 'get_dataset', 'edges']
+           'ZippedFile', 'find_pictures', 'ImageFolder', 'find_damaged', 'first_few', 'check_skip', 'get_dataset',
+           'edges']
 
 # %% ../../nbs/data/00_images.ipynb #9dfeb8dc
 import difflib,io,math,os,re,warnings,zipfile
@@ -169,6 +170,7 @@ class Pictures:
     split = 'train'
     image,label,classes = None,None,()
     licence = 'of the user' # what the pictures may be used for
+    failed = {} # {name: why it was left out}
     def __init__(self,
         image:torch.Tensor, # uint8 (N,C,H,W)
         label=None, # N whole numbers
@@ -378,7 +380,6 @@ def _labels(names, train, folder):
 # %% ../../nbs/data/00_images.ipynb #6fd020b4
 class ImageFolder(Pictures):
     "Any folder of pictures: one folder per class, or flat and without labels."
-    failed = {} # {name: why it was left out}
     def __init__(self,
         root, # the folder
         split='train', # 'train', 'val' or 'test': a subfolder of this name is used where there is one
@@ -428,8 +429,15 @@ def first_few(
     return listed+(f' and {len(reasons)-5} more' if len(reasons)>5 else '')
 
 # %% ../../nbs/data/00_images.ipynb #8d338658
+def check_skip(
+    skip, # False, True or 'warn'
+)->bool: # whether pictures that cannot be read are left out
+    "Raises ValueError for anything else."
+    if skip not in (False,True,'warn'): raise ValueError(f"skip is {skip!r}; it can be False or 'warn'")
+    return bool(skip)
+
 @patch
-def leave_out(self:ImageFolder, bad):
+def leave_out(self:Pictures, bad):
     "Warn of what is left out, and remember it in `failed`."
     if not bad: return
     self.failed = {**self.failed, **bad}
@@ -438,8 +446,7 @@ def leave_out(self:ImageFolder, bad):
 @patch
 def choose_readable(self:ImageFolder, files, skip)->dict: # the good files, as its keys, in order
     "All files, or with `skip` those that can be read. Raises ValueError if none can."
-    if skip not in (False,True,'warn'): raise ValueError(f"skip is {skip!r}; it can be False or 'warn'")
-    bad = find_damaged(files) if skip else {}
+    bad = find_damaged(files) if check_skip(skip) else {}
     self.leave_out({str(f):reason for f,reason in bad.items()})
     if len(bad)==len(files): raise ValueError(f"none of {len(files)} pictures can be read. {first_few(self.failed)}")
     return dict.fromkeys(f for f in files if f not in bad)

@@ -16,7 +16,8 @@ from fastcore.basics import patch
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 from ..core.models import write_atomic
-from .images import IMAGE_SUFFIXES,Pictures,from_image,open_image,to_image
+from .images import (IMAGE_SUFFIXES,Pictures,check_skip,find_damaged,first_few,from_image,open_image,
+                                 to_image)
 
 # %% ../../nbs/data/03_shards.ipynb #22334ee3
 class Shards(Pictures):
@@ -27,6 +28,7 @@ class Shards(Pictures):
         size:int=64, # side of the pictures
         channels:int=3, # 3 colour, 1 grey
         keep:int=4, # shards in memory, and mixed with each other
+        skip=False, # 'warn': leave out pictures that cannot be read, for which each shard is read once at the start
     ):
         urls = [urls] if isinstance(urls, (str,Path)) else urls
         self.urls = [str(u) for u in urls]
@@ -34,23 +36,29 @@ class Shards(Pictures):
         self.channels = channels
         self.keep = keep
         self.loaded = OrderedDict() # {number of a shard: its fields}, the least recently used first
+        self.damaged = {} # {number of a shard: keys of the pictures that are left out}
         self.counts = self.fields = None # `fields` are those of the shard that was read first
         if not self.urls: raise ValueError('Shards needs the address of at least one tar file; given none')
         if channels not in (1,3) or min(size,keep)<1:
             raise ValueError(f"size is {size}, channels is {channels}, keep is {keep}; size and keep are at least 1, "
                              "channels 1 (grey) or 3 (colour)")
-        self.counts = list((self._read_index() or self._count()) if counts is None else counts)
-        if len(self.counts)!=len(self.urls):
-            raise ValueError(f'{len(self.urls)} shards but {len(self.counts)} counts: give one a shard')
+        counts = self._read_index() if counts is None else list(counts)
+        if counts is not None and len(counts)!=len(self.urls):
+            raise ValueError(f'{len(self.urls)} shards but {len(counts)} counts: give one a shard')
+        self.counts = self._count_readable(counts) if check_skip(skip) else counts or self._count()
         self.ends = np.cumsum(self.counts)
 
-    def __len__(self): return int(self.ends[-1])
+# %% ../../nbs/data/03_shards.ipynb #3c179b71
+@patch
+def __len__(self:Shards): return int(self.ends[-1])
 
-    def __getstate__(self): return dict(self.__dict__, loaded=OrderedDict()) # a new process reads its own shards
+@patch
+def __getstate__(self:Shards): return dict(self.__dict__, loaded=OrderedDict()) # a new process reads its own shards
 
-    def __repr__(self):
-        shape = f'{self.channels}×{self.size}×{self.size}'
-        return f"{type(self).__name__}({self.split}: {len(self)} pictures of {shape} in {len(self.urls)} shards)"
+@patch
+def __repr__(self:Shards):
+    shape = f'{self.channels}×{self.size}×{self.size}'
+    return f"{type(self).__name__}({self.split}: {len(self)} pictures of {shape} in {len(self.urls)} shards)"
 
 # %% ../../nbs/data/03_shards.ipynb #125a6301
 @patch
@@ -171,12 +179,16 @@ def _caption(file):
     try: return file.raw.decode('utf-8-sig')
     except UnicodeDecodeError as e: raise ValueError(f'{file} is not UTF-8 text ({e}): write it as UTF-8') from e
 
+def _pictures_of(url, entries):
+    "The picture of each key."
+    images = _files_of(url, entries, [s[1:] for s in IMAGE_SUFFIXES])
+    if images: return images
+    raise ValueError(f'{url} has no entries, or entries without a picture: WebDataset shards hold key.jpg '
+                     '(or png, webp) and key.cls or key.txt')
+
 def _decode(url, entries, size, channels):
     "{field: list} of the entries of a shard: `image` in bytes, and `label` or `caption` where there are some."
-    images = _files_of(url, entries, [s[1:] for s in IMAGE_SUFFIXES])
-    if not images:
-        raise ValueError(f'{url} has no entries, or entries without a picture: WebDataset shards hold key.jpg '
-                         '(or png, webp) and key.cls or key.txt')
+    images = _pictures_of(url, entries)
     def decode(file): return open_image(file, size, channels)
     with ThreadPoolExecutor(8) as pool: fields = dict(image=list(pool.map(decode, images)))
     labels,captions = (_files_of(url, entries, [suffix]) for suffix in ('cls','txt'))
@@ -191,22 +203,45 @@ def load_shard(self:Shards, i:int)->dict: # {field: list}
     Raises ValueError for a damaged one, FileNotFoundError for a missing one."""
     if i not in self.loaded:
         url = self.urls[i]
-        fields = _decode(url, _read_tar(url), self.size, self.channels)
+        left_out = self.damaged.get(i, ())
+        entries = {key:parts for key,parts in _read_tar(url).items() if key not in left_out}
+        fields = _decode(url, entries, self.size, self.channels)
         self._check_shard(i, fields)
         self.loaded[i] = fields
         while len(self.loaded)>self.keep: self.loaded.popitem(last=False)
     self.loaded.move_to_end(i)
     return self.loaded[i]
 
+def _check_count(url, found, counted):
+    if found==counted: return
+    raise ValueError(f"{url} has {found} pictures, and {counted} were counted: write index.json again, or correct "
+                     "`counts`")
+
 @patch
 def _check_shard(self:Shards, i, fields):
-    if self.counts and len(fields['image'])!=self.counts[i]:
-        raise ValueError(f"{self.urls[i]} has {len(fields['image'])} pictures, and {self.counts[i]} were counted: "
-                         "write index.json again, or correct `counts`")
+    if self.counts: _check_count(self.urls[i], len(fields['image']), self.counts[i])
     self.fields = self.fields or [*fields]
     if [*fields]!=self.fields:
         raise ValueError(f"{self.urls[i]} has {', '.join(fields)}, other shards have {', '.join(self.fields)}: "
                          "give sets of one kind")
+
+# %% ../../nbs/data/03_shards.ipynb #7f49d08b
+@patch
+def _count_readable(self:Shards, counts)->list: # of whole numbers
+    "How many pictures of each shard can be read; the others are remembered in `damaged`."
+    readable = []
+    bad = {}
+    for i,url in enumerate(tqdm(self.urls, 'looking for damaged pictures')):
+        entries = _read_tar(url)
+        files = _pictures_of(url, entries)
+        if counts: _check_count(url, len(files), counts[i])
+        reasons = find_damaged(files)
+        self.damaged[i] = {key for key,file in zip(entries,files) if file in reasons}
+        bad |= {str(file):reason for file,reason in reasons.items()}
+        readable.append(len(files)-len(reasons))
+    self.leave_out(bad)
+    if not any(readable): raise ValueError(f"none of {len(bad)} pictures can be read. {first_few(bad)}")
+    return readable
 
 # %% ../../nbs/data/03_shards.ipynb #32a423f1
 def _add(tar, name, raw):
