@@ -27,6 +27,18 @@ def pytest_collection_modifyitems(config, items):
 def seeded():
     set_seed(0)
 
+@pytest.fixture(scope='module')
+def mnist():
+    from fastldm import load
+    return load('mnist', 'cpu')
+
+@pytest.fixture
+def idle(mnist, monkeypatch):
+    "The model of MNIST, whose network must not be called."
+    def work(*args, **kwargs): pytest.fail('work was started')
+    monkeypatch.setattr(mnist.denoiser, 'forward', work)
+    return mnist
+
 @pytest.fixture
 def real():
     "`real('mnist', 'test')`: a data set of this computer; the test is skipped, with what to do, where there is none."

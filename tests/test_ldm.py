@@ -16,13 +16,6 @@ LABELS = [i%10 for i in range(64)]
 @pytest.fixture(scope='module')
 def ldm(): return load('mnist')
 
-@pytest.fixture
-def idle(ldm, monkeypatch):
-    "The model, whose network must not be called."
-    def work(*args, **kwargs): pytest.fail('work was started')
-    monkeypatch.setattr(ldm.denoiser, 'forward', work)
-    return ldm
-
 
 # ---- arguments
 

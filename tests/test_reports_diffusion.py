@@ -15,17 +15,7 @@ from fastldm.diffusion import *
 LABELS = [3,1,4,1,5]
 
 @pytest.fixture(scope='module')
-def mnist(): return load('mnist', 'cpu')
-
-@pytest.fixture(scope='module')
 def flowers(): return load('flowers', 'cpu')
-
-@pytest.fixture
-def idle(mnist, monkeypatch):
-    "The model, whose network must not be called."
-    def work(*args, **kwargs): pytest.fail('work was started')
-    monkeypatch.setattr(mnist.denoiser, 'forward', work)
-    return mnist
 
 def close(a, b, within): assert (a.double()-b.double()).abs().max()<within
 
