@@ -204,6 +204,7 @@ class _Derived(Faces):
         self.licence = licence_of(ds)
     def __len__(self): return len(self.ds)
     def pixels(self, idxs): return self.ds.pixels(idxs)
+    def digest(self): return self.ds.digest()
 
 # %% ../../nbs/data/07_faces.ipynb #493579fe
 class Mirrored(_Derived):
@@ -328,12 +329,13 @@ def cached_tensors(
     name:str, # what is kept
     key, # everything that the tensors depend on
     make, # a function that makes {name: tensor}
+    folder:str='faces', # of the cache
 )->dict: # {name: tensor}
     """Tensors from a file of the cache (`FASTLDM_CACHE`), or made now and kept there.
     Warns of a damaged file, and makes it again."""
     from safetensors.torch import load_file,save_file
     cache = Path(os.environ.get('FASTLDM_CACHE', '~/.cache/fastldm')).expanduser()
-    file = cache/'faces'/f'{name}-{zlib.crc32(repr(key).encode()):08x}.safetensors'
+    file = cache/folder/f'{name}-{zlib.crc32(repr(key).encode()):08x}.safetensors'
     if file.exists():
         try: return load_file(file)
         except Exception as e: warnings.warn(f"{file} is damaged ({type(e).__name__}: {str(e)[:80]}) and is made again")

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'DATASETS', 'upright', 'plain_picture', 'from_image', 'to_uint8', 'to_image', 'check_split',
            'escape_text', 'Pictures', 'licence_of', 'collate', 'dataloader', 'Digits', 'open_image', 'open_zip',
-           'ZippedFile', 'find_pictures', 'ImageFolder', 'find_damaged', 'first_few', 'check_skip', 'get_dataset',
-           'edges']
+           'ZippedFile', 'find_pictures', 'ImageFolder', 'find_damaged', 'first_few', 'check_skip', 'size_and_checksum',
+           'files_digest', 'get_dataset', 'edges']
 
 # %% ../../nbs/data/00_images.ipynb #9dfeb8dc
-import difflib,io,math,os,re,warnings,zipfile
+import difflib,io,math,os,re,warnings,zipfile,zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from PIL import Image,ImageOps
 from fastcore.basics import patch
 from torch.utils.data import DataLoader,default_collate
 from tqdm.auto import tqdm
+from ..core.models import tensor_digest
 from ..core.show import warn_unsigned
 
 # %% ../../nbs/data/00_images.ipynb #e7744ca0
@@ -474,6 +475,43 @@ def pixels(self:ImageFolder, idxs)->torch.Tensor: # uint8 (B,C,H,W)
     with ThreadPoolExecutor(8) as pool:
         bar = tqdm(pool.map(read, idxs), 'reading', len(idxs), leave=False, disable=len(idxs)<2000)
         return torch.stack(list(bar))
+
+# %% ../../nbs/data/00_images.ipynb #ae111e00
+def size_and_checksum(
+    file, # a path, or one in a zip file
+)->tuple: # its bytes, and a function that computes their CRC-32
+    "What a file holds, in brief; nothing is read of it yet."
+    file = getattr(file, 'file', file)                                # of one that is seen in another way
+    if isinstance(file, ZippedFile):
+        info = file.info()
+        return info.file_size, lambda: info.CRC
+    return file.stat().st_size, lambda: zlib.crc32(file.read_bytes())
+
+def files_digest(
+    files:list, # paths, or files in a zip file
+    whole:int=2**30, # bytes up to which all files are read; of n times as many, every n-th
+)->str: # 16 hexadecimal digits
+    "Equal for files of equal content in the same order, whatever they are called."
+    infos = {file:size_and_checksum(file) for file in files}
+    every = 1+sum(size for size,_ in infos.values())//whole
+    def mark(numbered):
+        i,(size,checksum) = numbered
+        return size,(checksum() if i%every==0 else None)
+    with ThreadPoolExecutor(8) as pool: marks = dict(zip(infos, pool.map(mark, enumerate(infos.values()))))
+    return tensor_digest([marks[file] for file in files])
+
+# %% ../../nbs/data/00_images.ipynb #458acc0f
+@patch
+def digest(self:Pictures)->str:
+    "None: a set that is drawn, or public, has no files of its own."
+
+@patch
+def digest(self:ImageFolder)->str: # 16 hexadecimal digits; None for a set without files
+    "What tells sets apart that look alike: the content of their files, and what is known of each picture."
+    files = getattr(self, 'files', ())
+    if not files or not hasattr(files[0], 'open'): return None
+    known = [getattr(self, name, None) for name in ('label','attrs','caption')]
+    return tensor_digest(files_digest(files), *known)
 
 # %% ../../nbs/data/00_images.ipynb #9f7956ed
 DATASETS = dict(digits=Digits) # the other modules of this part add theirs

@@ -15,9 +15,9 @@ import numpy as np, torch
 from fastcore.basics import patch
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
-from ..core.models import write_atomic
-from .images import (IMAGE_SUFFIXES,Pictures,check_skip,find_damaged,first_few,from_image,open_image,
-                                 to_image)
+from ..core.models import tensor_digest,write_atomic
+from .images import (IMAGE_SUFFIXES,Pictures,check_skip,files_digest,find_damaged,first_few,from_image,
+                                 open_image,to_image)
 
 # %% ../../nbs/data/03_shards.ipynb #22334ee3
 class Shards(Pictures):
@@ -242,6 +242,13 @@ def _count_readable(self:Shards, counts)->list: # of whole numbers
     self.leave_out(bad)
     if not any(readable): raise ValueError(f"none of {len(bad)} pictures can be read. {first_few(bad)}")
     return readable
+
+# %% ../../nbs/data/03_shards.ipynb #d6bc095c
+@patch
+def digest(self:Shards)->str: # 16 hexadecimal digits
+    "Equal for shards of equal content, as for folders; of shards at an address, the counts and the first one count."
+    if not any('://' in url for url in self.urls): return files_digest([Path(url).expanduser() for url in self.urls])
+    with _open(self.urls[0]) as f: return tensor_digest(self.counts, zlib.crc32(f.read()))
 
 # %% ../../nbs/data/03_shards.ipynb #32a423f1
 def _add(tar, name, raw):
