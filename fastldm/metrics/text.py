@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['tokenise', 'tokenise_pairs', 'bleu', 'rouge', 'meteor', 'cider', 'caption_scores', 'retrieval', 'match_report',
-           'pairwise_diversity']
+           'lowest_f1', 'longest_increasing', 'ordered_share', 'pairwise_diversity']
 
 # %% ../../nbs/metrics/01_text.ipynb #cc5b5e02
 import math, unicodedata
 import numpy as np, torch
 from collections import Counter
 from fractions import Fraction
+from itertools import permutations
 
 # %% ../../nbs/metrics/01_text.ipynb #d2302857
 def _is_east_asian(c): return '\u3040'<=c<='\u9fff' or '\uf900'<=c<='\ufaff'
@@ -266,11 +267,42 @@ def match_report(
         raise ValueError(f'given scores of shape {s.shape} and {len(y)} labels{note}: '
                          'expected one number for each label')
     is_match = s>=threshold
-    tn, fp, fn, tp = (int(((y==label)&(is_match==said)).sum()) for label in (0,1) for said in (False,True))
+    tn, fp, fn, tp = (int(((y==label)&(is_match==answer)).sum()) for label in (0,1) for answer in (False,True))
     return dict(
         accuracy=(tp+tn)/len(y), precision=_ratio(tp, tp+fp), recall=_ratio(tp, tp+fn), f1=_ratio(2*tp, 2*tp+fp+fn),
         auroc=_auroc(s, y), similarity_mean=float(s.mean()), similarity_median=float(np.median(s)),
         similarity_std=float(s.std()), confusion=[[tn,fp],[fn,tp]], n=len(y))
+
+# %% ../../nbs/metrics/01_text.ipynb #a9febe92
+def lowest_f1(
+    digits:int, # after the point, of precision and recall
+    n:int, # pairs
+)->float: # over all confusion matrices of n pairs
+    "The lowest F1 whose precision and recall are both printed as 1."
+    lowest = 1.
+    for tp in range(1, n+1):
+        most = max(errors for errors in range(tp+1) if round(tp/(tp+errors), digits)==1)
+        fp = min(most, n-tp)                                   # F1 falls with the sum of both kinds of errors:
+        fn = min(most, n-tp-fp)                                # as many as rounding hides, and as there are pairs for
+        lowest = min(lowest, 2*tp/(2*tp+fp+fn))
+    return lowest
+
+# %% ../../nbs/metrics/01_text.ipynb #7aadf1ea
+def longest_increasing(
+    values, # numbers
+)->int: # its length
+    "The longest increasing subsequence."
+    best = []                                                  # length of the longest that ends at each value
+    for i,value in enumerate(values):
+        before = [best[j] for j in range(i) if values[j]<value]
+        best.append(1+max(before, default=0))
+    return max(best)
+
+def ordered_share(
+    m:int, # words in common, all different; every order is tried
+)->float: # 1 for one word
+    "ROUGE-L divided by ROUGE-1, on average, where the words are in random order."
+    return float(np.mean([longest_increasing(order) for order in permutations(range(m))]))/m
 
 # %% ../../nbs/metrics/01_text.ipynb #dcbf1a80
 def _check_pictures(x):
