@@ -17,10 +17,12 @@ from torch import nn
 from fastldm.core import (Busy, Callback, Interrupted, Learner, Module, SampleCB, check_saveable, config_fingerprint,
                           fingerprint, json_text, load_model, locked, read_checkpoint, save_model, set_seed,
                           write_atomic)
-from fastldm.data import DATASETS, Described, Digits, Pictures, SyntheticFaces, SyntheticScenes
+from fastldm.data import (DATASETS, Captioned, Described, Digits, ImageFolder, Pictures, Shards, SyntheticFaces,
+                          SyntheticScenes, files_digest, write_shards)
 from fastldm.diffusion import LatentDiffusion, load
 from fastldm.metrics import Reference
-from fastldm.recipes import RECIPES, check_free, control, faces, labels, stages, text, train_cli, write_card
+from fastldm.recipes import (RECIPES, begin, check_free, control, data_facts, faces, labels, stages, text, train_cli,
+                             write_card)
 
 # ---- files that others can read
 
@@ -437,6 +439,95 @@ def test_an_adapter_of_another_control(tmp_path, monkeypatch, bases):
     assert content(tmp_path/'m')==before
     with pytest.raises(ValueError, match="did you mean 'edges'"): train_by_name('local', tmp_path/'n', kinds='edge')
 
+# ---- a picture that was replaced
+
+def table(folder):
+    "A captioned table of eight pictures."
+    rows = ['file,caption']
+    for i,file in enumerate(sorted(write_pictures(folder, 8).rglob('*.png'))):
+        rows.append(f'{file.relative_to(folder)},picture {i}')
+    (folder/'captions.csv').write_text('\n'.join(rows))
+    return Captioned(folder, test=0, size=16)
+
+def zipped(folder):
+    "The same in a zip file."
+    table(folder/'set')
+    return Captioned(shutil.make_archive(folder/'all', 'zip', folder/'set'), test=0, size=16)
+
+def shards(folder):
+    "Eight pictures in two tar files."
+    return Shards(write_shards(ImageFolder(write_pictures(folder/'set', 8), size=16), folder/'tars', 4), size=16)
+
+def pictures(folder): return ImageFolder(write_pictures(folder, 8), size=16)
+
+def other_pixel(file):
+    "The picture of a file with another pixel: as large, and for the eye as bright."
+    im = Image.open(file).convert('RGB')
+    im.putpixel((0,0), (255,0,0))
+    im.save(file)
+
+KINDS = dict(folder=pictures, table=table, zip=zipped, tar=shards)
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_picture_that_was_replaced(tmp_path, kind):
+    """By one of the same shape: the run went on, or was "done", with other data. A copy in another place, with other
+    times, is the same set; one pixel makes it another."""
+    make = KINDS[kind]
+    ds = make(tmp_path/'a')
+    asked = dict(data=str(tmp_path/'a'), steps=2)
+    def again(ds, data): begin(tmp_path/'m', make, dict(asked, data=data), ds)
+    again(ds, 'a')
+    save_model(Two(), tmp_path/'m'/'stage', stage='stage')
+    copy = make(tmp_path/'copy')
+    for file in (tmp_path/'copy').rglob('*'): os.utime(file, (0,0))
+    assert data_facts(copy)==data_facts(ds)
+    again(copy, 'copy')
+    with pytest.MonkeyPatch.context() as patch:
+        write = write_pictures
+        def spoiled(folder, n):
+            write(folder, n)
+            other_pixel(folder/'dark'/'2.png')
+            return folder
+        patch.setitem(globals(), 'write_pictures', spoiled)
+        other = make(tmp_path/'other')
+    assert other[2]['image'].shape==ds[2]['image'].shape
+    with pytest.raises(ValueError, match="content was '.{16}', is '.{16}'"): again(other, 'other')
+
+def test_a_caption_or_a_label_that_was_changed(tmp_path):
+    "The pictures are the same, the set is not."
+    ds = table(tmp_path/'a')
+    file = tmp_path/'a'/'captions.csv'
+    file.write_text(file.read_text().replace('picture 3', 'a horse'))
+    assert Captioned(tmp_path/'a', test=0, size=16).digest()!=ds.digest()
+    ds = pictures(tmp_path/'b')
+    (tmp_path/'b'/'dark'/'6.png').rename(tmp_path/'b'/'light'/'0.png')
+    assert pictures(tmp_path/'b').digest()!=ds.digest()
+
+def test_a_folder_and_a_zip_file_of_it_are_one_set(tmp_path):
+    assert zipped(tmp_path).digest()==table(tmp_path/'again').digest()
+
+def test_of_a_large_set_some_files_are_read(tmp_path):
+    "The sizes of all, and the bytes of every so-and-so-many-th."
+    files = sorted(write_pictures(tmp_path, 8).rglob('*.png'))
+    whole = sum(file.stat().st_size for file in files)//4                # so that every fifth is read
+    before = files_digest(files, whole)
+    raw = bytearray(files[1].read_bytes())
+    raw[-1] ^= 1
+    files[1].write_bytes(raw)
+    assert files_digest(files, whole)==before!=files_digest(files)
+    files[1].write_bytes(raw+b' ')
+    assert files_digest(files, whole)!=before
+
+def test_an_adapter_of_other_pictures(finished, tmp_path, monkeypatch):
+    "Its pictures are those of its base."
+    shutil.copytree(finished/'seven', tmp_path/'data')
+    shutil.copytree(finished/'out', tmp_path/'base')
+    write_card(tmp_path/'base', data=str(tmp_path/'data'))
+    def train(): control.train_adapter(tmp_path/'base', tmp_path/'m', steps=1, batch_size=4, progress=False)
+    train()
+    other_pixel(tmp_path/'data'/'dark'/'2.png')
+    with pytest.raises(ValueError, match='content was'): train()
+
 # ---- where a model goes
 
 OTHERS = [['README.md'], ['config.json'], ['notes.txt','a/b.py'], ['model.safetensors']]
@@ -467,6 +558,62 @@ def test_an_empty_or_hidden_folder_is_free(tmp_path):
     (tmp_path/'.gitkeep').touch()
     assert check_free(tmp_path)==tmp_path
     with pytest.raises(ValueError, match='is a file'): check_free(tmp_path/'.gitkeep')
+
+# ---- recipes of the user's own
+
+def mine(folder, seed=0, k=3, **unused):
+    "A recipe that does not call `begin`."
+    def make():
+        set_seed(seed)
+        return Two(k), dict(stage='two')
+    return stages.run_stage(folder, make)
+
+def wrapped(folder, data, steps=2, **unused):
+    "A recipe that calls another one."
+    return train_folder(data, folder, steps=steps)
+
+@pytest.fixture
+def own(monkeypatch, small_sets):
+    "`own('mine')`: a recipe of the user's own, by name."
+    for name,train in dict(mine=mine, wrapped=wrapped).items():
+        monkeypatch.setitem(RECIPES, name, None)
+        stages.recipe(name, train)
+    return RECIPES.__getitem__
+
+def test_a_recipe_of_ones_own_overwrites_nothing(tmp_path, own, capsys):
+    "It was protected only if it called `begin`: its run was relabelled, and files of the user's were replaced."
+    def train(out, **options): return line_of(train_cli, 'mine', out=str(tmp_path/out), **options)
+    (tmp_path/'notes').mkdir()
+    (tmp_path/'notes'/'README.md').write_text('of the user')
+    assert 'files that are not of a run (README.md)' in train('notes')
+    assert [*content(tmp_path/'notes')]==['README.md']
+    train_cli('mine', out=str(tmp_path/'m'), seed=1)
+    before = content(tmp_path/'m')
+    assert 'seed was 1, is 2' in train('m', seed=2)
+    with pytest.raises(ValueError, match='k was 3, is 4'): own('mine')(folder=tmp_path/'m', seed=1, k=4, root='x')
+    assert 'a run that was asked for something else: recipe was' in line_of(train_cli, 'scenes_classifier',
+                                                                            out=str(tmp_path/'m'))
+    assert content(tmp_path/'m')==before
+    train_cli('mine', out=str(tmp_path/'m'), seed=1)
+    assert fingerprint(load_model(tmp_path/'m'))==json.loads((tmp_path/'m'/'config.json').read_text())['fingerprint']
+
+def test_a_recipe_that_calls_another(finished, tmp_path, own):
+    "Both are protected: what it was asked for, and what the other one found of the data."
+    data = shutil.copytree(finished/'seven', tmp_path/'data')
+    def train(**options): return own('wrapped')(folder=tmp_path/'m', data=str(data), **options)
+    before = fingerprint(train())
+    assert fingerprint(train())==before
+    assert fingerprint(train(steps=3))!=before
+    with pytest.raises(ValueError, match='steps was 3, is 2'): train()
+    with pytest.raises(ValueError, match="recipe was 'wrapped', is 'label_ldm'"): train_folder(data, tmp_path/'m')
+    other_pixel(data/'dark'/'2.png')
+    with pytest.raises(ValueError, match='content was'): train(steps=3)
+
+def line_of(run, *args, **options):
+    "The one line in which a command ends."
+    with pytest.raises(SystemExit) as end: run(*args, **options)
+    assert '\n' not in end.value.code
+    return end.value.code
 
 # ---- arguments, before the first stage
 

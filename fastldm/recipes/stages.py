@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RENAMED_STAGES', 'RECIPES', 'run_stage', 'ResumeCB', 'train_stage', 'stage_folder', 'train_autoencoder',
-           'train_denoiser', 'card_rows', 'write_card', 'licence_line', 'save_grid', 'full_path', 'finish',
+           'train_denoiser', 'card_rows', 'write_card', 'licence_line', 'save_grid', 'full_path', 'finish', 'digest_of',
            'data_facts', 'check_free', 'check_same_run', 'begin', 'picture_set', 'captioned_set', 'training_set',
            'with_article', 'diffusion_of', 'embedders_of', 'recipe']
 
@@ -14,8 +14,8 @@ import math
 import numpy as np
 import torch
 import warnings
-from functools import partial
-from inspect import signature
+from functools import partial, wraps
+from inspect import signature, unwrap
 from pathlib import Path
 from ..core.models import (check_folder, check_saveable, fingerprint, fits_half, json_text, load_model, n_params,
                                  real_number, save_model, set_seed, whole_number, write_atomic)
@@ -247,6 +247,13 @@ def _made_of(folder, cards):
     then = {stage: about.get('fingerprint') for stage,about in stages.items()}
     return then=={stage: about['fingerprint'] for stage,about in cards.items()}
 
+# %% ../../nbs/recipes/00_stages.ipynb #409676ed
+def digest_of(
+    ds, # any data set
+)->str: # its `digest`; None for a set that has none, as those that are drawn
+    "What tells sets apart that look alike."
+    return ds.digest() if hasattr(ds, 'digest') else None
+
 # %% ../../nbs/recipes/00_stages.ipynb #5e349a44
 _PLACES = ('folder','root','data','progress','cbs','card')         # arguments that do not say what the result is
 
@@ -261,13 +268,15 @@ def _described(value):
 
 def data_facts(
     ds, # a set of pictures
-)->dict: # fit for JSON
+)->dict: # fit for JSON; `content` is the set's `digest`, where it has files
     "What tells sets of pictures apart, wherever their files are."
     indices = sorted({i*(len(ds)-1)//7 for i in range(8)})
     images = [ds[i]['image'] for i in indices]
     classes = list(getattr(ds, 'classes', None) or [])
-    return dict(pictures=len(ds), shape=list(images[0].shape), classes=classes,
-                brightness=[round(image.float().mean().item(), 3) for image in images])
+    facts = dict(pictures=len(ds), shape=list(images[0].shape), classes=classes,
+                 brightness=[round(image.float().mean().item(), 3) for image in images])
+    content = digest_of(ds)
+    return facts | (dict(content=content) if content else {})
 
 def _is_close(a, b):
     "Whether two values are the same; mean brightness may differ a little, as versions of libraries read pictures."
@@ -316,6 +325,21 @@ def _asked_before(folder):
         return {key: asked[key] for key in ('seed','classes','steps','regions') if key in asked}
     return {}
 
+# %% ../../nbs/recipes/00_stages.ipynb #665b5c55
+_FACTS = ('pictures','shape','classes','brightness','content')       # of data: what `data_facts` gives
+
+def _differences(was, asked):
+    "Names of what is not the same, of both that have it."
+    different = [name for name in asked if name in was and not _is_close(was[name], asked[name])]
+    facts = [name for name in _FACTS if name in was and name in asked]
+    of_data = [name for name in facts if name in different]
+    if facts and not of_data: return [name for name in different if name!='data']        # it is in another place
+    for name in ('content','brightness'):                                # which say the least
+        if name not in of_data or len(of_data)==1: continue
+        of_data.remove(name)
+        different.remove(name)
+    return different
+
 # %% ../../nbs/recipes/00_stages.ipynb #aa092c34
 def check_same_run(
     folder, # of the run
@@ -323,10 +347,7 @@ def check_same_run(
 ):
     "Raises `ValueError`, which names what differs, where the run in a folder was asked for something else."
     was = _asked_before(folder)
-    different = [name for name in asked if name in was and not _is_close(was[name], asked[name])]
-    of_data = {'pictures','shape','classes','brightness'} & {*different}
-    if 'data' in different and not of_data: different.remove('data')     # the same pictures, in another place
-    if of_data>{'brightness'}: different.remove('brightness')              # which says the least
+    different = _differences(was, asked)
     lengths = [name for name in different if name in ('steps','epochs')]
     is_longer = all(asked[name]>was[name] for name in lengths)
     if different==lengths and is_longer: return
@@ -336,6 +357,18 @@ def check_same_run(
                      'it, only more steps to train it on, or another folder (--out) for another model')
 
 # %% ../../nbs/recipes/00_stages.ipynb #9ac00260
+_OUTER = {} # {folder: what was asked for}, while a recipe that `recipe` protects is at work there
+
+def _asked_now(recipe, arguments, ds=None, multiple=1, more=None):
+    "What a recipe is asked for, fit for JSON. Raises `ValueError` for pictures of a size that cannot work."
+    data = arguments.get('data')
+    asked = dict(recipe=recipe.__name__, data=None if data is None else str(data))
+    asked |= {name: _described(value) for name,value in arguments.items() if name not in _PLACES} | (more or {})
+    if ds is not None:
+        asked |= data_facts(ds)
+        _check_size(*asked['shape'][1:], multiple)
+    return json.loads(json_text(asked))
+
 def begin(
     folder, # where the run goes
     recipe, # the function
@@ -347,16 +380,12 @@ def begin(
     """The first act of every recipe: check what it was asked for, before any work, and write it down.
     Raises `ValueError` for numbers that cannot work, for a folder that is not free, and for another run's."""
     _check_numbers(arguments)
-    data = arguments.get('data')
-    folder = check_free(folder, data)
-    asked = dict(recipe=recipe.__name__, data=None if data is None else str(data))
-    asked |= {name: _described(value) for name,value in arguments.items() if name not in _PLACES} | more
-    if ds is not None:
-        asked |= data_facts(ds)
-        _check_size(*asked['shape'][1:], multiple)
-    asked = json.loads(json_text(asked))
+    folder = check_free(folder, arguments.get('data'))
+    asked = _asked_now(recipe, arguments, ds, multiple, more) | _OUTER.get(folder.resolve(), {})
     has_work = any(any(folder.rglob(name)) for name in ('checkpoint.safetensors','config.json'))
-    if has_work: check_same_run(folder, asked)                              # else nothing is lost by another run
+    if has_work:                                                            # else nothing is lost by another run
+        check_same_run(folder, asked)
+        asked = _asked_before(folder) | asked
     with write_atomic(folder/'recipe.json') as file: file.write_text(json_text(asked), encoding='utf-8')
     return folder
 
@@ -448,6 +477,30 @@ def embedders_of(
     "The conditions of a latent diffusion."
     return dict(getattr(ldm.denoiser.conditioner, 'embedders', {}))
 
+# %% ../../nbs/recipes/00_stages.ipynb #34cb62c4
+def _calls_begin(train):
+    "Whether a function calls `begin` itself, as it should if it has data that may have moved, or been replaced."
+    return 'begin' in getattr(unwrap(train), '__code__', _calls_begin.__code__).co_names
+
+def _arguments_of(call):
+    "{name: value} of a bound call, defaults included; what went into a `**kwargs` beside the others."
+    call.apply_defaults()
+    arguments = dict(call.arguments)
+    for name,parameter in call.signature.parameters.items():
+        if parameter.kind==parameter.VAR_KEYWORD: arguments |= arguments.pop(name)
+    return arguments
+
+def _protected(train):
+    "A function, called after `begin`; what it calls in the same folder adds to what was asked for."
+    @wraps(train)
+    def run(*args, **kwargs):
+        arguments = _arguments_of(signature(train).bind(*args, **kwargs))
+        folder = begin(arguments['folder'], train, arguments).resolve()
+        _OUTER[folder] = _asked_now(train, arguments)
+        try: return train(*args, **kwargs)
+        finally: del _OUTER[folder]
+    return run
+
 # %% ../../nbs/recipes/00_stages.ipynb #d3347382
 RECIPES = {} # name: `recipe(folder=..., root=..., seed=..., precision=...)`, which trains a model
 
@@ -458,6 +511,6 @@ def recipe(
     needs:dict=None, # {option: what it is}: options that must be given
     **settings, # more arguments, which the command line can change
 )->None:
-    "Add a recipe to `RECIPES`."
-    RECIPES[name] = partial(train, *args, **settings)
+    "Add a recipe to `RECIPES`. One that does not call `begin` is called after it, so that no work is overwritten."
+    RECIPES[name] = partial(train if _calls_begin(train) else _protected(train), *args, **settings)
     RECIPES[name].needs = needs or {}
