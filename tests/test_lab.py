@@ -6,7 +6,7 @@ from browser import browser_page, jupyterlab, run_all, shut_down
 from test_notebooks import copy_repository
 
 ROOT = Path(__file__).parents[1]
-SAMPLE = ['index', 'core/01_show', 'data/02_synthetic', 'diffusion/05_samplers', 'codes/01_store', 'metrics/02_control',
+SAMPLE = ['index', 'core/01_show', 'data/06_synthetic', 'diffusion/05_samplers', 'codes/01_store', 'metrics/02_control',
           'recipes/00_stages', 'figures/a5_one_dimension']                 # one of each kind; `pytest -m lab` opens all
 NBS = sorted(f.relative_to(ROOT/'nbs').with_suffix('').as_posix() for f in (ROOT/'nbs').rglob('*.ipynb')
              if '.ipynb_checkpoints' not in f.parts)
