@@ -3,7 +3,7 @@ import json
 from contextlib import nullcontext
 from copy import copy, deepcopy
 import pytest, torch
-from fastldm.control import ControlAdapter, StableVAE, T2I, Tabulated, control, control_loss, feature_shapes
+from fastldm.control import ControlAdapter, StableAdapter, StableVAE, Tabulated, control, control_loss, feature_shapes
 from fastldm.control import from_diffusers, local_features, scheduler_times
 from fastldm.core import set_seed
 from fastldm.diffusion import Denoiser, DPMSolver2M, UniPC, ddim_step, euler_step, heun_step, sample_generators
@@ -278,11 +278,11 @@ def test_sdxl_adapter(tokenizer):
     assert difference(some, plain)>1e-3 and difference(some, free)>1e-3
     assert torch.equal(drawn(pipe, **ask), plain)
     ldm = from_diffusers(pipe)
-    in_left = control(T2I(pipe.adapter), EDGES, LEFT, branch='both', mask_control=False)
+    in_left = control(StableAdapter(pipe.adapter), EDGES, LEFT, branch='both', mask_control=False)
     d = difference(ours(ldm, 3, constraint=in_left), drawn(pipe, LEFT, latents=start(ldm, 3), **ask))
     print(f'differs by {d:.1e}')
     assert d<1e-4
-    assert torch.equal(ours(ldm, 3, constraint=control(T2I(pipe.adapter), EDGES, LEFT*0)), ours(ldm, 3))
+    assert torch.equal(ours(ldm, 3, constraint=control(StableAdapter(pipe.adapter), EDGES, LEFT*0)), ours(ldm, 3))
 
 @pytest.mark.parametrize('scale', [1.,5.])
 def test_controlnet(tokenizer, scale):
@@ -338,7 +338,7 @@ def test_hooks_are_gone_after_an_error(tokenizer):
 def test_light_adapter_and_ours(tokenizer):
     "A light one of diffusers, and an adapter of this library, which starts at zero and changes nothing."
     ldm = from_diffusers(sd(tokenizer))
-    light = T2I(adapter(channels=(16,32), adapter_type='light_adapter'))
+    light = StableAdapter(adapter(channels=(16,32), adapter_type='light_adapter'))
     assert light.widths==[16,32,32] and difference(ours(ldm, constraint=control(light, EDGES)), ours(ldm))>1e-4
     untrained = ControlAdapter(['edges'], 1, (16,32,32), factor=4)
     assert torch.equal(ours(ldm, constraint=control(untrained, EDGES, LEFT)), ours(ldm))
@@ -346,7 +346,7 @@ def test_light_adapter_and_ours(tokenizer):
 def test_gradient_reaches_the_adapter_only(tokenizer):
     for make,net in ((sd, adapter()), (sdxl, xl_adapter())):
         ldm = from_diffusers(make(tokenizer))
-        net = T2I(net)
+        net = StableAdapter(net)
         batch = dict(latent=torch.randn(2,4,16,16), control=EDGES.repeat(2,1,1,1), region=LEFT.repeat(2,1,1,1),
                      prompt=tokens_of(ldm, ['a cat','a dog'], 2))
         control_loss(ldm.denoiser)(net, batch)['loss'].backward()
@@ -357,7 +357,7 @@ def test_gradient_reaches_the_adapter_only(tokenizer):
 
 def test_empty_region_teaches_nothing(tokenizer):
     ldm = from_diffusers(sd(tokenizer))
-    net = T2I(adapter())
+    net = StableAdapter(adapter())
     batch = dict(latent=torch.randn(1,4,16,16), control=EDGES, region=LEFT*0, prompt=tokens_of(ldm, 'a cat', 1))
     out = control_loss(ldm.denoiser, by_area=True)(net, batch)
     out['loss'].backward()
@@ -376,11 +376,11 @@ def test_half_precision(tokenizer, dtype):
         with torch.no_grad(): x0 = ldm.denoiser(100*NOISE, torch.tensor(t), cond)
         assert x0.dtype==torch.float32 and x0.isfinite().all()
     assert pipe.vae.dtype==dtype and ldm.autoencoder.vae.dtype==torch.float32
-    in_left = control(T2I(xl_adapter().to(dtype)), EDGES, LEFT)
+    in_left = control(StableAdapter(xl_adapter().to(dtype)), EDGES, LEFT)
     assert ldm.sample(1, prompt='a cat', guidance_scale=5., steps=2, constraint=in_left).isfinite().all()
     loss = control_loss(ldm.denoiser, sample_t=lambda schedule, n, device: torch.ones(n))
     batch = dict(latent=NOISE, control=EDGES, region=LEFT, prompt=tokens_of(ldm, 'a cat', 1))
-    assert all(v.isfinite() for v in loss(T2I(xl_adapter()), batch).values())
+    assert all(v.isfinite() for v in loss(StableAdapter(xl_adapter()), batch).values())
 
 def test_zero_terminal_snr():
     "A table that ends in nothing gives finite scales, which fall and rise."
@@ -466,7 +466,7 @@ def test_another_kind(tokenizer):
 def test_adapters_of_another_layout(tokenizer):
     "SDXL's on 1.x has the right widths and the wrong sizes; too few levels; too many."
     ldm = from_diffusers(sd(tokenizer))
-    def sample_with(net): return ldm.sample(1, prompt='a', constraint=control(T2I(net), EDGES))
+    def sample_with(net): return ldm.sample(1, prompt='a', constraint=control(StableAdapter(net), EDGES))
     with pytest.raises(ValueError, match='another layout'): sample_with(xl_adapter())
     for channels in ((16,32), (16,32,32,32,32), (16,16,32)):
         with pytest.raises(ValueError, match='channels for a picture'): sample_with(adapter(channels=channels))
@@ -501,7 +501,8 @@ def test_bad_regions(tokenizer, region, says):
     pipe = sd(tokenizer, 'StableDiffusionAdapterPipeline', adapter=adapter())
     with pytest.raises(ValueError, match=says): drawn(pipe, region, image=EDGES)
     ldm = from_diffusers(pipe)
-    with pytest.raises(ValueError): ldm.sample(2, prompt='a', constraint=control(T2I(pipe.adapter), EDGES, region))
+    with pytest.raises(ValueError):
+        ldm.sample(2, prompt='a', constraint=control(StableAdapter(pipe.adapter), EDGES, region))
 
 def test_bad_prompts(tokenizer):
     ldm = from_diffusers(sd(tokenizer))

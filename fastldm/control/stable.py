@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['feature_shapes', 'local_features', 'Tabulated', 'StableVAE', 'StableUNet', 'PromptEmbedder', 'from_diffusers',
-           'scheduler_times', 'T2I']
+           'scheduler_times', 'StableAdapter']
 
 # %% ../../nbs/control/01_stable.ipynb #f422340e
 import inspect, torch
@@ -407,7 +407,7 @@ def _ends_clean(visited):
     return float(getattr(visited, 'final_alpha_cumprod', 1.))==1
 
 # %% ../../nbs/control/01_stable.ipynb #b8909bd8
-class T2I(nn.Module):
+class StableAdapter(nn.Module):
     "A `T2IAdapter` of diffusers as an adapter for `control` and `control_loss`."
     def __init__(self,
         adapter, # the `T2IAdapter`
