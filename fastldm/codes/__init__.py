@@ -3,5 +3,6 @@
 from .vqvae import *
 from .store import *
 from .pixelsnail import *
+from .text_encoder import *
 from .blip import *
 from .text2image import *

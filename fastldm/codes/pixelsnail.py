@@ -13,7 +13,7 @@ from functools import partial
 import torch, torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
-from fastcore.basics import patch
+from fastcore.basics import patch, store_attr
 from ..core.models import Module, evaluating, fetch_batch, write_atomic
 from ..core.train import Callback, StopTraining
 from ..diffusion.autoencoder import Residual
@@ -207,7 +207,8 @@ class PixelSNAIL(Module):
         super().__init__()
         self.n_codes = n_codes
         self.shape = tuple(shape)
-        self.d_text, self.drop_text = d_text, drop_text
+        self.d_text = d_text
+        self.drop_text = drop_text
         self.above = (above[0], tuple(above[1])) if above else None
         self.first = CodeConv(n_codes, channels, kernel)
         self.code = nn.Embedding(n_codes, channels)
@@ -330,7 +331,8 @@ def bits_per_code(
 )->float: # bits
     """Measure the mean bits per code over a data set, in eval mode.
     Raises `ValueError` where no level has the model's shape."""
-    total, device = 0., next(model.parameters()).device
+    total = 0.
+    device = next(model.parameters()).device
     with evaluating(model):
         for i in range(0, len(ds), batch_size):
             batch = dict(fetch_batch(ds, list(range(i, min(i+batch_size,len(ds))))))
@@ -362,10 +364,12 @@ class EarlyStopCB(Callback):
         patience:int=5, # measurements without a new best
         level:int=None, # of the codes, see `bits_per_code`
     ):
-        self.ds, self.every, self.patience, self.level = ds, every, patience, level
+        store_attr()
 
     def before_fit(self, learn):
-        self.best, self.since, self.weights = math.inf, 0, None
+        self.best = math.inf                                          # bits, of `weights`
+        self.since = 0                                                # measurements ago
+        self.weights = None
         file = self.file(learn)
         if learn.step and file and file.exists(): self.resume(learn, file)
 
@@ -390,7 +394,8 @@ def file(self:EarlyStopCB, learn):
 def keep(self:EarlyStopCB, learn, bits):
     "Keep these weights: they are the best so far."
     from safetensors.torch import save_file
-    self.best, self.since = bits, 0
+    self.best = bits
+    self.since = 0
     self.weights = {k:v.detach().cpu().clone().contiguous() for k,v in learn.ema_model.state_dict().items()}
     if not learn.folder or not learn.acc.is_main_process: return
     with write_atomic(self.file(learn)) as path:
@@ -456,7 +461,8 @@ def _sample(stepper, model, n, above=None, text=None, seed=0, first=0, temperatu
             guidance_scale=1., progress=False):
     "The loop of all samplers; `stepper(model, condition, tokens) -> step(codes, p, last) -> logits (N,K)`."
     _check_settings(n, temperature, guidance_scale, top_k, top_p, text)
-    device, (h,w) = model.head.weight.device, model.shape
+    device = model.head.weight.device
+    h, w = model.shape
     above, text = (o if o is None else torch.as_tensor(o).to(device) for o in (above,text))
     model.check(torch.zeros(n,h,w, dtype=torch.int64), above, text)
     u = _uniform_numbers(model, n, seed, first)
@@ -548,7 +554,8 @@ class _ConvStep:
 class _CodeStep:
     "`CodeConv` at one position after another: keeps the padded map of codes, and looks up a window of it."
     def __init__(self, conv, n, h, w): # the layer; rows of a batch; size of the map
-        self.conv, self.w = conv, w
+        self.conv = conv
+        self.w = w
         self.codes = conv.pad(torch.full((n,h,w), conv.n_codes, device=conv.first.device))
         self.width = self.codes.shape[2]
         taps = [(conv.rows+r)*self.width + conv.k+d for r,d in conv.taps]           # those of (0,0), in the flat map
@@ -561,12 +568,15 @@ class _CodeStep:
         window = self.codes.flatten(1).index_select(1, self.taps+(i*self.width+j))
         return self.conv.look_up(window)
 
+# %% ../../nbs/codes/02_pixelsnail.ipynb #4105ca33
 class _GatedStep:
     "`GatedBlock` at one position after another; what goes into the gates is computed a row at a time."
     def __init__(self, block, condition, tokens):
         n,h,w,c = condition.shape
-        self.block, self.condition = block, condition
-        self.conv1, self.conv2 = _ConvStep(block.conv1, n, w), _ConvStep(block.conv2, n, w)
+        self.block = block
+        self.condition = condition
+        self.conv1 = _ConvStep(block.conv1, n, w)
+        self.conv2 = _ConvStep(block.conv2, n, w)
 
     def __call__(self, x, i, j, code):
         if j==0: self.gates = self.block.inject(self.condition[:,i])
@@ -581,7 +591,9 @@ class _AttentionStep:
     "`CausalAttention` at one position after another; keys and values are kept."
     def __init__(self, layer, condition, tokens):
         n,h,w,c = condition.shape
-        self.layer, self.condition, self.w = layer, condition, w
+        self.layer = layer
+        self.condition = condition
+        self.w = w
         self.q, self.kv, self.out = (_pack(l, n) for l in (layer.q,layer.kv,layer.out))
         self.kept = condition.new_zeros(n, 2, layer.n_heads, h*w, c//2//layer.n_heads)  # keys and values
         self.before = condition.new_zeros(n, c)                                         # `h` of the position before
@@ -621,7 +633,8 @@ class Stepper:
         tokens:torch.Tensor, # as in `PixelSNAIL.condition`
     ):
         n,h,w,_ = condition.shape
-        self.model, self.w = model, w
+        self.model = model
+        self.w = w
         self.first = _CodeStep(model.first, n, h, w)
         self.layers = [_LAYER_STEPS[type(layer)](layer, condition, tokens) for layer in model.layers]
         self.head = _pack(model.head, n)
