@@ -33,6 +33,7 @@ def _pack(codes, dtype, text, fields):
     body += json.dumps(fields, ensure_ascii=False).encode()
     return struct.pack('<I', zlib.crc32(body))+body
 
+# %% ../../nbs/codes/01_store.ipynb #31a2a9b8
 def _is_whole(record):
     "Is the record there, and what was written?"
     if record is None or len(record)<4: return False
@@ -41,10 +42,12 @@ def _is_whole(record):
 def _unpack(record, dtype, n_codes, text_shape):
     "Codes, text features and fields of a record that is whole."
     codes = np.frombuffer(record, dtype, n_codes, 4)
-    at, text = 4+codes.nbytes, None
+    at = 4+codes.nbytes
+    text = None
     if text_shape:
         text = np.zeros(text_shape, np.float16)
-        rows, d = struct.unpack_from('<H', record, at)[0], text_shape[1]
+        rows, = struct.unpack_from('<H', record, at)
+        d = text_shape[1]
         text[:rows] = np.frombuffer(record, '<f2', rows*d, at+2).reshape(rows, d)
         at += 2+2*rows*d
     return codes, text, json.loads(record[at:])
@@ -189,7 +192,10 @@ def _with_names(ds, idxs):
 
 class _Rest:
     "A data set from the `start`-th item on, with the names of its files."
-    def __init__(self, ds, start): self.ds, self.start = ds, start
+    def __init__(self, ds, start):
+        self.ds = ds
+        self.start = start
+
     def __len__(self): return len(self.ds)-self.start
     def __getitems__(self, idxs): return _with_names(self.ds, [self.start+i for i in idxs])
 

@@ -11,7 +11,7 @@ import torch, torch.nn.functional as F
 from torch import nn
 from torch import distributed as dist
 from tqdm.auto import tqdm
-from fastcore.basics import patch
+from fastcore.basics import patch, store_attr
 from ..core.models import Module, evaluating, fetch_batch
 from ..diffusion.autoencoder import Decoder, Encoder, FirstStage
 
@@ -39,8 +39,7 @@ class VectorQuantizer(Module):
     ):
         super().__init__()
         _check_quantizer(n_codes, d_code, decay=decay, eps=eps, revive=revive)
-        self.n_codes, self.d_code = n_codes, d_code
-        self.decay, self.eps, self.revive = decay, eps, revive
+        store_attr()
         self.register_buffer('codebook', torch.randn(n_codes, d_code))
         self.register_buffer('count', torch.ones(n_codes))             # mean of uses, in those of an average code
         self.register_buffer('started', torch.tensor(False))           # have the codes been placed by data yet?
@@ -118,7 +117,7 @@ def begin(self:VectorQuantizer,
         if not uses.any(): return                                       # no vector counts: begin with the next batch
         self.codebook.copy_(torch.where(uses>0, sums/uses.clamp_min(1), far))
     self.started.fill_(True)
-    if self.revive: self.count.fill_(4*self.revive)                     # soon above or below the threshold
+    if self.revive: self.count.fill_(4*self.revive)                     # soon far above the threshold, or below it
 
 @patch
 @torch.no_grad()
@@ -136,7 +135,7 @@ def update(self:VectorQuantizer,
     self.codebook += rate*(sums-uses*self.codebook)/self.count[:,None].clamp_min(self.eps)
     dead = (self.count<self.revive) & (n>0)
     self.codebook.copy_(torch.where(dead[:,None], far, self.codebook))
-    self.count.masked_fill_(dead, 4*self.revive)
+    self.count.masked_fill_(dead, 4*self.revive)                        # as in `begin`
 
 # %% ../../nbs/codes/00_vqvae.ipynb #efab4c02
 def perplexity(
@@ -193,7 +192,9 @@ class VQVAE(FirstStage):
         _check_vqvae(channels, n_blocks, levels, factor, narrow, c_in=c_in, n_codes=n_codes, d_code=d_code)
         super().__init__(c_in, levels*d_code, factor*2**(levels-1))     # `.factor`: of the coarsest grid
         self.fine_factor = factor                                       # of the finest
-        self.n_codes, self.d_code, self.levels = n_codes, d_code, levels
+        self.n_codes = n_codes
+        self.d_code = d_code
+        self.levels = levels
         c = channels[-1]
         c_up = d_code if narrow else c                                  # of what the coarser codes contribute
         encoder = partial(_encoder, n_blocks=n_blocks, narrow=narrow)

@@ -202,7 +202,7 @@ def _check_same_size(picture, region):
 @dataclass
 class ControlPart:
     "One adapter with its picture and its region."
-    adapter:nn.Module # a `ControlAdapter`, or one of diffusers as a `T2I`
+    adapter:nn.Module # a `ControlAdapter`, or one of diffusers as a `StableAdapter`
     picture:torch.Tensor # the control, (1 or n,c,H,W) in [0,1]
     region:torch.Tensor # where it counts, (1 or n,1,H,W) in [0,1]
     weight:float=1. # factor of its features
@@ -533,6 +533,7 @@ def picture_control(
     return torch.cat([CONTROLS[kind](batch, n_classes) for kind in kinds], 1)
 
 # %% ../../nbs/control/00_adapter.ipynb #7f288f57
+# what is white in a file of each kind of control, and what makes such a file
 _WHITE = dict(edges='white lines on black', depth='white where it is far', silhouette='white where the figure is',
               region='white inside')
 _MADE_BY = dict(edges='`fastldm.data.images.edges`', silhouette='`fastldm.control.silhouettes`')

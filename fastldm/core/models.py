@@ -299,7 +299,7 @@ def _read_info(file):
     "What config.json says; its record must be the one that was saved."
     try:
         info = json.loads(file.read_text(encoding='utf-8'))
-        info['fingerprint']
+        info['fingerprint']                                            # it must be there: KeyError where it is not
         if config_fingerprint(info['config'])!=info['config_fingerprint']:
             raise ValueError('the record was altered after it was saved')
     except (ValueError, KeyError, TypeError, RecursionError) as error:

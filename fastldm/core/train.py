@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['seed_by', 'Batches', 'StopTraining', 'Callback', 'is_due', 'LogCB', 'SaveCB', 'SampleCB', 'TensorBoardCB', 'Learner',
            'locked', 'Interrupted', 'sigterm_as_interrupt', 'read_checkpoint', 'steps_asked', 'name_of',
-           'upgrade_settings']
+           'upgrade_settings', 'differences']
 
 # %% ../../nbs/core/02_train.ipynb #25260324
 import csv, hashlib, json, math, os, random, re, signal, threading, time
@@ -522,7 +522,7 @@ def run(self:Learner):
     "The steps with all their callbacks. Raises `Interrupted` where a signal came."
     self.call('before_fit')
     with suppress(StopTraining):
-        if self.pending: self.call('after_step')
+        if self.pending: self.call('after_step')                       # of the last step of an interrupted run
         self.pending = False
         self.loop()
     self.call('after_fit')
@@ -684,14 +684,18 @@ def upgrade_settings(
     if 'architecture' in saved: return dict(saved, model=model, architecture=_record_now(saved['architecture']))
     return dict(saved, model=model, architecture=now['architecture'], dtypes=now['dtypes'])
 
-def _differences(was, now, path=''):
-    "['architecture.net.dropout was 0.1, is 0.2', ...]: where nested dicts differ."
+def differences(
+    was, # nested dicts, such as two records
+    now, # the same
+    path:str='', # of both, for the messages
+)->list: # of texts, such as 'architecture.net.dropout was 0.1, is 0.2'
+    "Where nested dicts differ."
     if was==now: return []
     if not isinstance(was, dict) or not isinstance(now, dict): return [f'{path} was {was!r}, is {now!r}']
     found = []
     for key in {**was, **now}:
         name = path if key=='kwargs' else f'{path}.{key}'.strip('.')
-        found += _differences(was.get(key), now.get(key), name)
+        found += differences(was.get(key), now.get(key), name)
     return found
 
 # %% ../../nbs/core/02_train.ipynb #5853fcd2
@@ -707,7 +711,7 @@ def load(self:Learner,
     was = upgrade_settings(state['settings'], now)
     if longer and was.get('steps', 0)<self.steps:
         for name in _LENGTH: was[name] = now.get(name, was.get(name))
-    different = _differences(was, now)
+    different = differences(was, now)
     if different:
         raise ValueError(f"{self.checkpoint} is of a run with other settings: {'; '.join(different)}. "
                          "Give the same settings, or another folder")

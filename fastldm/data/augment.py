@@ -12,7 +12,9 @@ from .images import Pictures,licence_of
 # %% ../../nbs/data/02_augment.ipynb #baa95b64
 def _affine(params, flip, turn, zoom, move):
     "Matrices (N,2,3) for `affine_grid`, of parameters (N,4) from -1 to 1 and mirrorings (N,) of ±1."
-    φ,s,(dx,dy) = params[:,0]*turn, (1+zoom)**-params[:,1], params[:,2:].T*move*2
+    φ = params[:,0]*turn
+    s = (1+zoom)**-params[:,1]
+    dx,dy = params[:,2:].T*move*2
     rows = [s*flip*φ.cos(), -s*φ.sin(), dx, s*flip*φ.sin(), s*φ.cos(), dy]
     return torch.stack(rows, 1).view(-1,2,3)
 
@@ -49,17 +51,17 @@ class Augmented(Pictures):
         if ds.image is None and self.caption is None:
             raise ValueError(f'{ds!r} is not in memory: give a set of pictures a larger `cache`; '
                              'shards cannot be augmented')
-        first = _all_bytes(ds)
         generator = torch.Generator().manual_seed(seed)
-        images = [first]
+        images = [_all_bytes(ds)]
         augment = [torch.zeros(len(ds),4)]
         for _ in range(copies-1):
             params = torch.rand(len(ds), 4, generator=generator)*2-1
             flip = torch.randint(2, (len(ds),), generator=generator)*2-1
-            images.append(_warp(first, _affine(params, flip, turn, zoom, move), padding_mode))
+            images.append(_warp(images[0], _affine(params, flip, turn, zoom, move), padding_mode))
             augment.append(params)
         super().__init__(torch.cat(images), None if ds.label is None else ds.label.repeat(copies), ds.classes)
-        self.split, self.licence = ds.split, licence_of(ds)
+        self.split = ds.split
+        self.licence = licence_of(ds)
         self.n_originals = len(ds)
         self.augment = torch.cat(augment)
 

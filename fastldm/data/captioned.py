@@ -82,7 +82,8 @@ class _PaddedFile(NamedTuple):
     def __str__(self): return str(self.file)
     def open(self, mode='rb'):
         with self.file.open('rb') as f, Image.open(f) as im:
-            mode,has_8_bits = im.mode,im.mode[0] not in 'IF'
+            mode = im.mode
+            has_8_bits = mode[0] not in 'IF'
             picture = (upright(im) if has_8_bits else plain_picture(im)).convert('RGBA')
         picture = picture.crop(picture.getbbox())
         side = max(picture.size)
@@ -361,7 +362,8 @@ def set_rows(self:Captioned, rows, size=64, channels=3, cache=2., test=.1, pad=F
     else:
         self.files = self.name
         self.classes = [escape_text(c) for c in classes]
-        self.size,self.channels = size,channels
+        self.size = size
+        self.channels = channels
         self.image = image[part]
     if classes: self.label = torch.tensor([r['label'] for r in rows])
 

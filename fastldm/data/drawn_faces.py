@@ -214,6 +214,7 @@ def _gradient(rng, n):
 
 # %% ../../nbs/data/08_drawn_faces.ipynb #7bc04c25
 def _draw_glasses(draw_colour, draw_glass, at, on, colour, width):
+    "Into the picture, and the map of what is glass; `at` takes points of the face to pixels, `on` are its attributes."
     lenses,lines = _glasses(on)
     for lens in lenses: draw_glass.polygon(at(lens), fill=1)
     for line in lines:
@@ -288,7 +289,8 @@ class DrawnFaces(Faces):
         self.split = check_split(split)
         self.size = size
         self.seed = seed
-        self.keep,self._kept = keep and n>=2000,None
+        self.keep = keep and n>=2000
+        self._kept = None
     def __len__(self): return self.n
 
     def sample(self, rng)->tuple: # (names of the attributes that are true, whatever else `draw` needs)
@@ -520,7 +522,8 @@ class Avatars(DrawnFaces):
     """Avatars by python-avatars and resvg, with 28 attributes and 11 classes of pixels.
     Raises ImportError if one of the packages is missing."""
     licence = 'avatars (Avataaars by Pablo Stanley, free for personal and commercial use)'
-    attributes,mask_classes = AVATAR_ATTRIBUTES,AVATAR_PARTS
+    attributes = AVATAR_ATTRIBUTES
+    mask_classes = AVATAR_PARTS
     def __init__(self,
         root=None, # not needed: every set can be called with it
         split='train', # 'train' or 'test', which has combinations that training never shows

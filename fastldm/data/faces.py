@@ -181,8 +181,10 @@ def word_ids(
 # %% ../../nbs/data/07_faces.ipynb #54c29d53
 class Faces(ImageFolder):
     "Pictures of faces with attributes, and with masks if there are any."
-    attributes,mask_classes = ATTRIBUTES,PARTS
-    attrs,mask = None,None
+    attributes = ATTRIBUTES
+    mask_classes = PARTS
+    attrs = None
+    mask = None
 
     def __getitems__(self, idxs)->dict: # image (B,3,H,W), attrs (B,A), mask (B,H,W)
         "A batch at once: pictures in [-1,1]; attributes of 0 and 1 and class ids, both in bytes."
@@ -557,7 +559,9 @@ class Garments(Faces):
     ):
         if size!=32: raise ValueError(f'size is {size}: garments are 32 pixels, Fashion-MNIST with a border')
         ds = FashionMNIST(root, split, download=download)
-        self.split,self.size,self.classes = split,size,()
+        self.split = split
+        self.size = size
+        self.classes = ()
         self.image = F.pad(ds.image, (2,2,2,2))
         self.attrs = F.one_hot(ds.label.long(), 10).to(torch.uint8)
         self.mask = silhouette(self.image[:,0])

@@ -169,7 +169,9 @@ def escape_text(
 class Pictures:
     "A set of pictures in memory, with or without labels."
     split = 'train'
-    image,label,classes = None,None,()
+    image = None
+    label = None
+    classes = ()
     licence = 'of the user' # what the pictures may be used for
     failed = {} # {name: why it was left out}
     def __init__(self,

@@ -224,7 +224,8 @@ def _read_labels(folder):
 class Flowers17(ImageFolder):
     "1,360 photographs of 17 flowers (Nilsback and Zisserman 2006), for research."
     licence = 'for research only'
-    name,marker = 'flowers17','jpg' # its folder, and what lies in it if the folder has another name
+    name = 'flowers17' # its folder
+    marker = 'jpg' # what lies in it if the folder has another name
     how_to_get = ("17flowers.tgz of https://www.robots.ox.ac.uk/~vgg/data/flowers/17/, unpacked in a folder flowers17, "
                   "and give the folder that holds it as root or FASTLDM_DATA")
     def __init__(self,
@@ -265,7 +266,8 @@ def read_layout(self:Flowers17, folder):
 # %% ../../nbs/data/01_public.ipynb #21426cd4
 class Flowers5(Flowers17):
     "About 4,300 photographs of daisies, dandelions, roses, sunflowers and tulips, for research."
-    name,marker = 'flowers5','daisy'
+    name = 'flowers5'
+    marker = 'daisy'
     how_to_get = ("the Flowers Recognition set of Kaggle, or flower_photos of TensorFlow, one folder per class "
                   "in a folder flowers5, and give the folder that holds it as root or FASTLDM_DATA")
 

@@ -26,7 +26,8 @@ from .public import not_found,search_folders
 # %% ../../nbs/data/05_sources.ipynb #dbbddaed
 def _download(url, timeout, most=2**26):
     "(bytes, type) of an address, all within `timeout` seconds."
-    end,raw = time.monotonic()+timeout,b''
+    end = time.monotonic()+timeout
+    raw = b''
     request = Request(quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers={'User-Agent':'fastldm'})
     with urlopen(request, timeout=timeout) as response:
         while chunk := response.read1(2**16):
@@ -359,7 +360,7 @@ def _variants(font, sign, name):
 # %% ../../nbs/data/05_sources.ipynb #edeb85ff
 def _emoji(font):
     "(text, caption, name of the plain sign) of everything that a font may have."
-    can_join = features.check('raqm')
+    can_join = features.check('raqm')                # Pillow's library that draws several signs as one
     for sign,name in _sign_names().items():
         yield sign,name,name
         for text,caption in _variants(font, sign, name) if can_join else ():

@@ -132,7 +132,10 @@ def _ray(t): return [(ρ*math.sin(t+d), ρ*math.cos(t+d)) for ρ,d in ((.64,-.13
 _HALF_VASE = [(.3,-.9),(.2,-.72),(.2,-.5),(.5,-.18),(.62,.16),(.5,.5),(.3,.7),(.42,.92)]
 
 # %% ../../nbs/data/06_synthetic.ipynb #cd12c9c3
-_BROWN,_LEAF,_DARK,_PALE = (118,76,42),(58,140,58),(40,34,40),(252,238,170)
+_BROWN = (118,76,42)
+_LEAF = (58,140,58)
+_DARK = (40,34,40)
+_PALE = (252,238,170)
 _SHIP = [ # back to front: (outline, shade of the own colour or a fixed colour)
     (_box(-.07,-.95,.05,.4), _BROWN),
     ([(.1,-.9),(.86,.2),(.1,.2)], 1.),
@@ -372,7 +375,8 @@ def mask_edges(
     """The outlines of a mask: pixels of a thing with another class above, below, left or right of them; the rim is
     no edge."""
     padded = F.pad(mask[...,None,:,:].float(), (1,1,1,1), value=-1)
-    inside,(h,w) = padded[...,1:-1,1:-1],mask.shape[-2:]
+    inside = padded[...,1:-1,1:-1]
+    h,w = mask.shape[-2:]
     around = padded[...,:h,1:-1],padded[...,2:,1:-1],padded[...,1:-1,:w],padded[...,1:-1,2:]
     ends = torch.stack([(o!=inside)&(o!=-1) for o in around]).any(0)
     return ((inside>0)&ends).float()
@@ -446,7 +450,10 @@ class SyntheticScenes(Pictures):
     ):
         if n is None: n = 200_000 if split=='train' else 4_000
         if n<1 or size<16: raise ValueError(f"n is {n}, size is {size}; n is at least 1, size at least 16")
-        self.n, self.split, self.size, self.seed = n, check_split(split), size, seed
+        self.n = n
+        self.split = check_split(split)
+        self.size = size
+        self.seed = seed
         if keep:
             bar = tqdm(range(n), 'drawing', leave=False, disable=n<5000)
             image,mask = zip(*(self._draw(i) for i in bar))
@@ -454,16 +461,19 @@ class SyntheticScenes(Pictures):
             self.mask = torch.from_numpy(np.stack(mask))
     def __len__(self): return self.n
 
-    def _sample(self, i):
-        "Scene `i`, the form of its sentence, and its layout."
-        rng = random.Random(f'{self.seed} {self.split} {i}')
-        scene = _sample_scene(rng, self.split=='test')
-        form = int(rng.random()*2*len(FORMS))
-        return scene,form,_layout(scene, rng)
+# %% ../../nbs/data/06_synthetic.ipynb #82e34db4
+@patch
+def _sample(self:SyntheticScenes, i):
+    "Scene `i`, the form of its sentence, and its layout."
+    rng = random.Random(f'{self.seed} {self.split} {i}')
+    scene = _sample_scene(rng, self.split=='test')
+    form = int(rng.random()*2*len(FORMS))
+    return scene,form,_layout(scene, rng)
 
-    def _draw(self, i):
-        scene,_,layout = self._sample(i)
-        return _paint(scene, layout, self.size)
+@patch
+def _draw(self:SyntheticScenes, i):
+    scene,_,layout = self._sample(i)
+    return _paint(scene, layout, self.size)
 
 # %% ../../nbs/data/06_synthetic.ipynb #c500e7b2
 @patch
@@ -494,7 +504,9 @@ def __getitems__(self:SyntheticScenes, idxs)->dict: # image (B,3,H,W), mask (B,H
     if self.image is None:
         images,masks = zip(*(_paint(scene, layout, self.size) for scene,_,layout in samples))
         image = torch.from_numpy(np.stack(images)).movedim(-1,1)
-    else: image,masks = self.image[idxs],self.mask[idxs].numpy()
+    else:
+        image = self.image[idxs]
+        masks = self.mask[idxs].numpy()
     depth = torch.stack([_depth(mask, layout) for mask,(_,_,layout) in zip(masks,samples)])
     return dict(image=from_image(image), mask=torch.from_numpy(np.stack(masks)).long(), depth=depth,
                 caption=[scene.caption(form) for scene,form,_ in samples],

@@ -242,7 +242,7 @@ def check_interval(
 )->tuple: # the same, as floats
     "Raises `ValueError` for anything but two times from 0 to 1, the smaller first."
     try: lo, hi = (real_number(t, 'interval', 0, 1) for t in interval)
-    except (TypeError,ValueError): lo, hi = 1., 0.
+    except (TypeError,ValueError): lo, hi = 1., 0.                      # refused below
     if lo<=hi: return lo, hi
     raise ValueError(f'interval={interval!r}: expected two times from 0 (picture) to 1 (noise), the smaller first')
 

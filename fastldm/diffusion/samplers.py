@@ -20,7 +20,8 @@ from .denoiser import scales, score_of
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #dede2400
 _generators = ContextVar('generators', default=None)
-_SAMPLES,_SEEDS = 1_000_003,4294                                        # their product fits in 32 bits
+_SAMPLES = 1_000_003                                                    # the product of the two fits in 32 bits
+_SEEDS = 4294
 
 def _hashed_generator(seed, i):
     "A generator for any two whole numbers: all words of its state come from a hash of both."

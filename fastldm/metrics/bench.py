@@ -299,7 +299,7 @@ def race_codes(
     once = best_seconds(partial(sample_codes, model, n, seed=0), clock=clock)
     so_far, whole = pass_seconds(model, n, positions, clock)
     rows = sum(so_far)/passes*count
-    evaluated = dict(whole=count*count, rows=count*(h+1)//2*w, once=count)
+    evaluated = dict(whole=count*count, rows=count*(h+1)//2*w, once=count)   # rows: (h+1)/2 of them, on average
     return dict(whole=whole*count, rows=rows, once=once, passes=[round(t, 4) for t in so_far],
                 positions=evaluated, ratio=rows/once)
 

@@ -54,7 +54,7 @@ def tokenise_pairs(
 def bleu(
     real, # references: for each text one, or a list
     fake, # captions
-    smooth:str='none', # of runs that never match: 'none' (then BLEU is 0), or sacrebleu's 'exp', 'floor', 'add-k'
+    smooth:str='none', # of n-grams that never match: 'none' (then BLEU is 0), or sacrebleu's 'exp', 'floor', 'add-k'
 )->dict: # bleu1, bleu2, bleu3, bleu4 in [0,1]
     """Corpus BLEU (Papineni et al. 2002) by sacrebleu, on words by `tokenise`, with the nearest reference length.
 
@@ -127,27 +127,27 @@ def meteor(
     return {name: float(np.mean([score(*pair) for pair in zip(real, fake)]))}
 
 # %% ../../nbs/metrics/01_text.ipynb #e5441c87
-def _runs(words):
-    "How often each run of 1 to 4 words occurs."
+def _ngrams(words):
+    "How often each n-gram of 1 to 4 words occurs."
     return Counter(tuple(words[i:i+n]) for n in (1,2,3,4) for i in range(len(words)-n+1))
 
-class _WeightedRuns:
-    "The runs of a text, weighed by how rare they are, their norm for each length of run, and the length of the text."
+class _WeightedNgrams:
+    "The n-grams of a text, weighed by how rare they are, their norm for each n, and the length of the text."
     def __init__(self, words, frequency, n_texts):
-        def rarity(run): return math.log(n_texts)-math.log(max(1, frequency[run]))
-        self.weights = {run: count*rarity(run) for run,count in _runs(words).items()}
+        def rarity(ngram): return math.log(n_texts)-math.log(max(1, frequency[ngram]))
+        self.weights = {ngram: count*rarity(ngram) for ngram,count in _ngrams(words).items()}
         self.norms = [math.sqrt(sum(w*w for _,w in self.of_length(n))) for n in (1,2,3,4)]
         self.length = max(0, len(words)-1)
 
-    def of_length(self, n): return [(run, w) for run,w in self.weights.items() if len(run)==n]
+    def of_length(self, n): return [(ngram, w) for ngram,w in self.weights.items() if len(ngram)==n]
 
 def _similarity(caption, reference, σ):
-    "The mean over the lengths of run of the clipped cosines, times the penalty for another length."
+    "The mean over n of the clipped cosines, times the penalty for another length."
     total = 0.
     for n,norm,reference_norm in zip((1,2,3,4), caption.norms, reference.norms):
         dot = 0.
-        for run,w in caption.of_length(n):
-            other = reference.weights.get(run, 0)
+        for ngram,w in caption.of_length(n):
+            other = reference.weights.get(ngram, 0)
             dot += min(w, other)*other
         if norm*reference_norm: total += dot/(norm*reference_norm)
     return total/4*math.exp(-(caption.length-reference.length)**2/(2*σ**2))
@@ -164,9 +164,9 @@ def cider(
     real, fake = tokenise_pairs(real, fake)
     if len(fake)<2:
         raise ValueError('CIDEr weighs words by how rare they are among the references: give two texts at least')
-    frequency = Counter()   # in how many sets of references a run occurs
-    for references in real: frequency.update({run for words in references for run in _runs(words)})
-    def weighted(words): return _WeightedRuns(words, frequency, len(real))
+    frequency = Counter()   # in how many sets of references an n-gram occurs
+    for references in real: frequency.update({ngram for words in references for ngram in _ngrams(words)})
+    def weighted(words): return _WeightedNgrams(words, frequency, len(real))
     scores = []
     for references,words in zip(real, fake):
         caption = weighted(words)

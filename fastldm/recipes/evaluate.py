@@ -180,11 +180,11 @@ def evaluate_texts(
     drawn = model.sample(prompts, prior=prior, candidates=candidates, seed=seed, batch_size=batch_size,
                          progress=progress, **sampling)
     seconds = (time.perf_counter()-start)/len(prompts)
-    ours = _text_scores(drawn*2-1, prompts, references, model.text_encoder, classifier, batch_size)
-    real = _text_scores(images, prompts, references, model.text_encoder, classifier, batch_size)
+    of_samples = _text_scores(drawn*2-1, prompts, references, model.text_encoder, classifier, batch_size)
+    of_real = _text_scores(images, prompts, references, model.text_encoder, classifier, batch_size)
     scores = dict(n=len(prompts), prior=prior or model.kinds[0], candidates=candidates, seconds_per_picture=seconds,
                   parameters=n_params(model))
-    for k in ours: scores |= {k: ours[k], f'real_{k}': real[k]}
+    for k in of_samples: scores |= {k: of_samples[k], f'real_{k}': of_real[k]}
     return scores | dict(retrieval_chance=1/_candidates(prompts))
 
 def _check_describes(text_encoder):

@@ -8,6 +8,7 @@ __all__ = ['face_embedders', 'face_denoiser', 'face_ldm', 'train_face_classifier
 # %% ../../nbs/recipes/02_faces.ipynb #5b2801d5
 from functools import partial
 from ..core.models import check_choice, fingerprint, set_seed
+from ..core.train import differences
 from ..data.faces import EXCLUSIVE, Mirrored
 from ..diffusion.autoencoder import LatentDataset
 from ..diffusion.cond import AttributeEmbedder, Conditioner, LabelEmbedder, MaskEmbedder, WordEmbedder, pack_rows
@@ -16,8 +17,8 @@ from ..diffusion.ldm import LatentDiffusion, load
 from ..diffusion.schedules import Cosine
 from ..diffusion.unet import UNet
 from ..metrics.faces import FaceClassifier, face_classifier_loss
-from .stages import (begin, finish, licence_line, picture_set, recipe, run_stage, stage_folder,
-                                    train_autoencoder, train_denoiser, train_stage)
+from .stages import (begin, diffusion_of, finish, licence_line, picture_set, recipe, run_stage,
+                                    stage_folder, train_autoencoder, train_denoiser, train_stage)
 
 # %% ../../nbs/recipes/02_faces.ipynb #c2d1bd38
 def face_embedders(
@@ -36,17 +37,19 @@ def face_embedders(
     if attrs:
         exclusive = [names for names in getattr(ds, 'exclusive', EXCLUSIVE) if {*names} & {*ds.attributes}]
         width = dims[check_choice(attrs, dims, 'slot of attributes')]
-        embedders['attrs'] = AttributeEmbedder(len(ds.attributes), width, ds.attributes, exclusive, attrs=='context',
-                                               partial, _seen(ds, seen))
+        embedders['attrs'] = AttributeEmbedder(
+            len(ds.attributes), width, ds.attributes, exclusive, token=attrs=='context', partial=partial,
+            examples=_seen(ds, seen))
     if mask:
         width = dims.get(mask, dims['context'])
-        embedders['mask'] = MaskEmbedder(list(ds.mask_classes), width, ds.size, factor, mask, partial)
+        embedders['mask'] = MaskEmbedder(
+            list(ds.mask_classes), width, ds.size, patch=factor, slot=mask, partial=partial)
     if text:
         check_choice(text, ['context'], 'slot of sentences')
         embedders['text'] = WordEmbedder(ds.words, dims['context'])
     if label:
         width = dims[check_choice(label, dims, 'slot of labels')]
-        embedders['label'] = LabelEmbedder(len(ds.classes), width, label=='context')
+        embedders['label'] = LabelEmbedder(len(ds.classes), width, token=label=='context')
     return embedders
 
 def _seen(ds, n):
@@ -102,17 +105,18 @@ def face_ldm(
     card:dict=None, # what else the card should say
     **network, # for `face_denoiser`
 )->LatentDiffusion: # saved in `folder`
-    """Train a latent diffusion on faces. Raises what the data set raises, and `ValueError` for both `start` and
-    `autoencoder`, before work starts."""
+    """Train a latent diffusion on faces. Raises what the data set raises, and `ValueError` for a `start` of another
+    network, and for both `start` and `autoencoder`, before work starts."""
     if start is not None and autoencoder is not None:
         raise ValueError('both `start` and `autoencoder` were given, and the model to start from has an autoencoder: '
                          'leave one out')
     arguments = dict(locals())
     faces = picture_set(data, root, size=size, needs=('attributes','mask_classes'))
+    first = None if start is None else diffusion_of(load(start))
+    if first is not None: _check_start(start, first.denoiser, faces, c_latent, network)
     folder = begin(folder, face_ldm, arguments, faces, multiple=2**len(ae_channels))
     ds = Mirrored(faces) if mirrored else faces
     training = dict(seed=seed, precision=precision, progress=progress)
-    first = None if start is None else load(start)
     set_seed(seed)
     denoiser = face_denoiser(ds, c_latent, **network)
     if first is not None: denoiser.load_state_dict(first.denoiser.state_dict(), strict=False)
@@ -127,6 +131,30 @@ def face_ldm(
                   **about | (card or {}))
 
 # %% ../../nbs/recipes/02_faces.ipynb #0190452b
+def _check_start(start, first, ds, c_latent, network):
+    "Raises `ValueError` where the weights of a denoiser, `first`, do not fit into the one that is asked for."
+    new = face_denoiser(ds, c_latent, **network | dict(seen=0))
+    was = first.state_dict()
+    now = new.state_dict()
+    unlike = {name for name in was.keys() & now.keys() if was[name].shape!=now[name].shape}
+    unlike |= {name for name in was.keys() ^ now.keys() if name.startswith('net.')}    # conditions may come and go
+    if not unlike: return
+    options = _options_of(new)
+    theirs = {part: values for part,values in _options_of(first).items() if part in options}
+    changes = differences(theirs, {part: options[part] for part in theirs}) or [f'{min(unlike)} has another shape']
+    raise ValueError(f'start={str(start)!r}: that model has another network: {"; ".join(changes)}. Give the options '
+                     'that it was trained with (only its conditions may be others), or leave out `start`')
+
+def _options_of(denoiser):
+    "{part: arguments} of a denoiser's network and embedders, long ones cut."
+    parts = dict(network=denoiser.net, **getattr(denoiser.conditioner, 'embedders', {}))
+    short = {}
+    for part,module in parts.items():
+        arguments = module.config()['kwargs'].items()
+        short[part] = {name: value if len(str(value))<60 else f'{str(value)[:55]}...' for name,value in arguments}
+    for options in short.values(): options.pop('examples', None)                       # are not in the weights
+    return short
+
 def _face_autoencoder(ds, folder, given, c_latent, channels, steps, training):
     "The first stage: the autoencoder that was given, or one that is trained now."
     if given is None:

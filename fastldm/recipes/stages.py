@@ -213,7 +213,7 @@ def save_grid(
 def full_path(
     name, # of a data set or a model, or the path of one
 )->str: # a path that leads there from any folder; a name as it is
-    "How a card calls data and models."
+    "The name or path that a card records for a data set or a model."
     key = str(name).lower().replace('-', '').replace('_', '')
     is_name = key in DATASETS or str(name) in available('')
     return str(name) if is_name or not Path(name).exists() else str(Path(name).resolve())
