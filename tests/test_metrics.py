@@ -129,7 +129,7 @@ def stored(net, tmp_path):
 def test_evaluation_needs_no_real_pictures(net, stored):
     train = Digits()
     scores = evaluate(train.image[:200], train.label[:200], stored)
-    assert scores['n']==200 and Reference.load(stored).floor['100'].keys()==scores.keys() and json.dumps(scores)
+    assert scores['n']==200 and Reference.load(stored).train_scores['100'].keys()==scores.keys() and json.dumps(scores)
     exact = fid(Digits(split='test'), train.image[:200], net)
     assert scores['fid_digits_evaluator']==pytest.approx(exact, rel=.02)     # weights and features are halves
 
@@ -144,15 +144,15 @@ def test_a_reference_of_another_network_or_damaged(stored):
     file.unlink()
     with pytest.raises(FileNotFoundError, match='Reference.of'): evaluate(test, evaluator=stored)
 
-def test_floor_is_of_training_pictures_with_the_labels_of_the_test_set(net):
+def test_train_scores_are_of_pictures_with_the_labels_of_the_test_set(net):
     "Shown by a training set in which each class is one picture."
     shades = torch.stack([torch.full((1,16,16), 25*c, dtype=torch.uint8) for c in range(10)])
     labels = torch.arange(10).repeat_interleave(30)
     backwards = labels.flip(0)
     test, train = Pictures(shades[labels], labels), Pictures(shades[backwards], backwards)
-    floor = Reference.of(test, net, train, sizes=(300,)).floor
-    assert floor['300']['fid_digits_evaluator']==pytest.approx(0, abs=1e-3)
-    assert floor['nearest']=={'pixels': 0, 'digits_evaluator': pytest.approx(0, abs=1e-2)}
+    train_scores = Reference.of(test, net, train, sizes=(300,)).train_scores
+    assert train_scores['300']['fid_digits_evaluator']==pytest.approx(0, abs=1e-3)
+    assert train_scores['nearest']=={'pixels': 0, 'digits_evaluator': pytest.approx(0, abs=1e-2)}
 
 def test_copies_are_found(net):
     train, test = Digits(), Digits(split='test')

@@ -236,8 +236,8 @@ def test_coarser_level_is_used():
     settings = dict(steps=100, batch_size=32, lr=1.5e-2, warmup=10, progress=False)
     learn = Learner(prior(), train, pixelsnail_loss(1), **settings).fit()
     p = torch.tensor([.925]+[.025]*3)                                    # of a code, given the one above it
-    floor = -(p*p.log2()).sum().item()
-    assert floor-.03 < bits_per_code(learn.model, test) < floor+.12
+    entropy = -(p*p.log2()).sum().item()                                 # no model needs fewer bits
+    assert entropy-.03 < bits_per_code(learn.model, test) < entropy+.12
 
 def learner(folder, cbs=()):
     "A run that learns 40 maps by heart, and should be stopped before its end."

@@ -283,7 +283,7 @@ _timing = re.compile(r'(^|[. _])(seconds\w*|per_second|ms|minutes|hours|gb_s|gfl
 
 def is_timing(
     name:str, # path of a number
-)->bool: # for 'a.seconds_per_picture', 'images_per_second', 'floor_ms'
+)->bool: # for 'a.seconds_per_picture', 'images_per_second', 'step_ms'
     "Whether a number depends on how fast the machine is."
     return _timing.search(name) is not None
 

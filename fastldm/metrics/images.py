@@ -490,35 +490,35 @@ def memorisation(
 
 # %% ../../nbs/metrics/00_images.ipynb #f8d9ed6f
 class Reference:
-    "Features of the real test pictures, their labels, and the scores of real training pictures beside them (`floor`)."
+    "Features of the real test pictures, their labels, and the scores of real training pictures beside them."
     def __init__(self,
         features:torch.Tensor, # of the test pictures, (N,d)
         labels:torch.Tensor, # their labels, (N,)
         name:str, # of the evaluator
         fingerprint:str, # of the evaluator
         shape, # of a picture, (C,H,W)
-        floor:dict=None, # number of pictures (as text): scores; and 'nearest': distances
+        train_scores:dict=None, # of real training pictures, by their number (as text); and 'nearest': distances
     ):
         store_attr()
-        self.floor = floor or {}
+        self.train_scores = train_scores or {}
 
     @classmethod
     def of(cls,
         test, # a data set with `image` and `label` in memory
         net, # the evaluator
-        train=None, # a data set with `image` and `label` in memory; None: no floor
-        sizes=(10000,2000), # numbers of pictures to compute the floor for
+        train=None, # a data set with `image` and `label` in memory; None: no `train_scores`
+        sizes=(10000,2000), # numbers of training pictures that are scored
     ):
-        "Compute the features of the test pictures, and the floor."
+        "Compute the features of the test pictures, and score training pictures."
         features = image_features(test, net).half().float()                     # as they are stored
         ref = cls(features, test.label, net_name(net), fingerprint(net), list(test.image.shape[1:]))
-        if train is not None: ref.floor = _floor(ref, test, net, train, sizes)
+        if train is not None: ref.train_scores = _train_scores(ref, test, net, train, sizes)
         return ref
 
     def save(self, folder)->Path: # of reference.safetensors in `folder`
         "Write the reference beside its evaluator."
         from safetensors.torch import save_file
-        info = dict(name=self.name, fingerprint=self.fingerprint, shape=self.shape, floor=self.floor)
+        info = dict(name=self.name, fingerprint=self.fingerprint, shape=self.shape, floor=self.train_scores)
         tensors = dict(features=self.features.half(), labels=self.labels.short())
         path = Path(folder)/'reference.safetensors'
         with write_atomic(path) as file: save_file(tensors, file, dict(info=json.dumps(info)))
@@ -529,16 +529,16 @@ class Reference:
         return f'Reference({self.name}: {len(self.features)} pictures of {shape})'
 
 # %% ../../nbs/metrics/00_images.ipynb #f4d26c4c
-def _floor(ref, test, net, train, sizes):
+def _train_scores(ref, test, net, train, sizes):
     "Scores of training pictures with the labels of the test set, and distances of test pictures to the training set."
-    floor = {}
+    scores = {}
     for n in {min(n, len(test)) for n in sizes}:
         chosen = _with_labels(train, test.label[:n].tolist())
-        floor[str(n)] = evaluate(train.image[chosen], train.label[chosen], net, ref)
+        scores[str(n)] = evaluate(train.image[chosen], train.label[chosen], net, ref)
     spaces = {'pixels': None, ref.name: net}
     for name,network in spaces.items():
-        floor.setdefault('nearest', {})[name] = nearest_neighbours(test, train, network)[0].mean().item()
-    return floor
+        scores.setdefault('nearest', {})[name] = nearest_neighbours(test, train, network)[0].mean().item()
+    return scores
 
 def _with_labels(ds, labels):
     """A picture of a set for each label, none twice: their numbers.
@@ -574,6 +574,7 @@ def load(cls:Reference,
     try:
         with safe_open(path, 'pt') as f:
             info = json.loads(f.metadata()['info'])
+            info['train_scores'] = info.pop('floor', None)                      # its name in the file
             return cls(f.get_tensor('features').float(), f.get_tensor('labels').long(), **info)
     except Exception as e:
         raise ValueError(f'{path} is damaged, or not written by `Reference.save` ({type(e).__name__}: {e}): '
@@ -600,7 +601,7 @@ def evaluate(
     scores = [] if labels is None else [label_accuracy(features, labels, net)]
     scores += [fid(ref, features, net), kid(ref, features, net), *precision_recall(ref, features, net)]
     if train is not None:
-        distances = ref.floor.get('nearest')
+        distances = ref.train_scores.get('nearest')
         if not distances:
             raise ValueError('this Reference knows no distances: make it with Reference.of(test, evaluator, train)')
         scores.append(memorisation(x, train, distances['pixels']))

@@ -102,7 +102,7 @@ def copy_scores(
     features = image_features(images, evaluator)
     precision, recall = precision_recall(reference, features)
     distances = nearest_neighbours(features, train_features)[0]
-    unseen = reference.floor['nearest']
+    unseen = reference.train_scores['nearest']
     return dict(
         n=len(images),
         label_accuracy=float(label_accuracy(features, reference.labels, evaluator)),
