@@ -419,7 +419,7 @@ def _narrow_decoder(c_in, c_out, c, factor, n_blocks, narrow):
     return nn.Sequential(first, *blocks, *doublings)
 
 # %% ../../nbs/codes/00_vqvae.ipynb #f933e374
-_ROSINALITY = { # beginnings of their names, and of ours
+_ROSINALITY = { # beginnings of rosinality's names, and of those in `VQVAE`
     'enc_b.blocks':'encoders.0', # finest first; all else coarsest first
     'enc_t.blocks':'encoders.1',
     'quantize_conv_t':'to_code.0',
@@ -441,31 +441,31 @@ def _rosinality_sizes(state):
                          "`torch.load(file, weights_only=True)` returns, of a model of its vqvae.py") from e
     return dict(c_in=c_in, n_codes=K, d_code=d, channels=(c,), n_blocks=n_blocks, narrow=narrow)
 
-def _rosinality_quantizer(state, theirs, ours):
-    "Pop their quantiser from `state`; return it under our names."
-    codebook = state.pop(f'{theirs}.embed', None)
-    uses = state.pop(f'{theirs}.cluster_size', None)
-    state.pop(f'{theirs}.embed_avg', None)                              # the sum m_k: codes are updated without it
+def _rosinality_quantizer(state, source, target):
+    "Pop the quantiser `source` of a rosinality state dict; return it under the names of the quantiser `target` here."
+    codebook = state.pop(f'{source}.embed', None)
+    uses = state.pop(f'{source}.cluster_size', None)
+    state.pop(f'{source}.embed_avg', None)                              # the sum m_k: codes are updated without it
     if codebook is None or uses is None:
-        raise ValueError(f"`{theirs}.embed` or `{theirs}.cluster_size` is missing: the state dict is incomplete")
+        raise ValueError(f"`{source}.embed` or `{source}.cluster_size` is missing: the state dict is incomplete")
     count = uses/uses.mean() if uses.sum()>0 else torch.ones_like(uses)
     started = torch.tensor(True)                                        # the codes are trained: no k-means on a batch
-    return {f'{ours}.codebook':codebook.T.contiguous(), f'{ours}.count':count, f'{ours}.started':started}
+    return {f'{target}.codebook':codebook.T.contiguous(), f'{target}.count':count, f'{target}.started':started}
 
 # %% ../../nbs/codes/00_vqvae.ipynb #ded4aa60
 def from_rosinality(
     state_dict:dict, # of a `VQVAE` of rosinality/vq-vae-2-pytorch
 )->VQVAE: # in eval mode
-    """Convert their weights to our model, with equal codes and images.
+    """Convert rosinality's weights to a `VQVAE`, with equal codes and images.
     Raises `ValueError` for weights of something else."""
     state = {k.removeprefix('module.'):v for k,v in state_dict.items()}
     with torch.random.fork_rng(devices=[]): model = VQVAE(**_rosinality_sizes(state))
-    ours = {k:v for k,v in model.state_dict().items() if k in ('shift','scale')}
+    converted = {k:v for k,v in model.state_dict().items() if k in ('shift','scale')}
     for level, name in enumerate(('quantize_t','quantize_b')):
-        ours.update(_rosinality_quantizer(state, name, f'quantizers.{level}'))
+        converted.update(_rosinality_quantizer(state, name, f'quantizers.{level}'))
     for k, v in state.items():
         begin = next((b for b in _ROSINALITY if k.startswith(b+'.')), None)
-        ours[k if begin is None else _ROSINALITY[begin]+k.removeprefix(begin)] = v
-    try: model.load_state_dict(ours)
+        converted[k if begin is None else _ROSINALITY[begin]+k.removeprefix(begin)] = v
+    try: model.load_state_dict(converted)
     except RuntimeError as e: raise ValueError(f"these weights are not those of rosinality's VQVAE: {e}") from e
     return model.eval()
