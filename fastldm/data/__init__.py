@@ -1,4 +1,4 @@
-"Pictures, captioned sets, scenes drawn from a grammar, and faces with attributes and masks."
+"Pictures, captioned sets, icons in several styles, scenes drawn from a grammar, and faces with attributes and masks."
 
 from .images import *
 from .public import *
@@ -9,3 +9,4 @@ from .sources import *
 from .synthetic import *
 from .faces import *
 from .drawn_faces import *
+from .icons import *
