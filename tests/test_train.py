@@ -474,9 +474,28 @@ def whole_and_stopped(folder):
     steady_run(Path(folder)/'two_stopped', cbs=[At(9, stop)])
     steady_run(Path(folder)/'two_stopped')
 
-def two_processes(folder):
+class SendSignals(Callback):
+    "After step 9, in one of the processes: a signal, twice, as a launcher passes on what the terminal sent already."
+    def __init__(self, rank, number): self.rank, self.number = rank, number
+    def after_step(self, learn):
+        if learn.step!=9 or learn.acc.process_index!=self.rank: return
+        for _ in range(2): os.kill(os.getpid(), self.number)
+
+def whole_and_signalled(folder):
+    "What each of the two processes does: one run without a stop, and runs that a signal to either process ends."
+    for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.default_int_handler)
+    steady_run(Path(folder)/'two')
+    for rank,number in ((0,signal.SIGTERM), (1,signal.SIGINT)):
+        signalled = Path(folder)/f'two_{rank}'
+        try: steady_run(signalled, cbs=[SendSignals(rank, number)])
+        except Interrupted as stopped: assert stopped.step==9
+        else: raise AssertionError('the signal was not heard')
+        assert state(signalled)[1]['step']==9
+        steady_run(signalled)
+
+def two_processes(folder, function=whole_and_stopped):
     from accelerate import debug_launcher
-    debug_launcher(whole_and_stopped, (folder,), num_processes=2)
+    debug_launcher(function, (folder,), num_processes=2)
 
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
@@ -495,3 +514,11 @@ def test_two_processes_equal_one(tmp_path):
         torch.testing.assert_close(tensor, tensors_two[name], rtol=1e-4, atol=1e-6)
     for row_one,row_two in zip(rest_one['log'], rest_two['log'], strict=True):
         assert row_one==pytest.approx(row_two, rel=1e-5)
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes(tmp_path):
+    "Both save the same step and end; together they go on to the result of a run without a break."
+    child = start_child('two_processes(sys.argv[1], whole_and_signalled)', tmp_path)
+    printed = child.communicate(timeout=1200)[0]
+    assert child.returncode==0, printed
+    for rank in (0,1): assert_same_run(tmp_path/'two', tmp_path/f'two_{rank}')

@@ -402,6 +402,7 @@ def write_log(self:Learner):
 @contextmanager
 def locked(
     folder, # a folder, made if needed; None, as in all processes but the main one: nothing is held
+    what:str='training in', # what is done there, for the message
 ):
     "Hold a folder while the block runs. Raises `Busy` where another process holds it."
     try: import fcntl
@@ -414,7 +415,7 @@ def locked(
     with open(folder/'.lock', 'w') as file:
         try: fcntl.lockf(file, fcntl.LOCK_EX|fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise Busy(f"another process is training in {folder}: "
+            raise Busy(f"another process is {what} {folder}: "
                        "wait until it ends, or give another folder") from None
         for unfinished in folder.glob('.checkpoint-*.safetensors'): # its process was killed while saving
             unfinished.unlink(missing_ok=True)
@@ -454,7 +455,8 @@ def interrupt(self:Learner):
 def catch_signals(self:Learner):
     "In the block, SIGINT and SIGTERM ask the run to stop; elsewhere, and where they are ignored, they act as before."
     def ask(number, frame):
-        if self.asked_to_stop and number==signal.SIGINT: raise KeyboardInterrupt
+        once_more = self.asked_to_stop and number==signal.SIGINT
+        if once_more and self.acc.num_processes==1: raise KeyboardInterrupt    # of several, the launcher repeats it
         self.asked_to_stop = True
         if self.breaks_at_once: self.interrupt()
     before = {}
