@@ -83,9 +83,10 @@ def iou_per_class(
     "Intersection over union of each class."
     counted = target<n
     pairs = (target*n+predicted)[counted].flatten()
-    count = torch.bincount(pairs, minlength=n*n).view(n,n).double()
-    both = count.diag()
-    return both/(count.sum(0)+count.sum(1)-both)
+    confusion = torch.bincount(pairs, minlength=n*n).view(n,n).double()           # target by predicted
+    both = confusion.diag()
+    either = confusion.sum(0)+confusion.sum(1)-both
+    return both/either
 
 @patch
 @torch.no_grad()
