@@ -89,20 +89,21 @@ def _token_ids(self:Blip):
 def _require_part(self:Blip, part, task):
     "`ValueError` where this model was made without the encoder or the decoder that a task needs."
     if getattr(self, part): return
-    if part=='encoder': missing, itm, captioning = 'text encoder', 'match and compare', 'cannot'
-    else: missing, itm, captioning = 'decoder', 'cannot', 'describe'
+    missing = dict(encoder='text encoder', decoder='decoder')[part]
+    published = dict(encoder='blip-itm-* match and compare, blip-image-captioning-* cannot',
+                     decoder='blip-itm-* cannot, blip-image-captioning-* describe')[part]
     raise ValueError(f"this model cannot {task}: it was made without {missing} "
-                     f"(of the published weights, blip-itm-* {itm}, blip-image-captioning-* {captioning})")
+                     f"(of the published weights, {published})")
 
 # %% ../../nbs/codes/04_blip.ipynb #da02c3c5
 def _share_weights(encoder, decoder):
     "Let the decoder use the encoder's embeddings and layers, except for self-attention (Li et al. 2022, section 3.2)."
     decoder.bert.embeddings = encoder.embeddings
     decoder.cls.predictions.decoder.weight = encoder.embeddings.word_embeddings.weight
-    for ours, theirs in zip(decoder.bert.encoder.layer, encoder.encoder.layer):
-        ours.crossattention = theirs.crossattention
-        ours.intermediate = theirs.intermediate
-        ours.output = theirs.output
+    for of_decoder, of_encoder in zip(decoder.bert.encoder.layer, encoder.encoder.layer):
+        of_decoder.crossattention = of_encoder.crossattention
+        of_decoder.intermediate = of_encoder.intermediate
+        of_decoder.output = of_encoder.output
 
 def _aliases(model):
     "{second name of a weight: its first name}."
@@ -567,6 +568,6 @@ def from_pretrained(cls:Blip,
         std=[.26862954,.26130258,.27577711])
     state = getattr(require_transformers(), kind).from_pretrained(name).state_dict()
     state = {k:v for k,v in state.items() if k not in model.aliases}
-    if model.encoder: state['log_temperature'] = model.log_temperature.detach()   # theirs is not in the files
+    if model.encoder: state['log_temperature'] = model.log_temperature.detach()   # the files lack it
     model.load_state_dict(state)
     return model.eval()
