@@ -458,7 +458,7 @@ def _uniform_numbers(model, n, seed, first):
 # %% ../../nbs/codes/02_pixelsnail.ipynb #3d05a94a
 @torch.no_grad()
 def _sample(stepper, model, n, above=None, text=None, seed=0, first=0, temperature=1., top_k=None, top_p=None,
-            guidance_scale=1., progress=False):
+            guidance_scale=1., progress=False, callback=None):
     "The loop of all samplers; `stepper(model, condition, tokens) -> step(codes, p, last) -> logits (N,K)`."
     _check_settings(n, temperature, guidance_scale, top_k, top_p, text)
     device = model.head.weight.device
@@ -481,6 +481,7 @@ def _sample(stepper, model, n, above=None, text=None, seed=0, first=0, temperatu
                 logits = no+guidance_scale*(yes-no)
             last = choose_codes(logits, u[:,p], temperature, top_k, top_p).repeat(copies)
             codes[:,p//w,p%w] = last
+            if callback is not None: callback()
     return codes[:n]
 
 # %% ../../nbs/codes/02_pixelsnail.ipynb #e8bf0927
@@ -662,8 +663,9 @@ def sample_codes(
     top_p:float=None, # only the fewest codes with this probability together; None: all
     guidance_scale:float=1., # above 1: more of the text, in one call with twice the rows
     progress:bool=False, # show a bar
+    callback=None, # called after each position, without arguments
 )->torch.Tensor: # (n,h,w)
     """Draw maps of codes, computing each position once.
     Raises `ValueError` for what does not fit the model."""
     settings = dict(temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale)
-    return _sample(Stepper, model, n, above, text, seed, first, progress=progress, **settings)
+    return _sample(Stepper, model, n, above, text, seed, first, progress=progress, callback=callback, **settings)

@@ -7,9 +7,11 @@ __all__ = ['TextToImage', 'CodeLatents']
 
 # %% ../../nbs/codes/05_text2image.ipynb #1ead55c3
 import inspect
+import math
 import torch
 from torch import nn
 from fastcore.basics import patch
+from tqdm.auto import tqdm
 from ..core.models import Module, whole_number
 from ..diffusion.ldm import LatentDiffusion
 from .pixelsnail import sample_codes
@@ -87,16 +89,19 @@ def _by_codes(self:TextToImage, text, seed, first, batch_size, progress, *,
     settings = dict(temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale)
     levels = _per_level(settings, len(self.priors))
     images = []
-    for start in range(0, len(text), batch_size):
-        part = text[start:start+batch_size]
-        codes = []
-        for prior, kw in zip(self.priors, levels):
-            above = codes[-1] if codes else None
-            words = part if prior.d_text else None
-            codes.append(sample_codes(prior, len(part), above, words, seed=seed, first=first+start, progress=progress,
-                                      **kw))
-        decoded = self.vqvae.decode_codes(codes)
-        images.append((decoded.to(torch.promote_types(decoded.dtype, torch.float))+1)/2)
+    starts = range(0, len(text), batch_size)
+    positions = sum(math.prod(prior.shape) for prior in self.priors)       # of all maps, drawn one after the other
+    with tqdm(desc='codes', total=len(starts)*positions, disable=not progress, leave=False) as bar:
+        for start in starts:
+            part = text[start:start+batch_size]
+            codes = []
+            for prior, kw in zip(self.priors, levels):
+                above = codes[-1] if codes else None
+                words = part if prior.d_text else None
+                codes.append(sample_codes(prior, len(part), above, words, seed=seed, first=first+start,
+                                          callback=bar.update, **kw))
+            decoded = self.vqvae.decode_codes(codes)
+            images.append((decoded.to(torch.promote_types(decoded.dtype, torch.float))+1)/2)
     return torch.cat(images)
 
 # %% ../../nbs/codes/05_text2image.ipynb #8453adf4
