@@ -12,7 +12,8 @@ import numpy as np, torch
 from torch import nn
 from tqdm.auto import tqdm
 from fastcore.basics import patch
-from ..core.models import fetch_batch, fingerprint, require_package, tensor_digest
+from ..core.models import fetch_batch, fingerprint, require_package, tensor_digest, whole_number
+from ..core.train import locked
 from ..data.images import dataloader
 from ..diffusion.autoencoder import data_fingerprint
 from .vqvae import VQVAE
@@ -284,6 +285,17 @@ def _records(batch, model, text_features, header):
     return [_pack(c, header['dtype'], t, f) for c,t,f in zip(codes, text, fields)]
 
 # %% ../../nbs/codes/01_store.ipynb #cf907f07
+def _write_rest(ds, model, folder, text_features, header, batch_size, workers, progress):
+    "Encode what is missing."
+    env, done = _start(folder, header)
+    if done==len(ds): return
+    batches = dataloader(_Rest(ds, done), batch_size, workers=workers)
+    with tqdm(desc='encoding', total=len(ds), initial=done, disable=not progress, leave=False) as bar:
+        for batch in batches:
+            records = _records(batch, model, text_features, header)
+            done = _append(folder, env, done, records)
+            bar.update(len(records))
+
 def write_codes(
     ds, # a data set with `image`, and `caption` where there are text features
     model:VQVAE, # trained, on any device
@@ -295,21 +307,17 @@ def write_codes(
     progress:bool=True, # show a bar
 )->Path: # the folder
     """Encode all of `ds` into LMDB, or what is missing of it.
-    Raises `ValueError` where `path` holds codes of something else, `OSError` for a full disk."""
+    Raises `ValueError` where `path` holds codes of something else, `OSError` for a full disk, and `Busy` while another
+    process writes there."""
     if precision not in (None,'bf16'): raise ValueError(f"precision={precision!r}: expected None or 'bf16'")
+    batch_size = whole_number(batch_size, 'batch_size', 1)
+    workers = whole_number(workers, 'workers', 0)
     header = _header(ds, model, text_features, precision)
     folder = Path(path).expanduser().resolve()
-    try:
-        env, done = _start(folder, header)
-        if done==len(ds): return folder
-        batches = dataloader(_Rest(ds, done), batch_size, workers=workers)
-        with tqdm(desc='encoding', total=len(ds), initial=done, disable=not progress, leave=False) as bar:
-            for batch in batches:
-                records = _records(batch, model, text_features, header)
-                done = _append(folder, env, done, records)
-                bar.update(len(records))
-        return folder
-    finally: _close(folder)
+    with locked(folder, 'writing codes to'):
+        try: _write_rest(ds, model, folder, text_features, header, batch_size, workers, progress)
+        finally: _close(folder)
+    return folder
 
 # %% ../../nbs/codes/01_store.ipynb #3ed56e5c
 class CodeDataset:
