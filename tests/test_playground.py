@@ -3,7 +3,7 @@ import os, time
 from contextlib import contextmanager
 from pathlib import Path
 import pytest
-from browser import browser_page, jupyterlab, run_all
+from browser import IDLE, browser_page, jupyterlab, run_all
 
 ROOT = Path(__file__).parents[1]
 PICTURE = 'img.widget-image'
@@ -17,11 +17,11 @@ def lab(tmp_path_factory):
 def source(page): return page.locator(PICTURE).first.get_attribute('src')
 
 def settled(page):
-    "Where the picture is, once it has stayed the same for two seconds."
+    "Where the picture is, once the kernel has had nothing to do for two seconds, and it has stayed the same."
     last, since = None, time.time()
     while time.time()-since<2:
         now = source(page)
-        if now!=last: last, since = now, time.time()
+        if now!=last or not page.evaluate(IDLE): last, since = now, time.time()
         time.sleep(.1)
     return last
 
