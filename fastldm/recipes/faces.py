@@ -130,6 +130,17 @@ def face_ldm(
     return finish(folder, ldm, ('autoencoder','denoiser'), partial(_draw_faces, ds=ds), data, licence_line(faces),
                   **about | (card or {}))
 
+# %% ../../nbs/recipes/02_faces.ipynb #bef93c7d
+def _options_of(denoiser):
+    "{part: arguments} of a denoiser's network and embedders, long ones cut."
+    parts = dict(network=denoiser.net, **getattr(denoiser.conditioner, 'embedders', {}))
+    short = {}
+    for part,module in parts.items():
+        arguments = module.config()['kwargs'].items()
+        short[part] = {name: value if len(str(value))<60 else f'{str(value)[:55]}...' for name,value in arguments}
+    for options in short.values(): options.pop('examples', None)                       # are not in the weights
+    return short
+
 # %% ../../nbs/recipes/02_faces.ipynb #0190452b
 def _check_start(start, first, ds, c_latent, network):
     "Raises `ValueError` where the weights of a denoiser, `first`, do not fit into the one that is asked for."
@@ -144,16 +155,6 @@ def _check_start(start, first, ds, c_latent, network):
     changes = differences(theirs, {part: options[part] for part in theirs}) or [f'{min(unlike)} has another shape']
     raise ValueError(f'start={str(start)!r}: that model has another network: {"; ".join(changes)}. Give the options '
                      'that it was trained with (only its conditions may be others), or leave out `start`')
-
-def _options_of(denoiser):
-    "{part: arguments} of a denoiser's network and embedders, long ones cut."
-    parts = dict(network=denoiser.net, **getattr(denoiser.conditioner, 'embedders', {}))
-    short = {}
-    for part,module in parts.items():
-        arguments = module.config()['kwargs'].items()
-        short[part] = {name: value if len(str(value))<60 else f'{str(value)[:55]}...' for name,value in arguments}
-    for options in short.values(): options.pop('examples', None)                       # are not in the weights
-    return short
 
 def _face_autoencoder(ds, folder, given, c_latent, channels, steps, training):
     "The first stage: the autoencoder that was given, or one that is trained now."
