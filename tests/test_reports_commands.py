@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 from fastldm import load
+from fastldm.codes import VQVAE, CodeDataset, PixelSNAIL, TextToImage, write_codes
 from fastldm.core import Busy, Module, save_model, show_parameters
 from fastldm.data import SyntheticScenes
 from fastldm.recipes import (codes_cli, command, draw_files, eval_cli, figures_cli, label_ldm, sample_cli,
-                             train_adapter, train_vqvae)
+                             text_denoiser, train_adapter, train_vqvae)
 from fastldm.recipes import commands, evaluate
 
 def line(run, *args, **options):
@@ -153,6 +155,14 @@ def test_a_disk_without_room(here, monkeypatch):
         draw_files(draw, 2*10**9, 'many')
     assert sizes==[commands.PART] and not [*here.iterdir()]
 
+def test_files_are_not_drawn_for_a_folder_that_is_there(here):
+    "The first part was drawn before that was noticed."
+    def never(n, first): raise AssertionError('pictures are drawn')
+    Path('there').mkdir()
+    with pytest.raises(FileExistsError, match='there is there already'): draw_files(never, 5, 'there')
+    for options in (dict(n=0), dict(n=5, part=0)):
+        with pytest.raises(ValueError, match='expected a whole number'): draw_files(never, folder='new', **options)
+
 class Plain(Module):
     "A model of one's own whose method takes no `first`, and no `n`."
     def sample_command(self, seed=0): return torch.full((3,1,8,8), .5), 3
@@ -184,6 +194,50 @@ def test_codes_refuses_before_work(here):
     assert 'batch_size=0' in line(codes_cli, 'scenes', 'scenes', 'c', batch_size=0)
     assert 'workers=-1' in line(codes_cli, 'scenes', 'scenes', 'c', workers=-1)
     assert not Path('c').exists()
+
+def test_two_processes_that_write_codes_into_one_folder(here):
+    "The second is told in one line, before it encodes anything; the first is not disturbed."
+    save_model(VQVAE(channels=(8,8), d_code=4, n_codes=8), 'vqvae', size=16)
+    def second():
+        "The exit status of another process: 7 where it is refused in one line."
+        child = os.fork()
+        if child: return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        try: codes_cli('scenes', 'vqvae', 'c', split='test')
+        except SystemExit as end: os._exit(7 if str(end.code).startswith('codes: another process is writing') else 1)
+        finally: os._exit(2)
+    refused = []
+    class Scenes(SyntheticScenes):
+        "Two batches; while the second is read, another process begins."
+        def __getitems__(self, idxs):
+            if 4 in idxs and Path('c').exists(): refused.append(second())
+            return super().__getitems__(idxs)
+    path = write_codes(Scenes(8, 'test', 16), load('vqvae', 'cpu'), 'c', batch_size=4, progress=False)
+    assert refused==[7]
+    assert len(CodeDataset(path))==8
+    assert write_codes(Scenes(8, 'test', 16), load('vqvae', 'cpu'), 'c', progress=False)==path      # it is free again
+
+class Words(Module):
+    "Features of no text in particular."
+    d_text = 4
+    def text_features(self, captions): return torch.zeros(len(captions), 3, 4)
+
+@pytest.mark.parametrize('prior,positions', [('codes',5*(2*2+4*4)), ('diffusion',5)])
+def test_one_bar_for_pictures_of_a_text(monkeypatch, prior, positions):
+    "There was one for each map of codes."
+    shown = []
+    class Bar(tqdm):
+        "It notes how far it came."
+        def close(self):
+            if not self.disable: shown.append((self.n, self.total))
+            self.disable = True
+    for name in ('codes.pixelsnail','codes.text2image','diffusion.ldm','diffusion.samplers'):
+        monkeypatch.setattr(f'fastldm.{name}.tqdm', Bar)
+    vqvae = VQVAE(channels=(8,8), d_code=4, n_codes=8)
+    priors = [PixelSNAIL(8, (2,2), 8, d_text=4), PixelSNAIL(8, (4,4), 8, above=(8,(2,2)), d_text=4)]
+    model = TextToImage(Words(), vqvae, priors, text_denoiser(vqvae.c_latent, 4, (8,8)), size=16).eval()
+    options = dict(steps=2) if prior=='diffusion' else {}
+    model.sample('a red ship', 5, prior=prior, batch_size=1, seed=0, progress=True, **options)
+    assert shown==[(positions, positions)]
 
 def test_figures_refuses_a_name(here): assert "did you mean 'a3_mnist'" in line(figures_cli, ['a3_mist'])
 

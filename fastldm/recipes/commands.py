@@ -87,6 +87,14 @@ def import_module_of(
     sys.path.insert(0, str(folder.absolute()))
     importlib.import_module(path.stem if path.suffix=='.py' else module)
 
+# %% ../../nbs/recipes/06_commands.ipynb #ba851724
+def _numbers(text, option):
+    "'8000' as 8000, and '8000,6000' as [8000, 6000]; `ValueError` for anything else."
+    try: numbers = [int(number) for number in str(text).split(',')]
+    except ValueError:
+        raise ValueError(f'{option} {text}: expected whole numbers with commas between them, as in 8000,6000') from None
+    return numbers if len(numbers)>1 else numbers[0]
+
 # %% ../../nbs/recipes/06_commands.ipynb #55f4f934
 @command
 def train_cli(
@@ -97,8 +105,12 @@ def train_cli(
     kinds:str=None, # for `local`: edges, segmentation, silhouette, depth or colour; several with + between them
     root:str=None, # where a public data set is looked for first
     size:int=None, # side of the pictures, for `folder`, `captioned` and faces
-    steps:int=None, # of the denoiser's training
-    ae_steps:int=None, # of the autoencoder's training
+    steps:int=None, # of the denoiser's training, or of the only stage
+    ae_steps:int=None, # of the training of the autoencoder, or VQ-VAE
+    text_encoder_steps:int=None, # of the text encoder's training, for `captioned`
+    prior_steps:str=None, # of the training of each level's prior, for `captioned`: one number, or as in 8000,6000
+    epochs:int=None, # of the last stage, for `mnist_tutorial` and classifiers
+    ae_epochs:int=None, # of the autoencoder's training, for `mnist_tutorial`
     seed:int=0, # of everything
     precision:str=None, # bf16 where the processor has it, fp16 on a GPU
     resume:store_true=False, # only go on with what was begun; an error where nothing was
@@ -107,7 +119,9 @@ def train_cli(
     "Train a model. The same command goes on where an interrupted one stopped, and prints from which step."
     import_module_of(module)
     train = RECIPES[check_choice(recipe, RECIPES, 'recipe')]
-    options = given(data=data, model=model, kinds=kinds, size=size, steps=steps, ae_steps=ae_steps)
+    options = given(data=data, model=model, kinds=kinds, size=size, steps=steps, ae_steps=ae_steps,
+                    text_encoder_steps=text_encoder_steps, epochs=epochs, ae_epochs=ae_epochs)
+    if prior_steps is not None: options['prior_steps'] = _numbers(prior_steps, '--prior_steps')
     for option,what in getattr(train, 'needs', {}).items():
         if option not in options: raise ValueError(f'the recipe `{recipe}` needs --{option}, {what}')
     for option in refused(train, options): raise ValueError(f'the recipe `{recipe}` takes no --{option}: leave it out')
@@ -304,6 +318,9 @@ def draw_files(
     """Draw any number of pictures, each into a PNG file. Raises `OSError` where the disk has no room for them, and
     `FileExistsError` where the folder is there already, before the first is written."""
     from tqdm import tqdm
+    n = whole_number(n, 'n', 1)
+    part = whole_number(part, 'part', 1)
+    if Path(folder).exists(): raise FileExistsError(f'{folder} is there already: give a new folder')
     for first in tqdm(range(0, n, part), desc='parts', disable=n<=part):
         pictures = draw(min(part, n-first), first)
         if first==0:
