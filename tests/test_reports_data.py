@@ -301,6 +301,36 @@ def test_shards_without_a_good_picture(tmp_path):
     with pytest.raises(ValueError, match='b.tar has 1 pictures, and 2 were counted'):
         Shards(shards[1], counts=[2], skip='warn')
 
+@pytest.mark.parametrize('per_shard', [0, -1, 2.5, '3'])
+def test_shards_of_no_pictures(tmp_path, per_shard):
+    "A raw error of `range`; nothing is written."
+    with pytest.raises(ValueError, match='per_shard='): write_shards(Digits(split='test'), tmp_path/'d', per_shard)
+    with pytest.raises(ValueError, match='the set is empty'): write_shards([], tmp_path/'d')
+    assert not (tmp_path/'d').exists()
+
+def test_shards_among_those_of_a_larger_set(tmp_path):
+    "What was left of the larger one was read as a part of the smaller one, by whoever lists the folder."
+    ds = ImageFolder(save(tmp_path/'pics'/'1.png').parent, size=8)
+    assert write_shards(ds, tmp_path/'d')==write_shards(ds, tmp_path/'d')      # the same may be written again
+    tar(tmp_path/'d'/'000001.tar', ('1.png',png()))
+    with pytest.raises(ValueError, match=r'other tar files \(000001.tar\)'): write_shards(ds, tmp_path/'d')
+
+def test_faces_that_cannot_be_written(tmp_path):
+    "Too few numbers cut the set short in silence; a set without masks failed after the first picture."
+    faces = SyntheticFaces(n=3, size=16)
+    with pytest.raises(ValueError, match='2 numbers for 3 faces'): write_celebamask_hq(faces, tmp_path/'d', [1,2])
+    with pytest.raises(ValueError, match='has no attrs and no mask'): write_celebamask_hq(Digits(), tmp_path/'d')
+    assert not (tmp_path/'d').exists()
+
+@pytest.mark.parametrize('options,says', [(dict(workers=0), 'workers=0'), (dict(retries=-1), 'retries=-1'),
+                                          (dict(timeout=0), 'timeout=0')], ids=['workers','retries','timeout'])
+def test_numbers_that_fetch_nothing(tmp_path, options, says):
+    "They were an UnboundLocalError, or an error of a thread pool."
+    with pytest.raises(ValueError, match=says): fetch_images(['http://127.0.0.1:9/a.png'], tmp_path/'d', **options)
+    (tmp_path/'file').touch()
+    with pytest.raises(ValueError, match='file is a file'): fetch_images([], tmp_path/'file')
+    assert [*fetch_images('ftp://x/a.png', tmp_path/'d', progress=False)[1]]==['ftp://x/a.png']      # one address
+
 def test_captions_are_written_into_shards(tmp_path):
     for i in range(3): save(tmp_path/f'{i}.png', i)
     table = 'file,caption\n'+''.join(f'{i}.png,é {i}\n' for i in range(3))

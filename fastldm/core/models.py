@@ -242,12 +242,16 @@ def _spread(state, max_bytes):
 def check_folder(
     folder, # where something will be saved
 )->Path: # the same
-    "Raises `ValueError` for a folder from which no weights could be read again: its name is not text."
+    """Raises `ValueError` for a folder from which no weights could be read again, as its name is not text, and for
+    a file."""
     try: str(folder).encode('utf-8')
     except UnicodeEncodeError:
         raise ValueError(f"the folder {str(folder)!r} has a name that is not UTF-8, and weights in it "
                          "could not be read again: give another folder") from None
-    return Path(folder)
+    folder = Path(folder)
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir(): raise ValueError(f"{there} is a file, so nothing can be saved in {folder}: give a folder")
+    return folder
 
 # %% ../../nbs/core/00_models.ipynb #8cd4965c
 def save_model(

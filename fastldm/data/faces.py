@@ -413,9 +413,13 @@ def write_celebamask_hq(
     folder, # where the folder CelebAMask-HQ goes
     numbers=None, # CelebA's number of each, which decides about the split; None: all are for training
 )->Path: # the folder CelebAMask-HQ
-    "Faces in the published layout; attributes that the set does not have are -1."
+    """Faces in the published layout; attributes that the set does not have are -1. Raises `ValueError` for a set
+    without masks, and for another number of numbers."""
     folder = Path(folder)/'CelebAMask-HQ'
     numbers = list(numbers or range(1, len(ds)+1))
+    if len(numbers)!=len(ds): raise ValueError(f'{len(numbers)} numbers for {len(ds)} faces: give one a face')
+    missing = [name for name in ('image','attrs','mask') if name not in ds[0]]
+    if missing: raise ValueError(f'{ds!r} has no {" and no ".join(missing)}: give faces with attributes and masks')
     (folder/'CelebA-HQ-img').mkdir(parents=True, exist_ok=True)
     attributes = [str(len(ds)),' '.join(ATTRIBUTES)]
     mapping = ['idx  orig_idx  orig_file']
@@ -430,6 +434,7 @@ def write_celebamask_hq(
         with write_atomic(folder/name) as p: p.write_text('\n'.join(lines)+'\n')
     return folder
 
+# %% ../../nbs/data/07_faces.ipynb #73c190cc
 def _write_parts(folder, number, mask):
     "A PNG file for each part in a mask."
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@
 __all__ = ['Shards', 'write_shards']
 
 # %% ../../nbs/data/03_shards.ipynb #28459266
-import io,json,lzma,tarfile,zlib
+import io,json,lzma,math,tarfile,zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
-from ..core.models import tensor_digest,write_atomic
+from ..core.models import tensor_digest,whole_number,write_atomic
 from .images import (IMAGE_SUFFIXES,Pictures,check_skip,files_digest,find_damaged,first_few,from_image,
                                  open_image,to_image)
 
@@ -269,8 +269,14 @@ def write_shards(
     folder, # where the shards and index.json go
     per_shard:int=1000, # pictures in each
 )->list: # of the files
-    "Write a set as WebDataset shards."
+    """Write a set as WebDataset shards. Raises `ValueError` for an empty set, for no number of pictures, and for a
+    folder with other tar files, which would be taken for a part of the set."""
     folder = Path(folder)
+    per_shard = whole_number(per_shard, 'per_shard', 1)
+    if not len(ds): raise ValueError('the set is empty, so there is nothing to write')
+    new = {f'{n:06d}.tar' for n in range(math.ceil(len(ds)/per_shard))}
+    if others := sorted(f.name for f in folder.glob('*.tar') if f.name not in new):
+        raise ValueError(f'{folder} has other tar files ({others[0]}): give another folder, or delete them')
     counts = {}
     for n,start in enumerate(range(0, len(ds), per_shard)):
         name = f'{n:06d}.tar'

@@ -18,7 +18,7 @@ import numpy as np, torch
 from PIL import Image,ImageDraw,ImageFont,features
 from fastcore.basics import patch
 from tqdm.auto import tqdm
-from ..core.models import write_atomic
+from ..core.models import check_folder,real_number,whole_number,write_atomic
 from .captioned import Captioned,Together,check_columns,find_source,read_table
 from .images import DATASETS,IMAGE_SUFFIXES,check_split,first_few,open_image
 from .public import not_found,search_folders
@@ -79,7 +79,7 @@ def _file_of(url, folder):
 
 # %% ../../nbs/data/05_sources.ipynb #2939a902
 def fetch_images(
-    urls, # addresses (http, https); spaces around them do not count
+    urls, # addresses (http, https), or one; spaces around them do not count
     folder, # where they are kept; what is there already is not fetched
     retries:int=2, # more trials, where they may help
     timeout:float=10., # seconds for a picture
@@ -87,8 +87,13 @@ def fetch_images(
     progress:bool=True, # show a bar
     download:bool=True, # False: only look at what is there
 )->tuple: # {address: file}, {address: why it could not be had}
-    "Fetch pictures, each once. What failed is reported, and listed in `folder`/failed.json."
-    folder = Path(folder).expanduser()
+    """Fetch pictures, each once. What failed is reported, and listed in `folder`/failed.json.
+    Raises ValueError for numbers that make no sense, and for a folder that is a file."""
+    folder = check_folder(Path(folder).expanduser())
+    retries = whole_number(retries, 'retries', 0)
+    workers = whole_number(workers, 'workers', 1)
+    timeout = real_number(timeout, 'timeout', .001)
+    urls = [urls] if isinstance(urls, str) else urls
     urls = [*dict.fromkeys(u.strip() for u in urls)]
     files = {u:_file_of(u, folder) for u in urls}
     failed = {u:'not an address (http or https)' for u in urls if urlsplit(u).scheme.lower() not in ('http','https')}

@@ -10,7 +10,8 @@ import torch
 from copy import copy
 from functools import partial
 from pathlib import Path
-from ..control.adapter import CONTROLS, ControlAdapter, ControlData, control_loss, times_within
+from ..control.adapter import (CONTROLS, ControlAdapter, ControlData, control_loss, random_region,
+                                     times_within)
 from ..core.models import check_choice, fingerprint, n_params
 from ..diffusion.denoiser import edm_weight
 from ..diffusion.ldm import load
@@ -42,6 +43,15 @@ def control_data(
     text_features = base.text_encoder.text_features if hasattr(base, 'text_encoder') else None
     return ControlData(ds, ldm.autoencoder, kinds, [*embedders_of(ldm)], text_features, n=n, progress=progress)
 
+# %% ../../nbs/recipes/04_control.ipynb #e6986ced
+def _name(value):
+    "A function by its name, anything else as it is."
+    return getattr(getattr(value, 'func', value), '__name__', value)
+
+def _check_regions(kinds):
+    "Raises `ValueError` for an unknown kind of `random_region`."
+    with torch.random.fork_rng(devices=[]): random_region(1, 64, kinds)
+
 # %% ../../nbs/recipes/04_control.ipynb #b3325bfe
 def train_adapter(
     model='scenes', # the base: a shipped model by name, a folder, or a model in memory
@@ -66,9 +76,11 @@ def train_adapter(
     base = load(model) if named else model
     ldm = diffusion_of(base)
     kinds = [check_choice(kind, CONTROLS, 'control') for kind in kinds.split('+')]
+    loss = dict(weight=edm_weight, sample_t=partial(times_within, interval=interval), drop=.2) | loss
+    loss_fn = control_loss(ldm.denoiser, **loss)
+    _check_regions(regions)
     ds = base_pictures(base, root, n) if pictures is None else None
     folder = begin(folder, train_adapter, arguments, base=fingerprint(ldm.denoiser), content=digest_of(ds))
-    loss = dict(weight=edm_weight, sample_t=partial(times_within, interval=interval), drop=.2) | loss
     pictures = copy(pictures) or control_data(base, kinds, root, n, progress, ds)
     pictures.regions = regions
     def build():
@@ -77,18 +89,14 @@ def train_adapter(
     def card(learn):
         about = dict(base=full_path(model) if named else 'a model in memory')
         about['base_fingerprint'] = fingerprint(ldm.denoiser)
-        about |= dict(data=base.meta['data'], n_pictures=len(pictures), regions=regions)
+        about |= dict(data=base.meta.get('data'), n_pictures=len(pictures), regions=regions)
         about |= dict(loss={k: _name(v) for k,v in loss.items()}, n_params=n_params(learn.model))
         return about | dict(licence=base.meta.get('licence', 'weights Apache-2.0; data of the user'))
-    adapter = train_stage(folder, build, pictures, control_loss(ldm.denoiser, **loss), seed=seed,
-                          batch_size=batch_size, card=card, longer=True, steps=steps, lr=2e-3,
-                          warmup=min(100, steps//10), ema=.995, precision=precision, progress=progress)
+    adapter = train_stage(folder, build, pictures, loss_fn, seed=seed, batch_size=batch_size, card=card, longer=True,
+                          steps=steps, lr=2e-3, warmup=min(100, steps//10), ema=.995, precision=precision,
+                          progress=progress)
     write_card(folder)
     return adapter
-
-def _name(value):
-    "A function by its name, anything else as it is."
-    return getattr(getattr(value, 'func', value), '__name__', value)
 
 # %% ../../nbs/recipes/04_control.ipynb #0e971889
 recipe('local', train_adapter, needs=dict(model='the base that it adapts'))
