@@ -11,6 +11,7 @@ __all__ = ['RENAMED_STAGES', 'RECIPES', 'run_stage', 'ResumeCB', 'train_stage', 
 # %% ../../nbs/recipes/00_stages.ipynb #cc247f72
 import json
 import math
+import os
 import numpy as np
 import torch
 import warnings
@@ -29,6 +30,12 @@ from ..diffusion.denoiser import diffusion_loss
 from ..diffusion.ldm import LatentDiffusion, available, load, save
 
 # %% ../../nbs/recipes/00_stages.ipynb #440bf9c2
+def _check_writable(folder):
+    "Raises `PermissionError` for a folder where nothing could be saved."
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if os.access(there, os.W_OK): return
+    raise PermissionError(f'you may not write to {there}: give another folder for the model (--out)')
+
 def run_stage(
     folder, # of the stage
     make, # `() -> (model, card)`: trains or fits the model; the card is a dict that JSON can hold
@@ -37,6 +44,7 @@ def run_stage(
     "Load the model that a finished stage left in `folder`, or make it and save it there."
     folder = check_folder(folder)
     if again or not (folder/'config.json').exists():
+        _check_writable(folder)
         model, card = make()
         save_model(model, folder, half=fits_half(model), **card)
     return load_model(folder)
@@ -301,7 +309,7 @@ def check_free(
 )->Path: # the folder
     "Raises `ValueError` for a folder that has something else in it, or that is within the data."
     folder = check_folder(folder)
-    if data is not None and Path(data).is_dir():
+    if isinstance(data, (str,Path)) and Path(data).is_dir():
         place = Path(data).resolve()
         if place in (folder.resolve(), *folder.resolve().parents):
             raise ValueError(f'{folder} is in {data}, the folder of the data, where it would be taken for data: '
@@ -381,7 +389,11 @@ def begin(
     Raises `ValueError` for numbers that cannot work, for a folder that is not free, and for another run's."""
     _check_numbers(arguments)
     folder = check_free(folder, arguments.get('data'))
-    asked = _asked_now(recipe, arguments, ds, multiple, more) | _OUTER.get(folder.resolve(), {})
+    return _remember(folder, _asked_now(recipe, arguments, ds, multiple, more))
+
+def _remember(folder, asked):
+    "Compare what is asked for with the run in a folder, and write it down."
+    asked = asked | _OUTER.get(folder.resolve(), {})
     has_work = any(any(folder.rglob(name)) for name in ('checkpoint.safetensors','config.json'))
     if has_work:                                                            # else nothing is lost by another run
         check_same_run(folder, asked)
@@ -391,9 +403,9 @@ def begin(
 
 # %% ../../nbs/recipes/00_stages.ipynb #4038efce
 def _check_numbers(arguments):
-    "Raises `ValueError` for steps, epochs, pictures or pixels that are no whole number above 0, and for odd rates."
+    "Raises `ValueError` for steps, channels, pictures or pixels that are no whole number above 0, and for odd rates."
     for name,value in arguments.items():
-        is_count = name.endswith(('steps','epochs')) or name in ('n','size','copies','c_latent','batch_size')
+        is_count = name.endswith(('steps','epochs','channels')) or name in ('n','size','copies','c_latent','batch_size')
         numbers = value if isinstance(value, (list,tuple)) else [value]
         if is_count and value is not None: numbers = [whole_number(number, name, 1) for number in numbers]
     whole_number(arguments.get('seed', 0), 'seed')
@@ -491,12 +503,14 @@ def _arguments_of(call):
     return arguments
 
 def _protected(train):
-    "A function, called after `begin`; what it calls in the same folder adds to what was asked for."
+    "A function, called as after `begin`; what it calls in the same folder adds to what was asked for."
     @wraps(train)
     def run(*args, **kwargs):
         arguments = _arguments_of(signature(train).bind(*args, **kwargs))
-        folder = begin(arguments['folder'], train, arguments).resolve()
-        _OUTER[folder] = _asked_now(train, arguments)
+        folder = check_free(arguments['folder'], arguments.get('data')).resolve()
+        asked = _asked_now(train, arguments)
+        _remember(folder, asked)
+        _OUTER[folder] = asked
         try: return train(*args, **kwargs)
         finally: del _OUTER[folder]
     return run
