@@ -153,6 +153,8 @@ def svg(body, box='0 0 16 16'): return f'<svg xmlns="http://www.w3.org/2000/svg"
     ('', 'empty'), ('<svg', 'root'), (svg('<g>'), 'expected'), (svg(''), 'draws nothing'),
     (svg('<path d="zzz"/>'), 'draws nothing'), (svg(square('red'), '0 0 0 0'), ''),
     (svg('<image width="9" height="9" href="a.png"/>'), 'picture of another file'),
+    (svg('<path d="M0 0a1e40 5 0 0 1 9 9z"/>'), 'huge number'), (svg('<path d="M0-123456789z"/>'), 'huge number'),
+    (svg('<path id="a123456789" d="M.123456789 1e-9h9v9z"/>'), ''),
     ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><text y="9">words</text></svg>', 'draws nothing')])
 def test_drawings_that_are_broken(text, says):
     if says:
@@ -202,7 +204,8 @@ def test_what_is_hidden_and_what_leads_nowhere(tmp_path):
     assert "alias of 'nothing'" in found['lost'].error and not found['thing-a'].other_names
 
 @pytest.mark.parametrize('icon', [dict(), dict(body=3), dict(body=square('red'), width='x'),
-                                  dict(body=square('red'), height=0), 7])
+                                  dict(body=square('red'), height=0),
+                                  dict(body=square('red'), top=float('nan')), 7])
 def test_one_broken_icon(folder, icon):
     "It is named and refused, or left out with a warning."
     data = icons('c')
