@@ -8,6 +8,7 @@ import threading
 from functools import partial, partialmethod
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
@@ -441,10 +442,10 @@ def test_an_adapter_of_another_control(tmp_path, monkeypatch, bases):
 
 # ---- a picture that was replaced
 
-def table(folder):
-    "A captioned table of eight pictures."
+def table(folder, n=8):
+    "A captioned table of `n` pictures."
     rows = ['file,caption']
-    for i,file in enumerate(sorted(write_pictures(folder, 8).rglob('*.png'))):
+    for i,file in enumerate(sorted(write_pictures(folder, n).rglob('*.png'))):
         rows.append(f'{file.relative_to(folder)},picture {i}')
     (folder/'captions.csv').write_text('\n'.join(rows))
     return Captioned(folder, test=0, size=16)
@@ -597,6 +598,13 @@ def test_a_recipe_of_ones_own_overwrites_nothing(tmp_path, own, capsys):
     train_cli('mine', out=str(tmp_path/'m'), seed=1)
     assert fingerprint(load_model(tmp_path/'m'))==json.loads((tmp_path/'m'/'config.json').read_text())['fingerprint']
 
+def test_arguments_of_ones_own_mean_what_they_like(tmp_path, own):
+    "Only the recipes of this library say what `size` or `channels` can be."
+    train = own('mine')
+    train(tmp_path/'m', size='small', channels='few', data=[1,2])
+    with pytest.raises(ValueError, match="size was 'small', is 'large'"):
+        train(tmp_path/'m', size='large', channels='few', data=[1,2])
+
 def test_a_recipe_that_calls_another(finished, tmp_path, own):
     "Both are protected: what it was asked for, and what the other one found of the data."
     data = shutil.copytree(finished/'seven', tmp_path/'data')
@@ -654,6 +662,76 @@ def test_what_cannot_work_is_said_before_the_first_stage(tmp_path, monkeypatch, 
     monkeypatch.setattr(Learner, 'fit', never)
     with pytest.raises(ValueError, match=says): train(folder=tmp_path/'m', progress=False, **options)
     assert not (tmp_path/'m').exists()
+
+@pytest.mark.parametrize('options,says', [
+    (dict(channels=(8,16)), r'network.channels was [\[(]8, 8[\])], is [\[(]8, 16[\])]'),
+    (dict(channels=(8,8,8)), 'network.channels was'),
+    (dict(c_latent=8), 'network.c_in was 4, is 8'),
+    (dict(d_context=16), 'network.d_context was 8, is 16; attrs.dim was 8, is 16'),
+    (dict(attrs='vector'), 'attrs.token was True, is False'),
+    (dict(start='scenes_classifier'), 'this is a SceneClassifier: expected a LatentDiffusion'),
+], ids='wider deeper latent context slot classifier'.split())
+def test_a_start_of_another_network(tmp_path, monkeypatch, bases, options, says):
+    "It was a RuntimeError of `load_state_dict`, after the folder was made; deeper networks began anew in silence."
+    for name,maker in SETS.items(): monkeypatch.setitem(DATASETS, name, maker)
+    settings = dict(SMALL[faces.face_ldm], start=bases['avatars'], folder=tmp_path/'m', progress=False) | options
+    with pytest.raises(ValueError, match=says): faces.face_ldm('avatars', **settings)
+    assert not (tmp_path/'m').exists()
+
+def test_a_start_with_fewer_and_with_more_conditions(tmp_path, monkeypatch, bases):
+    "They may come and go."
+    for name,maker in SETS.items(): monkeypatch.setitem(DATASETS, name, maker)
+    settings = dict(SMALL[faces.face_ldm], start=bases['avatars'], progress=False)
+    fewer = faces.face_ldm('avatars', tmp_path/'fewer', mask=None, **settings)
+    more = faces.face_ldm('described_avatars', tmp_path/'more', text='context', **settings)
+    assert [[*model.denoiser.conditioner.embedders] for model in (fewer,more)]==[['attrs'], ['attrs','mask','text']]
+
+TEXT_OPTIONS = [
+    (dict(channels=(8,0)), 'channels=0: expected a whole number of at least 1'),
+    (dict(prior_channels=(8,0)), 'channels=0: expected positive whole numbers'),
+    (dict(codes=dict(temperatur=.9)), "unknown setting 'temperatur'"),
+    (dict(diffusion=dict(temperature=.9)), "unknown setting 'temperature': sampling by diffusion"),
+]
+
+@pytest.mark.parametrize('options,says', TEXT_OPTIONS, ids=str)
+def test_what_the_last_stage_cannot_use_is_said_before_the_first(tmp_path, monkeypatch, small_sets, options, says):
+    "Text encoder, VQ-VAE and priors were trained, and then there was no model; the folder took no other options."
+    def never(*args, **kwargs): raise AssertionError('training has begun')
+    monkeypatch.setattr(Learner, 'fit', never)
+    with pytest.raises(ValueError, match=says):
+        text.text_to_image('scenes', tmp_path/'m', progress=False, **SMALL[text.text_to_image]|options)
+    assert not (tmp_path/'m').exists()
+
+@pytest.mark.parametrize('options,says', [
+    (dict(regions='box+al'), "unknown kind of region 'al': did you mean 'all'"),
+    (dict(edges='sobell'), "unknown comparison 'sobell': did you mean 'sobel'"),
+    (dict(time_weight='no'), "unknown weight 'no'"),
+], ids=['regions','edges','time_weight'])
+def test_what_an_adapter_cannot_use_is_said_before_pictures_are_encoded(finished, tmp_path, monkeypatch, options, says):
+    "Thousands of pictures were encoded first."
+    def never(*args, **kwargs): raise AssertionError('pictures are encoded')
+    monkeypatch.setattr(control, 'ControlData', never)
+    with pytest.raises(ValueError, match=says):
+        control.train_adapter(finished/'out', tmp_path/'m', steps=1, progress=False, **options)
+    assert not (tmp_path/'m').exists()
+
+def test_a_stage_where_nothing_can_be_saved(tmp_path, monkeypatch):
+    "A file where the folder should be, and a folder of somebody else: before the model is made."
+    def never(): raise AssertionError('the model is made')
+    (tmp_path/'file').touch()
+    for place in ('file', 'file/deep/m'):
+        with pytest.raises(ValueError, match='file is a file, so nothing can be saved in .*: give a folder'):
+            stages.run_stage(tmp_path/place, never)
+    monkeypatch.setattr(os, 'access', lambda *args: False)
+    with pytest.raises(PermissionError, match='you may not write to'): stages.run_stage(tmp_path/'new'/'m', never)
+
+def test_a_prior_of_no_level_or_of_too_few_codes(tmp_path):
+    "The level was an IndexError, and a single held-out picture a failure at the first measurement."
+    codes = SimpleNamespace(shapes=[(2,2),(4,4)], n_codes=8, header=dict(text=None))
+    def train(level, held_out): return text.train_prior(codes, held_out, tmp_path/'m', level)
+    with pytest.raises(ValueError, match='level=2: these codes have 2, from 0'): train(2, [0,1])
+    with pytest.raises(ValueError, match='1 held-out codes: 2 are needed'): train(0, [0])
+    with pytest.raises(ValueError, match='steps=0'): text.train_prior(codes, [0,1], tmp_path/'m', 0, steps=0)
 
 def test_a_card_that_fails_does_not_cost_the_model(tmp_path, finished):
     "The model is saved, and its card says what happened; weights beyond half precision are saved in full."
@@ -728,6 +806,38 @@ def test_the_command_beside_another(tmp_path, small_sets):
         child = os.fork()
         if not child: other()
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])==7
+
+def test_captioned_through_all_stages_from_the_command_line(tmp_path, monkeypatch, small_sets):
+    "The text encoder trained 6,000 steps, and each prior 8,000, whatever `--steps` was."
+    small = dict(channels=(8,8), prior_channels=(8,8), text_encoder=dict(width=32, heads=2))
+    monkeypatch.setitem(RECIPES, 'captioned', partial(RECIPES['captioned'], **small))
+    table(tmp_path/'data', 40)
+    steps = dict(text_encoder_steps=3, ae_steps=4, prior_steps='5,6', steps=7)
+    train_cli('captioned', data=str(tmp_path/'data'), out=str(tmp_path/'m'), size=16, **steps)
+    model = load(tmp_path/'m')
+    trained = {stage: card['steps'] for stage,card in model.meta['stages'].items()}
+    assert trained==dict(text_encoder=3, vqvae=4, prior_0=5, prior_1=6, denoiser=7)
+    assert model.kinds==['codes','diffusion']
+    asked = json.loads((tmp_path/'m'/'recipe.json').read_text())
+    assert asked['prior_steps']==[5,6]
+
+def test_steps_of_priors_that_cannot_be_meant(tmp_path, small_sets):
+    "A single number is for all levels; another number of them dropped a level without a word."
+    def train(steps): return line_of(train_cli, 'scenes', prior_steps=steps, out=str(tmp_path/'m'))
+    assert 'prior_steps=[5, 6, 7]: expected a number, or 2 of them, one per level' in train('5,6,7')
+    assert '--prior_steps 5,x: expected whole numbers with commas between them' in train('5,x')
+    assert 'prior_steps=0: expected a whole number of at least 1' in train('0')
+    assert not (tmp_path/'m').exists()
+
+@pytest.mark.parametrize('name,options,stages_of', [
+    ('mnist_tutorial', dict(epochs=2, ae_epochs=1), lambda meta: [card['steps'] for card in meta['stages'].values()]),
+    ('digits_evaluator', dict(epochs=1), lambda meta: [meta['steps']]),
+], ids=['tutorial','evaluator'])
+def test_epochs_from_the_command_line(tmp_path, small_sets, name, options, stages_of):
+    "Recipes that count in epochs took no length from the command line."
+    train_cli(name, out=str(tmp_path/'m'), **options)
+    lengths = dict(mnist_tutorial=[1,2], digits_evaluator=[1500//64])
+    assert stages_of(load(tmp_path/'m').meta)==lengths[name]
 
 def test_a_mistake_before_the_first_step_can_be_put_right(tmp_path, small_sets):
     "A run of which nothing is saved does not stand in the way of the next."

@@ -127,6 +127,11 @@ def _choose_prior(self:TextToImage, prior, settings):
     return draw
 
 @patch
+def check_settings(self:TextToImage):
+    "Raises `ValueError` for a setting, given to the constructor, that there is not."
+    for prior in self.kinds: self._choose_prior(prior, self.settings[prior])
+
+@patch
 def _features(self:TextToImage, prompts):
     "The features of each prompt; equal prompts are encoded once."
     unique = list(dict.fromkeys(prompts))

@@ -187,7 +187,7 @@ def _check_networks(prior_channels, channels, codes, diffusion):
         shapes = vqvae.code_shapes(64)
         priors = [prior_network(vqvae.n_codes, shapes, i, width, d_text) for i,width in enumerate(prior_channels)]
         denoiser = text_denoiser(vqvae.c_latent, d_text, channels)
-        TextToImage(None, vqvae, priors, denoiser, 64, codes, diffusion)
+        TextToImage(None, vqvae, priors, denoiser, 64, codes, diffusion).check_settings()
 
 def _for_each_level(value, name, n_levels):
     "A list with a value for each level; `ValueError` for another number of them."
