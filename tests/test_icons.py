@@ -286,6 +286,13 @@ def test_groups(folder):
     assert ds.groups[batch['group'][0]]==ds.rows[0]['group']
     assert ds.subgroups[batch['subgroup'][1]]==ds.rows[5]['subgroup']
 
+def test_one_row_each(folder):
+    "Its label, in one of the pictures of a thing; the same for a seed."
+    ds = IconSet(folder, held_out=0, size=8)
+    rows = ds.one_each()
+    assert [ds.rows[i]['thing'] for i in rows]==THINGS and {*rows}<={*ds.firsts}
+    assert rows==ds.one_each(0)!=ds.one_each(1)
+
 def test_captions():
     row = dict(name='a/b', label='cook: dark skin tone', style='fluent-emoji_flat', keywords=['chef','food'],
                parts=('dark skin tone',))

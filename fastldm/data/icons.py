@@ -233,6 +233,7 @@ _CODE = re.compile(r'(?:emoji_)?u?([0-9a-f]{4,6}(?:[-_][0-9a-f]{2,6})*)', re.I)
 
 def _plain(text): return unicodedata.normalize('NFKD', text).encode('ascii', 'ignore').decode().lower()
 
+@lru_cache(2**15)
 def _key(text):
     "(letters, tones) of a name or a label: what is compared."
     text = _plain(text).replace('_', '-')
@@ -628,6 +629,16 @@ def __getitems__(self:IconSet, idxs)->dict: # image (B,C,H,W), caption, name, la
     batch = Captioned.__getitems__(self, idxs)
     if self.groups: batch |= dict(group=self.group[idxs], subgroup=self.subgroup[idxs])
     return batch
+
+@patch
+def one_each(self:IconSet,
+    seed:int=0, # of the choice
+)->list: # of rows
+    "A row for each thing: one of its pictures, with the label, so that skin tones do not outnumber other things."
+    rows = {}
+    for i in self.firsts: rows.setdefault(self.rows[i]['thing'], []).append(i)
+    rng = random.Random(seed)
+    return [rng.choice(rows[thing]) for thing in sorted(rows)]
 
 @patch
 def digest(self:IconSet)->str: # 16 hexadecimal digits
