@@ -151,8 +151,8 @@ def _check_start(start, first, ds, c_latent, network):
     unlike |= {name for name in was.keys() ^ now.keys() if name.startswith('net.')}    # conditions may come and go
     if not unlike: return
     options = _options_of(new)
-    theirs = {part: values for part,values in _options_of(first).items() if part in options}
-    changes = differences(theirs, {part: options[part] for part in theirs}) or [f'{min(unlike)} has another shape']
+    old = {part: values for part,values in _options_of(first).items() if part in options}
+    changes = differences(old, {part: options[part] for part in old}) or [f'{min(unlike)} has another shape']
     raise ValueError(f'start={str(start)!r}: that model has another network: {"; ".join(changes)}. Give the options '
                      'that it was trained with (only its conditions may be others), or leave out `start`')
 
