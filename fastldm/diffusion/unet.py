@@ -288,11 +288,13 @@ def forward(self:UNet,
 
 # %% ../../nbs/diffusion/02_unet.ipynb #e9a4b915
 class TutorialUNet(Module):
-    "The latent U-Net of the Harvard 'ML from scratch' tutorial on stable diffusion (Wang and Vastola 2022)."
+    "The U-Net of the Harvard 'ML from scratch' tutorial on stable diffusion (Wang and Vastola 2022)."
     def __init__(self,
-        channels=(4,16,32,64), # of the latent and of the three levels
+        channels=(4,16,32,64), # of the latent or picture, and of each level
         d_emb:int=256, # width of the time embedding
         d_context:int=256, # width of the label token
+        attention=(1,2,3), # convolutions with a spatial transformer behind them, counted from 0 on the way down and up
+        groups:int=4, # of the group norms behind the first, which has 4
     ):
         def conv(c_in, c_out, stride): return nn.Conv2d(c_in, c_out, 3, stride, bias=False)
         def transposed(c_in, c_out, stride, output_padding=0):
@@ -300,15 +302,19 @@ class TutorialUNet(Module):
         def transformer(c): return SpatialTransformer(c, d_context, project=False, mlp=3, double_residual=True)
 
         super().__init__()
-        c0,c1,c2,c3 = channels
-        widths = (c1,c2,c3,c2,c1)
+        c_in,*levels = channels
+        widths = [*levels, *levels[-2::-1]]                       # 16, 32, 64, 32, 16
+        self.n_down = len(levels)
         self.time = nn.Sequential(FourierFeatures(d_emb), nn.Linear(d_emb, d_emb), nn.SiLU())
-        self.convs = nn.ModuleList([conv(c0, c1, 1), conv(c1, c2, 2), conv(c2, c3, 2),
-                                    transposed(c3, c2, 2), transposed(c2, c1, 2, output_padding=1)])
+        self.convs = nn.ModuleList([conv(c_in, levels[0], 1)])
+        for a,b in zip(levels, levels[1:]): self.convs.append(conv(a, b, 2))
+        for a,b in zip(levels[:0:-1], levels[-2::-1]):
+            is_smallest = len(self.convs)==self.n_down            # from 1 to 3, or 2 to 5; the others go to even sides
+            self.convs.append(transposed(a, b, 2, output_padding=0 if is_smallest else 1))
         self.dense = nn.ModuleList([nn.Linear(d_emb, c) for c in widths])
-        self.norms = nn.ModuleList([nn.GroupNorm(4, c) for c in widths])
-        self.attention = nn.ModuleDict({'1': transformer(c2), '2': transformer(c3), '3': transformer(c2)})
-        self.head = nn.ConvTranspose2d(c1, c0, 3)
+        self.norms = nn.ModuleList([nn.GroupNorm(groups if i else 4, c) for i,c in enumerate(widths)])
+        self.attention = nn.ModuleDict({str(i): transformer(widths[i]) for i in attention})
+        self.head = nn.ConvTranspose2d(levels[0], c_in, 3)
         self.to(memory_format=torch.channels_last)                # a quarter faster on a CPU
 
 # %% ../../nbs/diffusion/02_unet.ipynb #c92b2a60
@@ -321,19 +327,22 @@ def _level(self:TutorialUNet, i, x, emb, context):
 
 @patch
 def forward(self:TutorialUNet,
-    x:torch.Tensor, # noisy latent, (B,4,10,10)
+    x:torch.Tensor, # noisy latent, (B,4,10,10), or noisy picture, (B,1,28,28)
     t:torch.Tensor, # times in (0,1], (B,)
     vector:torch.Tensor=None, # unused: the label is a token here
     context:torch.Tensor=None, # the label token, (B,1,d_context)
-)->torch.Tensor: # the score times sigma, (B,4,10,10)
-    "Down three times, up three times, with skips that are added."
+)->torch.Tensor: # the score times sigma, of the shape of `x`
+    "Down and up again, with skips that are added."
     features,*layers = self.time
     emb = features(t).to(x.dtype)
     for layer in layers: emb = layer(emb)
-    # without padding the sides of the maps are 10, 8, 3, 1: `h8` is 8×8
-    h8 = self._level(0, x, emb, context)
-    h3 = self._level(1, h8, emb, context)
-    h1 = self._level(2, h3, emb, context)
-    h = self._level(3, h1, emb, context)
-    h = self._level(4, h+h3, emb, context)
-    return self.head(h+h8)
+    h = x
+    skips = []
+    for i in range(self.n_down):                # without padding the sides of the maps are 10, 8, 3, 1
+        h = self._level(i, h, emb, context)
+        skips.append(h)
+    skips.pop()                                 # the smallest map is `h` itself
+    for i in range(self.n_down, len(self.convs)):
+        h = self._level(i, h, emb, context)
+        h = h + skips.pop()
+    return self.head(h)
