@@ -273,7 +273,9 @@ def test_one_picture_a_label(tmp_path):
 def test_without_labels_each_icon_is_kept(folder):
     ds = IconSet(folder, labels=False, captions='label', held_out=0, size=8)
     assert len(ds)==2*78 and ds.caption[:2]==['thing a','thing a dark skin tone'] and not ds.groups
-    assert {*ds[0]}=={'image','caption','name','label'}
+    assert {*ds[0]}=={'image','caption','name','label','style'}
+    batch = ds.__getitems__([0,100])
+    assert batch['style'].tolist()==batch['label'].tolist()==[0,1]
 
 def test_groups(folder):
     labels = write(folder.parent/'l.json', [dict(r, group=i%10) for i,r in enumerate(records())])

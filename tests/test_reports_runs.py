@@ -22,8 +22,8 @@ from fastldm.data import (DATASETS, Captioned, Described, Digits, ImageFolder, P
                           SyntheticScenes, files_digest, write_shards)
 from fastldm.diffusion import LatentDiffusion, load
 from fastldm.metrics import Reference
-from fastldm.recipes import (RECIPES, begin, check_free, control, data_facts, faces, labels, stages, text, train_cli,
-                             write_card)
+from fastldm.recipes import (RECIPES, begin, check_free, control, data_facts, faces, labels, sample_cli, stages, text,
+                             train_cli, write_card)
 
 # ---- files that others can read
 
@@ -270,9 +270,18 @@ def clothed(**options):
 
 def scenes(root=None, split='train', download=True, size=64): return SyntheticScenes(16, split, size)
 
+def icons(split='train', **options):
+    "Scenes in two styles; `val` is a part of its own."
+    ds = scenes(split='test' if split=='val' else split, **options)
+    ds.classes = ['flat','round']
+    fetch = ds.__getitems__
+    def with_style(self, idxs): return dict(fetch(idxs), style=torch.tensor([int(i)%2 for i in idxs]))
+    ds.__class__ = type('Icons', (SyntheticScenes,), dict(__getitems__=with_style))
+    return ds
+
 SETS = dict(mnist=Grey28, fashion=Grey28, flowers5=Photos5, drawnfaces=drawn, avatars=drawn, garments=drawn,
             describedavatars=described, clothedavatars=clothed, celeba=drawn, celebahq=drawn, scenes=scenes,
-            clipart=scenes, paintings=scenes) | {'clipart+emoji': scenes}
+            clipart=scenes, paintings=scenes, icons=icons) | {'clipart+emoji': scenes}
 
 SMALL = { # arguments that make a recipe quick, by its function
     labels.label_ldm: dict(steps=2, ae_steps=2, channels=(8,8), ae_channels=(8,8)),
@@ -321,12 +330,36 @@ def test_every_recipe_ends_with_a_model(name, tmp_path, monkeypatch, small_sets,
     for module in (faces,control): monkeypatch.setattr(module, 'load', lambda name: load(bases.get(name, name)))
     options = {}
     if name=='captioned': options = dict(data='scenes')
+    if name=='emoji': options = dict(autoencoder=dict(c_latent=2, channels=(8,8), steps=2))
     if name=='flowers5_evaluator': pytest.importorskip('efficientnet_lite_pytorch')
     model = train_by_name(name, tmp_path/'m', **options)
     again = load(tmp_path/'m')
     assert fingerprint(again)==fingerprint(model)
     assert 'problem' not in again.meta
     assert (tmp_path/'m'/'recipe.json').exists()
+
+def test_text_with_a_style(tmp_path, small_sets):
+    "The diffusion prior has latents of its own and is conditioned on the style, by name or number; codes are not."
+    own = dict(c_latent=2, channels=(8,8), steps=2)
+    with pytest.raises(ValueError, match="class_field='size': icons has style"):
+        train_by_name('emoji', tmp_path/'m', autoencoder=own, class_field='size')
+    with pytest.raises(ValueError, match='copies=2: views are for codes only'):
+        train_by_name('emoji', tmp_path/'m', autoencoder=own, copies=2)
+    assert not (tmp_path/'m').exists()
+    train_by_name('emoji', tmp_path/'m', autoencoder=own)
+    model = load(tmp_path/'m')
+    assert model.other_conditions==['style'] and model.diffusion.shape==(2,4,4)
+    assert model.meta['stages']['autoencoder']['steps']==2
+    by_name = model.sample('a red ship', 2, style='round', seed=0, steps=2)
+    assert torch.equal(by_name, model.sample('a red ship', 2, style=1, prior='diffusion', seed=0, steps=2))
+    assert not torch.equal(by_name, model.sample('a red ship', 2, style='flat', seed=0, steps=2))
+    with pytest.raises(ValueError, match="unknown style 'oval'"): model.sample('a red ship', style='oval')
+    with pytest.raises(ValueError, match="unknown setting 'style': sampling by codes"):
+        model.sample('a red ship', prior='codes', style='flat')
+    sample_cli(str(tmp_path/'m'), prompt='a red ship', n=2, style='round', steps=2, out=str(tmp_path/'x.png'))
+    assert (tmp_path/'x.png').exists()
+    said = line_of(sample_cli, str(tmp_path/'m'), prompt='a red ship', condition=['colour=red'])
+    assert '--colour: this model has no such condition; it takes --prompt and --style' in said
 
 # ---- a finished run, and other options
 

@@ -623,10 +623,12 @@ def pixels(self:IconSet, idxs)->torch.Tensor: # uint8 (B,C,H,W)
     return image
 
 @patch
-def __getitems__(self:IconSet, idxs)->dict: # image (B,C,H,W), caption, name, label, and group and subgroup
-    "A batch at once: pictures in [-1,1], captions and names as lists of text, and numbers of styles and groups."
+def __getitems__(self:IconSet, idxs)->dict: # image (B,C,H,W), caption, name, label, style, and group and subgroup
+    """A batch at once: pictures in [-1,1], captions and names as lists of text, and numbers of styles and groups.
+    The label is the style."""
     idxs = [int(i) for i in idxs]
     batch = Captioned.__getitems__(self, idxs)
+    batch['style'] = batch['label']
     if self.groups: batch |= dict(group=self.group[idxs], subgroup=self.subgroup[idxs])
     return batch
 

@@ -229,6 +229,8 @@ def sample_command(self:TextToImage,
     prompt:str=None, # what to draw; '': anything
     n:int=8, # pictures
     first:int=0, # index of the first of them, as in `sample`
+    style:str=None, # by number or name, for a model that is conditioned on one
+    condition:dict=None, # {name: text} of any condition besides the text
     prior:str=None, # codes or diffusion
     candidates:int=None, # pictures drawn for each one kept
     constraint=None, # local control
@@ -241,9 +243,15 @@ def sample_command(self:TextToImage,
     "Draw by text. Raises `ValueError` without a prompt, and what `sample` raises."
     if prompt is None:
         raise ValueError("this model draws what a text says: give --prompt 'a text', or --prompt '' to draw anything")
+    texts = _merged(given(style=style), condition or {})
+    for name in texts:
+        if name not in self.other_conditions:
+            known = ' and '.join(f'--prompt and --{other}' for other in self.other_conditions) or '--prompt'
+            raise ValueError(f'--{name}: this model has no such condition; it takes {known}')
+    conditions = read_conditions(self.diffusion, texts) if texts else {}
     options = given(prior=prior, candidates=candidates, constraint=constraint, steps=steps, step=step,
                     guidance_scale=guidance_scale, precision=precision)
-    return self.sample(prompt, n, seed=seed, first=first, progress=True, **options), 8
+    return self.sample(prompt, n, seed=seed, first=first, progress=True, **conditions, **options), 8
 
 # %% ../../nbs/recipes/06_commands.ipynb #d8a93002
 def command_method(
@@ -373,6 +381,7 @@ def sample_cli(
     label:str=None, # class of all of them, by number or name, for a model of labels (default: one after the other)
     attributes:str=None, # of a face: those present, and with =0 those absent, as in Smiling,Eyeglasses=0
     mask:str=None, # for a model of faces: a PNG file whose pixels are class ids
+    style:str=None, # for a model of texts in several styles: one of them, by name or number
     condition:Param('any condition, as NAME=VALUE; as often as you like', str, action='append')=None, # e.g. ink=1,0,0
     steps:int=None, # of sampling
     step:str=None, # name of the sampler
@@ -391,9 +400,9 @@ def sample_cli(
     import_module_of(module)
     net = load(model)
     constraint = control_from_files(net, control, region, adapter, f'local_{Path(model).name}')
-    options = given(prompt=prompt, n=n, label=label, attributes=attributes, mask=mask, steps=steps, step=step,
-                    guidance_scale=guidance_scale, constraint=constraint, prior=prior, candidates=candidates,
-                    seed=seed, precision=precision)
+    options = given(prompt=prompt, n=n, label=label, attributes=attributes, mask=mask, style=style, steps=steps,
+                    step=step, guidance_scale=guidance_scale, constraint=constraint, prior=prior,
+                    candidates=candidates, seed=seed, precision=precision)
     if condition: options['condition'] = _named(condition)
     n = _draw_into(out, command_method(net, 'sample_command', model, options), options)
     print(f'{n} pictures in {out}')

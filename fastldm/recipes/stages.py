@@ -75,7 +75,8 @@ def train_stage(
     **learner, # for the `Learner`: steps, lr, ema, ...
 )->torch.nn.Module: # the averaged weights, in eval mode
     """Train the model of a stage, or load it. Raises `ValueError` for settings that the learner refuses, or that
-    differ from those of the checkpoint, and for a model that could not be saved."""
+    differ from those of the checkpoint, for more steps of a finished stage without `longer`, and for a model that could
+    not be saved."""
     folder = Path(folder)
     def make():
         set_seed(seed)
@@ -90,7 +91,8 @@ def train_stage(
                      seed=seed)
         if card is not None: about |= _report(card, learn)
         return model, about
-    return run_stage(folder, make, again=longer and _ends_before(folder, learner['steps']))
+    again = _ends_before(folder, learner['steps']) if longer else _check_not_longer(folder, learner['steps'])
+    return run_stage(folder, make, again=again)
 
 # %% ../../nbs/recipes/00_stages.ipynb #1b1ba760
 def _report(card, learn):
@@ -100,6 +102,15 @@ def _report(card, learn):
         problem = f'{type(error).__name__}: {error}'
         warnings.warn(f'the model is saved, but what its card should say could not be computed ({problem})')
         return dict(problem=problem)
+
+def _check_not_longer(folder, steps):
+    "False; `ValueError` for a finished stage that was asked for fewer steps, as it would end with those."
+    checkpoint = folder/'run'/'checkpoint.safetensors'
+    if not (folder/'config.json').exists() or not checkpoint.exists(): return False
+    asked = steps_asked(checkpoint)
+    if asked>=steps: return False
+    raise ValueError(f'{folder} is finished, and was asked for {asked} steps: only a stage with longer=True is trained '
+                     f'on. Give {asked} steps to load it, or another folder for {steps}')
 
 def _ends_before(folder, steps):
     "Whether a finished stage has had fewer steps. Raises `FileNotFoundError` where it cannot be trained on."

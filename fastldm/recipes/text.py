@@ -14,18 +14,19 @@ from torch.utils.data import Subset
 from ..codes.blip import Blip, blip_loss
 from ..codes.pixelsnail import EarlyStopCB, PixelSNAIL, bits_per_code, pixelsnail_loss
 from ..codes.store import CodeDataset, write_codes
-from ..codes.text2image import CodeLatents, TextToImage
+from ..codes.text2image import CodeLatents, TextLatents, TextToImage
 from ..codes.vqvae import VQVAE, vqvae_loss
 from ..core.models import set_seed, whole_number
 from ..data.augment import Augmented
 from ..data.synthetic import SyntheticScenes, paraphrase, near_miss
-from ..diffusion.cond import Conditioner, TextEmbedder
+from ..diffusion.autoencoder import LatentDataset
+from ..diffusion.cond import Conditioner, LabelEmbedder, TextEmbedder
 from ..diffusion.denoiser import Denoiser, diffusion_loss, edm_weight
 from ..diffusion.schedules import Cosine, logit_normal_t
 from ..diffusion.unet import UNet
 from ..metrics.scenes import SceneClassifier, scene_classifier_loss
-from .stages import (begin, captioned_set, finish, licence_line, recipe, stage_folder, train_denoiser,
-                                    train_stage)
+from .stages import (begin, captioned_set, finish, licence_line, recipe, stage_folder,
+                                    train_autoencoder, train_denoiser, train_stage)
 
 # %% ../../nbs/recipes/03_text.ipynb #8b12308c
 def train_text_encoder(
@@ -120,12 +121,14 @@ def text_denoiser(
     c_latent:int, # channels of the latents
     d_text:int, # width of the text features
     channels=(48,96), # of the U-Net, one number per level
+    **classes, # conditions besides the text: name = number of classes
 )->Denoiser: # to be trained
     "A U-Net with self-attention at every level that attends to the tokens of a text."
     d_emb = 4*channels[0]
     net = UNet(c_latent, channels, attention=[True]*len(channels), d_emb=d_emb, d_context=d_emb//2)
-    conditioner = Conditioner(drop=.15, text=TextEmbedder(d_text, d_emb, d_emb//2))
-    return Denoiser(net, Cosine(), conditioner)
+    embedders = dict(text=TextEmbedder(d_text, d_emb, d_emb//2))
+    embedders |= {name: LabelEmbedder(n_classes, d_emb) for name,n_classes in classes.items()}
+    return Denoiser(net, Cosine(), Conditioner(drop=.15, **embedders))
 
 # %% ../../nbs/recipes/03_text.ipynb #7d338b91
 def text_to_image(
@@ -145,6 +148,9 @@ def text_to_image(
     copies:int=1, # views of each picture for the priors, for few pictures on a plain ground: see `Augmented`
     codes:dict=None, # settings to draw by codes with, as in `TextToImage`
     diffusion:dict=None, # settings to draw by diffusion with, as in `TextToImage`
+    autoencoder:dict=None, # of the diffusion prior, as in `train_autoencoder`; None: it is of the codes' vectors
+    class_field:str=None, # field with the class, that the diffusion prior is conditioned on too, e.g. 'style' of icons
+    held_out:str='test', # part of the set that chooses among the PixelSNAIL's weights
     seed:int=0, # of everything
     precision:str=None, # 'bf16' where the processor has it
     progress:bool=True, # show bars
@@ -154,10 +160,8 @@ def text_to_image(
     prior_steps = _for_each_level(prior_steps, 'prior_steps', len(prior_channels))
     arguments = dict(locals())
     ds = captioned_set(data, root, 'train', size)
-    held_out = captioned_set(data, root, 'test', size)
-    if len(held_out)<2:
-        raise ValueError(f'{data} has {len(held_out)} pictures to test with: 2 are needed, '
-                         'to choose a prior and to measure it')
+    held_out = captioned_set(data, root, held_out, size)
+    _check_text_options(ds, held_out, data, class_field, autoencoder, copies)
     _check_networks(prior_channels, channels, codes, diffusion)
     folder = begin(folder, text_to_image, arguments, ds, multiple=8)
     training = dict(seed=seed, precision=precision, progress=progress)
@@ -169,25 +173,46 @@ def text_to_image(
     priors = []
     for level,(width,most) in enumerate(zip(prior_channels, prior_steps)):
         priors.append(train_prior(stored, stored_held_out, folder, level, width, most, **training))
-    set_seed(seed)
-    denoiser = text_denoiser(vqvae.c_latent, encoder.d_text, channels)
-    loss_fn = partial(diffusion_loss, weight=edm_weight, sample_t=_text_times)
-    denoiser = train_denoiser(CodeLatents(stored, vqvae), folder, denoiser, loss_fn, steps, **training)
-    model = TextToImage(encoder, vqvae, priors, denoiser, size, codes, diffusion)
-    stages = ['text_encoder','vqvae'] + [f'prior_{level}' for level in range(len(priors))] + ['denoiser']
+    own = train_autoencoder(ds, folder, **autoencoder, **training) if autoencoder else None
+    latents = _own_latents(ds, own, encoder, folder, progress) if own else CodeLatents(stored, vqvae)
+    denoiser = _train_text_denoiser(latents, own or vqvae, encoder, ds, folder, channels, class_field, steps, training)
+    model = TextToImage(encoder, vqvae, priors, denoiser, size, codes, diffusion, own)
     about = dict(n_pictures=len(ds), seed=seed) | (card or {})
-    return finish(folder, model, stages, partial(_draw_captions, held_out=held_out), data, licence_line(ds), **about)
+    return _finish_text(folder, model, ds, held_out, data, about)
 
 # %% ../../nbs/recipes/03_text.ipynb #41cefe70
-def _check_networks(prior_channels, channels, codes, diffusion):
-    "Build the model of small untrained parts: what the last stage could not use is said before the first."
-    d_text = 8
-    with torch.random.fork_rng(devices=[]):
-        vqvae = VQVAE()
-        shapes = vqvae.code_shapes(64)
-        priors = [prior_network(vqvae.n_codes, shapes, i, width, d_text) for i,width in enumerate(prior_channels)]
-        denoiser = text_denoiser(vqvae.c_latent, d_text, channels)
-        TextToImage(None, vqvae, priors, denoiser, 64, codes, diffusion).check_settings()
+def _own_latents(ds, autoencoder, text_encoder, folder, progress):
+    "The set as latents of an autoencoder, with the features of its captions."
+    latents = LatentDataset(ds, autoencoder, cache=Path(folder)/'cache', progress=progress)
+    return TextLatents(latents, ds.caption, text_encoder)
+
+def _train_text_denoiser(latents, first_stage, text_encoder, ds, folder, channels, class_field, steps, training):
+    "The diffusion prior."
+    set_seed(training['seed'])
+    classes = {class_field: len(ds.classes)} if class_field else {}
+    denoiser = text_denoiser(first_stage.c_latent, text_encoder.d_text, channels, **classes)
+    loss_fn = partial(diffusion_loss, weight=edm_weight, sample_t=_text_times)
+    return train_denoiser(latents, folder, denoiser, loss_fn, steps, **training)
+
+def _finish_text(folder, model, ds, held_out, data, about):
+    "Save the model, with held-out captions drawn by each prior."
+    stages = ['text_encoder','vqvae'] + [f'prior_{level}' for level in range(len(model.priors))]
+    stages += ['autoencoder']*(model.autoencoder is not None) + ['denoiser']
+    if model.other_conditions: about['classes'] = list(ds.classes)
+    draw = partial(_draw_captions, held_out=held_out)
+    return finish(folder, model, stages, draw, data, licence_line(ds), **about)
+
+# %% ../../nbs/recipes/03_text.ipynb #d75924f0
+def _check_text_options(ds, held_out, data, class_field, autoencoder, copies):
+    "Raises `ValueError` for options that do not fit the set, or each other, and for too few held-out pictures."
+    if len(held_out)<2:
+        raise ValueError(f'{data} has {len(held_out)} pictures to test with: 2 are needed, '
+                         'to choose a prior and to measure it')
+    if autoencoder and copies>1: raise ValueError(f'copies={copies}: views are for codes only; give autoencoder=None')
+    if class_field is None: return
+    fields = [name for name,value in ds.__getitems__([0]).items() if torch.is_tensor(value) and value.dim()==1]
+    if not ds.classes or class_field not in fields:
+        raise ValueError(f'class_field={class_field!r}: {data} has {", ".join(fields) or "no classes"}')
 
 def _for_each_level(value, name, n_levels):
     "A list with a value for each level; `ValueError` for another number of them."
@@ -205,6 +230,17 @@ def _draw_captions(model, held_out):
     captions = held_out.caption
     prompts = captions[::max(1, len(captions)//16)][:16]
     return torch.cat([model.sample(prompts, prior=prior, seed=0) for prior in model.kinds])
+
+# %% ../../nbs/recipes/03_text.ipynb #de0767b2
+def _check_networks(prior_channels, channels, codes, diffusion):
+    "Build the model of small untrained parts: what the last stage could not use is said before the first."
+    d_text = 8
+    with torch.random.fork_rng(devices=[]):
+        vqvae = VQVAE()
+        shapes = vqvae.code_shapes(64)
+        priors = [prior_network(vqvae.n_codes, shapes, i, width, d_text) for i,width in enumerate(prior_channels)]
+        denoiser = text_denoiser(vqvae.c_latent, d_text, channels)
+        TextToImage(None, vqvae, priors, denoiser, 64, codes, diffusion).check_settings()
 
 # %% ../../nbs/recipes/03_text.ipynb #d1408289
 def train_scene_classifier(
@@ -236,6 +272,10 @@ recipe('scenes', text_to_image, 'scenes',
 recipe('clipart', text_to_image, 'clipart+emoji', copies=8,
        text_encoder=_small_encoder, text_encoder_steps=2500,
        ae_steps=2000, prior_steps=(2500,3000), steps=9000, codes=_codes, diffusion=_diffusion)
+recipe('emoji', text_to_image, 'icons', held_out='val', class_field='style',
+       text_encoder=_small_encoder, text_encoder_steps=6000, ae_steps=6000,
+       autoencoder=dict(c_latent=16, channels=(48,96,128), steps=6000), channels=(128,256), steps=20_000,
+       prior_steps=(8000,8000), codes=_codes, diffusion=_diffusion)
 recipe('paintings', text_to_image, 'paintings',
        text_encoder=_small_encoder, text_encoder_steps=1500,
        ae_steps=2000, prior_steps=(1000,1200), steps=2500,
