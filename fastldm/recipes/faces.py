@@ -114,7 +114,7 @@ def face_ldm(
     faces = picture_set(data, root, size=size, needs=('attributes','mask_classes'))
     first = None if start is None else diffusion_of(load(start))
     if first is not None: _check_start(start, first.denoiser, faces, c_latent, network)
-    folder = begin(folder, face_ldm, arguments, faces, multiple=2**len(ae_channels))
+    folder = begin(folder, face_ldm, arguments, faces, multiple=2**len(ae_channels), stages=['autoencoder','denoiser'])
     ds = Mirrored(faces) if mirrored else faces
     training = dict(seed=seed, precision=precision, progress=progress)
     set_seed(seed)
@@ -123,12 +123,13 @@ def face_ldm(
     ae = _face_autoencoder(ds, folder, autoencoder if first is None else first.autoencoder, c_latent, ae_channels,
                            ae_steps, training)
     latents = LatentDataset(ds, ae, cache=folder/'cache', progress=progress)
-    denoiser = train_denoiser(latents, folder, denoiser, partial(diffusion_loss, weight=weight), steps, **training)
-    about = dict(n_pictures=len(ds), seed=seed)
-    if first is not None: about |= dict(start=str(start), start_fingerprint=fingerprint(first.denoiser))
-    ldm = LatentDiffusion(ae, denoiser, tuple(latents[0]['latent'].shape))
-    return finish(folder, ldm, ('autoencoder','denoiser'), partial(_draw_faces, ds=ds), data, licence_line(faces),
-                  **about | (card or {}))
+    shape = tuple(latents[0]['latent'].shape)
+    def draw(denoiser): return _draw_faces(LatentDiffusion(ae, denoiser, shape), ds)
+    loss_fn = partial(diffusion_loss, weight=weight)
+    denoiser = train_denoiser(latents, folder, denoiser, loss_fn, steps, draw=draw, **training)
+    about = {} if first is None else dict(start=str(start), start_fingerprint=fingerprint(first.denoiser))
+    return finish(folder, LatentDiffusion(ae, denoiser, shape), ('autoencoder','denoiser'), partial(_draw_faces, ds=ds),
+                  data, licence_line(faces), n_pictures=len(ds), seed=seed, **about | (card or {}))
 
 # %% ../../nbs/recipes/02_faces.ipynb #bef93c7d
 def _options_of(denoiser):

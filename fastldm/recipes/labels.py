@@ -94,7 +94,8 @@ def label_ldm(
     "Train a latent diffusion on pictures, with or without labels. Raises what the data set raises, before work starts."
     arguments = dict(locals())
     pictures = picture_set(data, root, size=size)
-    folder = begin(folder, label_ldm, arguments, pictures, multiple=2**len(ae_channels))
+    folder = begin(folder, label_ldm, arguments, pictures, multiple=2**len(ae_channels),
+                   stages=['autoencoder','denoiser'])
     ds = Augmented(pictures, copies, seed) if copies>1 else pictures
     training = dict(seed=seed, precision=precision, progress=progress)
     set_seed(seed)
@@ -104,19 +105,23 @@ def label_ldm(
     shape = tuple(latents[0]['latent'].shape)
     scores = score_cb(data, ae, shape, max(1, steps//8))
     loss_fn = partial(diffusion_loss, weight=weight)
-    denoiser = train_denoiser(latents, folder, denoiser, loss_fn, steps, cbs=[*cbs, *scores], **training)
+    def draw(denoiser): return _draw_labels(LatentDiffusion(ae, denoiser, shape), ds)
+    denoiser = train_denoiser(latents, folder, denoiser, loss_fn, steps, draw=draw, cbs=[*cbs, *scores], **training)
     about = dict(n_pictures=len(pictures), views=copies) if copies>1 else {}
     return _finish_labels(folder, LatentDiffusion(ae, denoiser, shape), data, ds, licence_line(pictures), seed=seed,
                           **about | (card or {}))
 
+# %% ../../nbs/recipes/01_labels.ipynb #58057355
 def _finish_labels(folder, ldm, data, ds, licence, stages=('autoencoder','denoiser'), **card):
-    "Save the model with eight pictures of each label, of sixteen labels at most."
-    n_labels = min(len(_classes(ds)), 16) if 'label' in embedders_of(ldm) else 0
-    def draw(model):
-        if not n_labels: return model.sample(64, seed=0)
-        return model.sample(8*n_labels, seed=0, label=[i//8 for i in range(8*n_labels)])
+    "Save the model, with pictures by label."
     about = dict(n_pictures=len(ds), classes=_classes(ds)) | card
-    return finish(folder, ldm, stages, draw, data, licence, **about)
+    return finish(folder, ldm, stages, partial(_draw_labels, ds=ds), data, licence, **about)
+
+def _draw_labels(ldm, ds):
+    "Eight pictures of each label, of sixteen labels at most."
+    n_labels = min(len(_classes(ds)), 16) if 'label' in embedders_of(ldm) else 0
+    if not n_labels: return ldm.sample(64, seed=0)
+    return ldm.sample(8*n_labels, seed=0, label=[i//8 for i in range(8*n_labels)])
 
 # %% ../../nbs/recipes/01_labels.ipynb #b1d79451
 TUTORIAL_AS_WRITTEN = dict( # arguments of `tutorial_ldm`: what the tutorial trains its latent model with

@@ -163,7 +163,8 @@ def text_to_image(
     held_out = captioned_set(data, root, held_out, size)
     _check_text_options(ds, held_out, data, class_field, autoencoder, copies)
     _check_networks(prior_channels, channels, codes, diffusion)
-    folder = begin(folder, text_to_image, arguments, ds, multiple=8)
+    stages = _stages_of_text(prior_channels, autoencoder)
+    folder = begin(folder, text_to_image, arguments, ds, multiple=8, stages=stages)
     training = dict(seed=seed, precision=precision, progress=progress)
     encoder = train_text_encoder(ds, folder, steps=text_encoder_steps, network=text_encoder,
                                  hard_negatives=hard_negatives, paraphrases=paraphrases, **training)
@@ -175,10 +176,12 @@ def text_to_image(
         priors.append(train_prior(stored, stored_held_out, folder, level, width, most, **training))
     own = train_autoencoder(ds, folder, **autoencoder, **training) if autoencoder else None
     latents = _own_latents(ds, own, encoder, folder, progress) if own else CodeLatents(stored, vqvae)
-    denoiser = _train_text_denoiser(latents, own or vqvae, encoder, ds, folder, channels, class_field, steps, training)
-    model = TextToImage(encoder, vqvae, priors, denoiser, size, codes, diffusion, own)
+    parts = dict(text_encoder=encoder, vqvae=vqvae, size=size, diffusion=diffusion, autoencoder=own)
+    draw = partial(_draw_by_diffusion, parts=parts, captions=held_out.caption)
+    denoiser = _train_text_denoiser(latents, parts, ds, folder, channels, class_field, steps, draw, training)
+    model = TextToImage(priors=priors, denoiser=denoiser, codes=codes, **parts)
     about = dict(n_pictures=len(ds), seed=seed) | (card or {})
-    return _finish_text(folder, model, ds, held_out, data, about)
+    return _finish_text(folder, model, stages, ds, held_out, data, about)
 
 # %% ../../nbs/recipes/03_text.ipynb #41cefe70
 def _own_latents(ds, autoencoder, text_encoder, folder, progress):
@@ -186,18 +189,22 @@ def _own_latents(ds, autoencoder, text_encoder, folder, progress):
     latents = LatentDataset(ds, autoencoder, cache=Path(folder)/'cache', progress=progress)
     return TextLatents(latents, ds.caption, text_encoder)
 
-def _train_text_denoiser(latents, first_stage, text_encoder, ds, folder, channels, class_field, steps, training):
-    "The diffusion prior."
+def _train_text_denoiser(latents, parts, ds, folder, channels, class_field, steps, draw, training):
+    "The diffusion prior of the latents of an autoencoder of its own, or of the VQ-VAE."
     set_seed(training['seed'])
+    first_stage = parts['autoencoder'] or parts['vqvae']
     classes = {class_field: len(ds.classes)} if class_field else {}
-    denoiser = text_denoiser(first_stage.c_latent, text_encoder.d_text, channels, **classes)
+    denoiser = text_denoiser(first_stage.c_latent, parts['text_encoder'].d_text, channels, **classes)
     loss_fn = partial(diffusion_loss, weight=edm_weight, sample_t=_text_times)
-    return train_denoiser(latents, folder, denoiser, loss_fn, steps, **training)
+    return train_denoiser(latents, folder, denoiser, loss_fn, steps, draw=draw, **training)
 
-def _finish_text(folder, model, ds, held_out, data, about):
+def _stages_of_text(prior_channels, autoencoder):
+    "The names of the stages, in their order."
+    priors = [f'prior_{level}' for level in range(len(prior_channels))]
+    return ['text_encoder', 'vqvae', *priors, *(['autoencoder'] if autoencoder else []), 'denoiser']
+
+def _finish_text(folder, model, stages, ds, held_out, data, about):
     "Save the model, with held-out captions drawn by each prior."
-    stages = ['text_encoder','vqvae'] + [f'prior_{level}' for level in range(len(model.priors))]
-    stages += ['autoencoder']*(model.autoencoder is not None) + ['denoiser']
     if model.other_conditions: about['classes'] = list(ds.classes)
     draw = partial(_draw_captions, held_out=held_out)
     return finish(folder, model, stages, draw, data, licence_line(ds), **about)
@@ -225,11 +232,15 @@ def _stored_codes(ds, vqvae, text_encoder, folder, progress):
     path = write_codes(ds, vqvae, Path(folder)/f'codes_{ds.split}', text_encoder.text_features, progress=progress)
     return CodeDataset(path, vqvae)
 
+def _some(captions): return captions[::max(1, len(captions)//16)][:16]
+
 def _draw_captions(model, held_out):
     "Sixteen held-out captions, by each prior."
-    captions = held_out.caption
-    prompts = captions[::max(1, len(captions)//16)][:16]
-    return torch.cat([model.sample(prompts, prior=prior, seed=0) for prior in model.kinds])
+    return torch.cat([model.sample(_some(held_out.caption), prior=prior, seed=0) for prior in model.kinds])
+
+def _draw_by_diffusion(denoiser, parts, captions):
+    "Sixteen held-out captions, by a diffusion prior that is being trained."
+    return TextToImage(denoiser=denoiser, **parts).sample(_some(captions), seed=0)
 
 # %% ../../nbs/recipes/03_text.ipynb #de0767b2
 def _check_networks(prior_channels, channels, codes, diffusion):
@@ -273,8 +284,8 @@ recipe('clipart', text_to_image, 'clipart+emoji', copies=8,
        text_encoder=_small_encoder, text_encoder_steps=2500,
        ae_steps=2000, prior_steps=(2500,3000), steps=9000, codes=_codes, diffusion=_diffusion)
 recipe('emoji', text_to_image, 'icons', held_out='val', class_field='style',
-       text_encoder=_small_encoder, text_encoder_steps=6000, ae_steps=6000,
-       autoencoder=dict(c_latent=16, channels=(48,96,128), steps=6000), channels=(128,256), steps=20_000,
+       text_encoder=_small_encoder, text_encoder_steps=3000, ae_steps=3000,
+       autoencoder=dict(c_latent=16, channels=(48,96,128), lr=2e-3, steps=3000), channels=(128,256), steps=20_000,
        prior_steps=(8000,8000), codes=_codes, diffusion=_diffusion)
 recipe('paintings', text_to_image, 'paintings',
        text_encoder=_small_encoder, text_encoder_steps=1500,
