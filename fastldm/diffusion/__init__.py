@@ -9,3 +9,4 @@ from .samplers import *
 from .ldm import *
 from .constraints import *
 from .edit import *
+from .distill import *

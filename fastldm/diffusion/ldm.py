@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from fastcore.basics import patch
 from pathlib import Path
 from tqdm.auto import tqdm
-from ..core.models import Module, load_model, real_number, save_model, whole_number
+from ..core.models import Module, fingerprint, load_model, real_number, save_model, whole_number
 from . import samplers
 from .samplers import sample_generators, noise_from, noise_like
 from .cond import LabelEmbedder
@@ -59,6 +59,8 @@ class LatentDiffusion(Module):
         _sampler(step, 'step')                                          # a misspelt name raises now
         _sampler(times, 'times')
 
+    student_folder = None # where the student for few calls is, see `add_student`
+
     @property
     def device(self): return next(self.denoiser.parameters()).device
 
@@ -86,6 +88,7 @@ class LatentDiffusion(Module):
 # %% ../../nbs/diffusion/06_ldm.ipynb #2610afad
 NAMES_ELSEWHERE = {
     'n': 'num_samples num_images num_images_per_prompt n_samples n_images samples',
+    'calls': 'nfe num_function_evaluations n_calls network_calls',
     'steps': 'num_inference_steps num_steps n_steps num_sampling_steps sampling_steps inference_steps ddim_steps',
     'step': 'sampler sampler_name scheduler solver method',
     'times': 'timesteps sigmas schedule noise_schedule',
@@ -135,8 +138,14 @@ def _check_constraint(constraint):
     raise ValueError(f'constraint is of type {type(constraint).__name__}: expected a `Constraint`, which `inpaint`, '
                      '`upscale`, `vary`, `edit`, `invert` and `control` make out of pictures')
 
-def _step_and_times(ldm, constraint, step, times, steps):
+# %% ../../nbs/diffusion/06_ldm.ipynb #5e7a1c3d
+def _step_and_times(ldm, constraint, step, times, steps, calls):
     "Choose the step and the grid of times: as asked for, or as the constraint, or the model, is best sampled."
+    if calls is not None:
+        if steps is not None: raise ValueError(f'steps={steps} and calls={calls}: give one of the two')
+        steps = whole_number(calls, 'calls', 1)
+        step = step or 'consistency_step'
+        times = times or 'angle_times'
     if step is None: step = constraint.step or ldm.step
     if times is None: times = ldm.times
     if steps is None: steps = constraint.steps or ldm.steps
@@ -174,6 +183,56 @@ def _guidance_scales(ldm, guidance_scale, conditions):
             raise ValueError(f'guidance_scale for {name!r}: this model is conditioned on {names or "nothing"}')
         scales[name] = real_number(w, f'guidance_scale of {name!r}', 0, 100, ' (1: as in the data)')
     return scales
+
+# %% ../../nbs/diffusion/06_ldm.ipynb #44d7b444
+@patch
+def add_student(self:LatentDiffusion,
+    student, # a `Denoiser`, as `train_student` gives it
+)->LatentDiffusion: # the model
+    "Give the model a student for `sample(calls=...)`; `save` writes it too. Raises `ValueError` for another model's."
+    of = getattr(student, 'meta', {}).get('teacher_fingerprint')
+    if of!=fingerprint(self.denoiser):
+        raise ValueError(f'this student was trained for weights {of}, and the denoiser of this model is '
+                         f'{fingerprint(self.denoiser)}: train one for it, with `fastldm_train distil`')
+    self.__dict__['_student'] = student                                 # no submodule: not among the model's weights
+    return self
+
+@patch(as_prop=True)
+def has_student(self:LatentDiffusion):
+    "Whether `sample` takes `calls`."
+    return '_student' in self.__dict__ or self.student_folder is not None
+
+@patch
+def student(self:LatentDiffusion)->Module: # a `Denoiser` in eval mode
+    "The student, on the device and in the precision of the model. Raises `ValueError` where there is none."
+    if '_student' not in self.__dict__:
+        if self.student_folder is None:
+            raise ValueError('this model has no student for few calls: leave out `calls`, or train one '
+                             'with `fastldm_train distil --model NAME`')
+        self.add_student(load_model(self.student_folder, 'cpu'))
+    return self.__dict__['_student'].to(next(self.denoiser.parameters()))
+
+# %% ../../nbs/diffusion/06_ldm.ipynb #2988b738
+def _ask_student(ldm, batch, guidance_scale, conditions, interval, order):
+    "The student and its batch, in which the guidance scale is one more condition."
+    student = ldm.student()
+    least, most = student.meta['guidance']
+    if isinstance(guidance_scale, dict):
+        raise ValueError(f'guidance_scale={guidance_scale}: with `calls`, expected one number for all conditions')
+    hint = ' (the student was trained for these scales; without `calls`, any is possible)'
+    scale = real_number(guidance_scale, 'guidance_scale', least, most, hint)
+    if tuple(interval)!=(0.,1.) or order is not None:
+        raise ValueError('`interval` and `order` of the guidance cannot be chosen with `calls`: leave them out')
+    if all(value is None for value in conditions.values()): scale = 1.   # nothing to follow
+    if not batch: return student, batch                                  # a model without conditions
+    n = len(next(iter(batch.values())))
+    return student, batch | dict(guidance=torch.full((n,1), scale-1., device=ldm.device))
+
+def _model_and_batch(ldm, calls, n, guidance_scale, conditions, interval, order):
+    "The denoiser, a batch with a field for each condition, and guidance scales: of the model, or of its student."
+    batch = _parse_conditions(ldm, n, conditions)
+    if calls is None: return ldm.denoiser.eval(), batch, _guidance_scales(ldm, guidance_scale, conditions)
+    return *_ask_student(ldm, batch, guidance_scale, conditions, interval, order), {}
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #cdcd175e
 class Constraint:
@@ -223,6 +282,7 @@ def sample(self:LatentDiffusion,
     n:int, # number of pictures
     *,
     steps:int=None, # number of steps; None: as the model is best sampled
+    calls:int=None, # in place of `steps`: so many calls of the model's student, such as 1, 2 or 4
     step=None, # a step, or its name in `fastldm.diffusion.samplers`
     times=None, # a time grid `(schedule, n) -> (n+1,)`, or its name
     seed:int=None, # whole number: the same seed gives the same pictures; None: new ones each time
@@ -247,10 +307,8 @@ def sample(self:LatentDiffusion,
     _check_call(precision, callback)
     check_interval(interval)
     constraint = _check_constraint(constraint)
-    step, ts = _step_and_times(self, constraint, step, times, steps)
-    model = self.denoiser.eval()
-    batch = _parse_conditions(self, n, conditions)
-    scales = _guidance_scales(self, guidance_scale, conditions)
+    step, ts = _step_and_times(self, constraint, step, times, steps, calls)
+    model, batch, scales = _model_and_batch(self, calls, n, guidance_scale, conditions, interval, order)
     data = constraint.prepare(self, n)
     first = whole_number(first, 'first', 0)
     pictures = []
@@ -289,8 +347,14 @@ def save(
     folder, # where to; made if needed
     **meta, # anything JSON can hold: data, recipe, seed, metrics, licence
 )->Path: # the folder
-    "Write `model.safetensors` (half precision) and `config.json`, each whole or not at all."
-    return save_model(model, folder, **meta)
+    """Write `model.safetensors` (half precision) and `config.json`, each whole or not at all; a student goes into
+    a folder of its own beside them."""
+    folder = save_model(model, folder, **meta)
+    if getattr(model, 'has_student', False):
+        student = model.student()
+        about = {name: value for name,value in student.meta.items() if name not in ('fingerprint','files')}
+        save_model(student, folder/'student', **about)
+    return folder
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #53001478
 def _hint(name, names):
@@ -311,6 +375,8 @@ def _check_parent(folder):
 def _load_named(folder, device):
     "Load a model; its classes can be given by the names on its card."
     model = load_model(folder, device)
+    student = Path(folder)/'student'
+    if (student/'config.json').exists(): model.student_folder = student
     classes = model.meta.get('classes') or ()
     for embedder in model.modules():
         if isinstance(embedder, LabelEmbedder) and embedder.n_classes==len(classes):
@@ -336,7 +402,7 @@ def load(
                             'otherwise give a folder that `save` wrote, or `user/name` on the hub')
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #5f8e9510
-_hub_files = ['model*.safetensors', 'config.json', 'README.md']
+_hub_files = ['model*.safetensors', 'config.json', 'README.md', 'student/*.safetensors', 'student/config.json']
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 def _from_hub(repo):

@@ -5,6 +5,7 @@ from .labels import *
 from .faces import *
 from .text import *
 from .control import *
+from .distil import *
 from .evaluate import *
 from .commands import *
 from .figures import *

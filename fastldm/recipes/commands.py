@@ -95,13 +95,15 @@ def _numbers(text, option):
         raise ValueError(f'{option} {text}: expected whole numbers with commas between them, as in 8000,6000') from None
     return numbers if len(numbers)>1 else numbers[0]
 
+def _listed(value): return value if isinstance(value, list) else [value]
+
 # %% ../../nbs/recipes/06_commands.ipynb #55f4f934
 @command
 def train_cli(
     recipe:str, # a recipe by name; `folder` for pictures of your own
     out:str=None, # where the model goes (default: runs/RECIPE)
     data:str=None, # for `folder`: pictures, one folder per class, or flat; for `captioned`: a folder, table or zip file
-    model:str=None, # for `local`: the base, a shipped model or a folder
+    model:str=None, # for `local` and `distil`: the base, a shipped model or a folder
     kinds:str=None, # for `local`: edges, segmentation, silhouette, depth or colour; several with + between them
     root:str=None, # where a public data set is looked for first
     size:int=None, # side of the pictures, for `folder`, `captioned` and faces
@@ -111,6 +113,10 @@ def train_cli(
     prior_steps:str=None, # of the training of each level's prior, for `captioned`: one number, or as in 8000,6000
     epochs:int=None, # of the last stage, for `mnist_tutorial` and classifiers
     ae_epochs:int=None, # of the autoencoder's training, for `mnist_tutorial`
+    batch_size:int=None, # pictures per step (default: 64)
+    lr:float=None, # highest learning rate of the denoiser (default: 0.001)
+    channels:str=None, # of the U-Net, one number per level, as in 64,128
+    copies:int=None, # turned, scaled and mirrored views of each picture, for few pictures (default: 1, none)
     seed:int=0, # of everything
     precision:str=None, # bf16 where the processor has it, fp16 on a GPU
     resume:store_true=False, # only go on with what was begun; an error where nothing was
@@ -120,8 +126,10 @@ def train_cli(
     import_module_of(module)
     train = RECIPES[check_choice(recipe, RECIPES, 'recipe')]
     options = given(data=data, model=model, kinds=kinds, size=size, steps=steps, ae_steps=ae_steps,
-                    text_encoder_steps=text_encoder_steps, epochs=epochs, ae_epochs=ae_epochs)
+                    text_encoder_steps=text_encoder_steps, epochs=epochs, ae_epochs=ae_epochs,
+                    batch_size=batch_size, lr=lr, copies=copies)
     if prior_steps is not None: options['prior_steps'] = _numbers(prior_steps, '--prior_steps')
+    if channels is not None: options['channels'] = _listed(_numbers(channels, '--channels'))
     for option,what in getattr(train, 'needs', {}).items():
         if option not in options: raise ValueError(f'the recipe `{recipe}` needs --{option}, {what}')
     for option in refused(train, options): raise ValueError(f'the recipe `{recipe}` takes no --{option}: leave it out')
@@ -130,13 +138,32 @@ def train_cli(
         raise FileNotFoundError(f'{out} has no checkpoint to go on from: leave out --resume to begin, '
                                 'or give the --out of the run that was begun')
     try:
-        with sigterm_as_interrupt(): train(folder=out, root=root, seed=seed, precision=precision, **options)
+        with sigterm_as_interrupt(): model = train(folder=out, root=root, seed=seed, precision=precision, **options)
     except Interrupted: raise
     except KeyboardInterrupt:
         sys.exit(f'train: interrupted between two stages: the same command goes on with what is saved in {out}')
-    print(f'done, in {out}')
-    if (out/'samples.png').exists():
-        print(f"In Python: model = fastldm.load('{out}'); samples are in {out/'samples.png'}")
+    print(f'done, in {out}', *_what_was_done(model), *_what_next(model, out), sep='\n')
+
+# %% ../../nbs/recipes/06_commands.ipynb #02cf2e5e
+def _what_was_done(model):
+    "A line for each stage of a trained model, as its card has it."
+    card = getattr(model, 'meta', {})
+    stages = card.get('stages') or {card.get('stage', 'model'): card}
+    lines = []
+    for stage,about in stages.items():
+        if 'steps' not in about or 'seconds' not in about: continue
+        minutes, seconds = divmod(about['seconds'], 60)
+        lines.append(f"{stage}: {about['steps']:,} steps in {minutes} min {seconds} s")
+    return lines
+
+def _what_next(model, out):
+    "What can be done with a model that was just trained: the commands that take it, and Python."
+    lines = []
+    if (out/'samples.png').exists(): lines.append(f"samples: {out/'samples.png'}")
+    for task,method in (('sample','sample_command'), ('eval','evaluate_command')):
+        if hasattr(model, method): lines.append(f'{task}: fastldm_{task} {out}')
+    if (out/'config.json').exists(): lines.append(f"in Python: model = fastldm.load('{out}')")
+    return lines
 
 # %% ../../nbs/recipes/06_commands.ipynb #f7973e99
 @patch
@@ -194,6 +221,7 @@ def sample_command(self:LatentDiffusion,
     condition:dict=None, # {name: text} of any condition
     constraint=None, # local control
     steps:int=None, # as in `sample`
+    calls:int=None, # as in `sample`
     step:str=None, # as in `sample`
     guidance_scale:float=None, # as in `sample`
     precision:str=None, # as in `sample`
@@ -207,7 +235,8 @@ def sample_command(self:LatentDiffusion,
     n_labels = getattr(embedders_of(self).get('label'), 'n_classes', 0)
     by_turns = n_labels>0 and 'label' not in conditions
     if by_turns: conditions['label'] = [i%n_labels for i in range(first, first+n)]
-    options = given(constraint=constraint, steps=steps, step=step, guidance_scale=guidance_scale, precision=precision)
+    options = given(constraint=constraint, steps=steps, calls=calls, step=step, guidance_scale=guidance_scale,
+                    precision=precision)
     pictures = self.sample(n, seed=seed, first=first, progress=True, **conditions, **options)
     return pictures, n_labels if by_turns else 8
 
@@ -384,6 +413,7 @@ def sample_cli(
     style:str=None, # for a model of texts in several styles: one of them, by name or number
     condition:Param('any condition, as NAME=VALUE; as often as you like', str, action='append')=None, # e.g. ink=1,0,0
     steps:int=None, # of sampling
+    calls:int=None, # in place of --steps: calls of the model's student, such as 1, 2 or 4
     step:str=None, # name of the sampler
     guidance_scale:float=None, # how closely to follow the conditions (default: 1, or the model's own)
     control:str=None, # a picture to follow: white edges on black, or class ids for an adapter of segmentation
@@ -401,7 +431,7 @@ def sample_cli(
     net = load(model)
     constraint = control_from_files(net, control, region, adapter, f'local_{Path(model).name}')
     options = given(prompt=prompt, n=n, label=label, attributes=attributes, mask=mask, style=style, steps=steps,
-                    step=step, guidance_scale=guidance_scale, constraint=constraint, prior=prior,
+                    calls=calls, step=step, guidance_scale=guidance_scale, constraint=constraint, prior=prior,
                     candidates=candidates, seed=seed, precision=precision)
     if condition: options['condition'] = _named(condition)
     n = _draw_into(out, command_method(net, 'sample_command', model, options), options)
@@ -451,12 +481,13 @@ def evaluate_command(self:LatentDiffusion,
     root=None, # where the real pictures are looked for first
     seed:int=0, # of the pictures
     steps:int=None, # as in `sample`
+    calls:int=None, # as in `sample`
     step:str=None, # as in `sample`
     guidance_scale:float=None, # as in `sample`
 )->dict: # numbers by name
     "Score by the classifier of faces, by what embedders can score themselves, or by the evaluator of the data set."
     data = data_of(self, data)
-    options = given(n=n, root=root, seed=seed, steps=steps, step=step, guidance_scale=guidance_scale)
+    options = given(n=n, root=root, seed=seed, steps=steps, calls=calls, step=step, guidance_scale=guidance_scale)
     embedders = embedders_of(self)
     if 'attrs' in embedders or 'mask' in embedders: return evaluate_faces(self, data, **options)
     if any(hasattr(e, 'score') for e in embedders.values()): return evaluate_conditions(self, data, **options)
@@ -508,6 +539,7 @@ def eval_cli(
     data:str=None, # data set to compare with (default: the one in the model's card)
     n:int=None, # pictures (default: 10000, 5000 of faces, 1000 of texts)
     steps:int=None, # of sampling
+    calls:int=None, # in place of --steps: calls of the model's student, such as 1, 2 or 4
     step:str=None, # name of the sampler
     guidance_scale:float=None, # how closely to follow the conditions (default: 1, or the model's own)
     prior:str=None, # of a model of texts: codes or diffusion
@@ -524,7 +556,7 @@ def eval_cli(
     net = load(model)
     if out: check_output(out)
     if card: check_output(_record_of(model))
-    options = given(data=data, n=n, steps=steps, step=step, guidance_scale=guidance_scale, prior=prior,
+    options = given(data=data, n=n, steps=steps, calls=calls, step=step, guidance_scale=guidance_scale, prior=prior,
                     candidates=candidates, root=root, seed=seed)
     evaluate = command_method(net, 'evaluate_command', model, options)
     scores = evaluate(**options)

@@ -1,0 +1,223 @@
+"Students for few calls: the loss, their training by recipe, saving and loading, seeds, and what is refused."
+from contextlib import redirect_stderr, redirect_stdout
+from copy import deepcopy
+from io import StringIO
+import pytest, torch
+from PIL import Image
+from fastldm import load
+from fastldm.core import Callback, Module, fingerprint, load_model
+from fastldm.diffusion import (VP, Conditioner, Cosine, Denoiser, GaussianDenoiser, LabelEmbedder, LatentDiffusion,
+                               PathDataset, UNet, angle_times, consistency_step, distill_loss, inpaint, make_student,
+                               record_paths, sample, save)
+from fastldm.recipes import path_conditions, sample_cli, train_cli, train_student
+
+class Same(Module):
+    "An autoencoder that changes nothing."
+    scale, shift = torch.ones(()), torch.zeros(())
+    def encode(self, x): return x
+    def decode(self, z): return z.clamp(-1, 1)
+    def decode_raw(self, z): return z
+
+def teacher_of(conditions=True, schedule=None):
+    "A small latent diffusion with random weights."
+    torch.manual_seed(0)
+    net = UNet(1, (8,16), d_emb=16)
+    for p in net.parameters(): p.data += .05*torch.randn_like(p)
+    conditioner = Conditioner(label=LabelEmbedder(3, 16)) if conditions else None
+    return LatentDiffusion(Same(), Denoiser(net, schedule or Cosine(), conditioner), (1,8,8), steps=4).eval()
+
+def with_student(ldm):
+    "The model with a student whose guidance does something."
+    student = make_student(ldm.denoiser).eval()
+    if student.conditioner is not None: torch.nn.init.normal_(student.conditioner.embedders['guidance'].proj.weight)
+    student.meta = dict(teacher_fingerprint=fingerprint(ldm.denoiser), guidance=[1.,3.])
+    return ldm.add_student(student)
+
+@pytest.fixture
+def ldm(): return with_student(teacher_of())
+
+@pytest.fixture
+def base(tmp_path):
+    "A teacher in a folder."
+    return save(teacher_of(), tmp_path/'base', data='digits')
+
+FEW = dict(n=12, path_steps=2, steps=4, batch_size=4, progress=False)
+
+
+# ---- drawing
+
+@pytest.mark.parametrize('calls', [1,2,4])
+def test_same_seed_same_picture(ldm, calls):
+    "In any batch, alone or in company."
+    labels = [0,1,2,None,1]
+    x = ldm.sample(5, label=labels, calls=calls, seed=3, guidance_scale=2.)
+    assert x.shape==(5,1,8,8) and x.min()>=0 and x.max()<=1
+    torch.testing.assert_close(ldm.sample(5, label=labels, calls=calls, seed=3, guidance_scale=2., batch_size=2), x,
+                               atol=1e-5, rtol=0)
+    alone = ldm.sample(2, label=labels[3:], calls=calls, seed=3, first=3, guidance_scale=2.)
+    torch.testing.assert_close(alone, x[3:], atol=1e-5, rtol=0)
+    assert (ldm.sample(5, label=labels, calls=calls, seed=4, guidance_scale=2.)-x).abs().max()>.05
+
+def test_calls_are_counted(ldm):
+    "`calls=3` calls the network three times, a row a picture, whatever the guidance."
+    rows = []
+    hook = ldm.student().net.register_forward_hook(lambda net,given,out: rows.append(len(out)))
+    ldm.sample(4, label=1, calls=3, guidance_scale=3., seed=0)
+    hook.remove()
+    assert rows==[4,4,4]
+
+def test_the_scale_is_a_condition(ldm):
+    "Another guidance scale, another picture; without a condition there is nothing to guide."
+    def draw(w, **conditions): return ldm.sample(2, calls=1, seed=0, guidance_scale=w, **conditions)
+    assert (draw(1., label=1)-draw(3., label=1)).abs().max()>1e-3
+    assert torch.equal(draw(1.), draw(3.))
+    assert torch.equal(draw(2.), draw(2., label=None))
+
+def test_the_sampler_can_be_chosen(ldm):
+    one = ldm.sample(2, label=0, calls=4, seed=0)
+    assert torch.equal(ldm.sample(2, label=0, calls=4, seed=0, step='consistency_step', times='angle_times'), one)
+    assert (ldm.sample(2, label=0, calls=4, seed=0, step='ddim_step')-one).abs().max()>1e-3
+
+def test_callback_and_constraint(ldm):
+    "The callback sees each call; the known part of a picture is kept."
+    times = []
+    ldm.sample(1, label=0, calls=2, seed=0, callback=lambda x,t,s: times.append(float(s)))
+    assert times==[pytest.approx(.5, abs=1e-3), 0.]
+    picture = torch.rand(1, 1, 8, 8)*2-1
+    hole = torch.zeros(1, 1, 8, 8)
+    hole[...,2:6,2:6] = 1
+    x = ldm.sample(1, label=0, calls=2, seed=0, constraint=inpaint(picture, hole))*2-1
+    outside = hole.expand_as(x)==0
+    torch.testing.assert_close(x[outside], picture[outside], atol=1e-4, rtol=0)
+
+@pytest.mark.parametrize('asked, message', [
+    (dict(calls=0), 'calls=0'),
+    (dict(calls=1.5), 'calls=1.5'),
+    (dict(calls=2, steps=4), 'give one of the two'),
+    (dict(calls=2, guidance_scale=4.), 'at least 1 and at most 3'),
+    (dict(calls=2, guidance_scale=.5), 'without `calls`, any is possible'),
+    (dict(calls=2, guidance_scale=dict(label=2.)), 'one number for all conditions'),
+    (dict(calls=2, interval=(.2,.8)), 'cannot be chosen with `calls`'),
+    (dict(calls=2, order=['label']), 'cannot be chosen with `calls`'),
+    (dict(calls=2, label=7), 'label=7 is out of range'),
+    (dict(calls=2, guidance=2.), 'guidance'),
+    (dict(nfe=2), 'did you mean calls?'),
+])
+def test_bad_input_is_refused(ldm, asked, message):
+    with pytest.raises(ValueError, match=message.replace('?', r'\?')): ldm.sample(2, **dict(label=1)|asked)
+
+def test_no_student(tmp_path):
+    "A model without one says so in a sentence; a student of other weights is refused."
+    ldm = teacher_of()
+    with pytest.raises(ValueError, match='this model has no student for few calls'): ldm.sample(1, calls=2)
+    student = with_student(teacher_of()).student()
+    for p in ldm.denoiser.parameters(): p.data += .1
+    with pytest.raises(ValueError, match='was trained for weights'): ldm.add_student(student)
+    with pytest.raises(ValueError, match='was trained for weights None'): ldm.add_student(make_student(ldm.denoiser))
+
+def test_a_model_without_conditions():
+    ldm = with_student(teacher_of(conditions=False))
+    x = ldm.sample(3, calls=2, seed=0)
+    torch.testing.assert_close(ldm.sample(3, calls=2, seed=0, batch_size=1), x, atol=1e-5, rtol=0)
+
+
+# ---- on disk
+
+def test_saved_and_loaded(ldm, tmp_path):
+    "The student is beside the model, whose weights and fingerprint are as they were."
+    folder = save(ldm, tmp_path/'m')
+    assert sorted(f.name for f in folder.iterdir())==['config.json','model.safetensors','student']
+    plain = save(teacher_of(), tmp_path/'plain')
+    assert fingerprint(load(plain))==fingerprint(load(folder))
+    assert not load(plain).has_student and load(folder).has_student
+    x = ldm.sample(2, label=1, calls=2, seed=0, guidance_scale=2.)
+    torch.testing.assert_close(load(folder).sample(2, label=1, calls=2, seed=0, guidance_scale=2.), x, atol=.02, rtol=0)
+    again = save(load(folder), tmp_path/'again')
+    assert fingerprint(load(again).student())==fingerprint(load(folder).student())
+
+def test_a_students_precision_is_the_models(ldm):
+    for model in (deepcopy(ldm).double(), deepcopy(ldm).bfloat16()):
+        x = model.sample(2, label=1, calls=2, seed=0)
+        torch.testing.assert_close(x.float(), ldm.sample(2, label=1, calls=2, seed=0), atol=.1, rtol=0)
+
+
+# ---- learning
+
+def test_loss_of_the_exact_map():
+    "A student that knows where paths end has no loss; one that knows the mean only has some."
+    perfect = GaussianDenoiser(VP(), mean=torch.tensor([[1.]]).double(), std=.5)
+    paths = record_paths(perfect, torch.randn(50, 1).double(), steps=40)
+    class Map(Denoiser):
+        "Paths of one Gaussian keep their quantile."
+        def forward(self, x, t, cond=None):
+            α, σ = (s.view(-1, 1) for s in VP()(t))
+            return 1 + .5*(x-α)/((.5*α)**2+σ**2).sqrt()
+    exact = Map(torch.nn.Linear(1, 1).double(), VP())
+    assert distill_loss(exact, dict(path=paths))['loss']<.01
+    class Mean(Denoiser):
+        def forward(self, x, t, cond=None): return perfect(x, t)
+    assert distill_loss(Mean(torch.nn.Linear(1, 1).double(), VP()), dict(path=paths))['loss']>.1
+
+def test_consistency_step_is_exact_for_a_known_end():
+    "With the end of the path known, the sample at an earlier time is that, and fresh noise."
+    class Known:
+        schedule = Cosine()
+        def __call__(self, x, t, cond=None): return torch.full_like(x, 2.)
+    x = torch.randn(20000, 1).double()
+    half = consistency_step(Known(), x, torch.tensor(1.), torch.tensor(.5))
+    α, σ = Cosine()(torch.tensor(.5).double())
+    assert abs(half.mean()-2*α)<.02 and abs(half.std()-σ)<.02
+    assert torch.equal(sample(Known(), x, angle_times(Cosine(), 3), consistency_step), torch.full_like(x, 2.))
+
+def test_no_condition_is_left_out_of_a_path():
+    "What a path was recorded with is what the student is given."
+    ldm = teacher_of()
+    paths = PathDataset(ldm.denoiser, ldm.shape, dict(label=torch.arange(3)), n=30, steps=2, progress=False)
+    student = make_student(ldm.denoiser).train()
+    batch = paths[torch.arange(30)]
+    def loss():
+        torch.manual_seed(0)
+        return distill_loss(student, batch)['loss']
+    assert torch.equal(loss(), loss())
+    assert (batch['label']==3).any()                                # the null label, as in training
+
+def test_paths_need_labels_only():
+    assert path_conditions(load('mnist', 'cpu'))['label'].tolist()==list(range(10))
+    assert path_conditions(teacher_of(conditions=False))=={}
+
+
+# ---- by recipe
+
+def test_recipe_resumes(base, tmp_path):
+    "Interrupted and begun again, it ends with the same student, bit for bit."
+    class Stop(Callback):
+        def after_step(self, learn):
+            if learn.step==2: raise KeyboardInterrupt
+    whole = train_student(base, tmp_path/'a', **FEW)
+    with pytest.raises(KeyboardInterrupt): train_student(base, tmp_path/'b', cbs=[Stop()], **FEW)
+    resumed = train_student(base, tmp_path/'b', **FEW)
+    assert fingerprint(resumed.student())==fingerprint(whole.student())
+    assert fingerprint(whole)==fingerprint(load(base))
+    assert whole.student().meta['guidance']==[1.,3.]
+    longer = train_student(base, tmp_path/'b', **FEW|dict(steps=6))
+    assert fingerprint(longer.student())!=fingerprint(whole.student())
+    assert load_model(tmp_path/'b'/'student').meta['steps']==6
+    with pytest.raises(ValueError, match='n was 12, is 16'): train_student(base, tmp_path/'b', **FEW|dict(n=16))
+
+def test_recipe_refuses(base, tmp_path):
+    with pytest.raises(ValueError, match='TextToImage has no student'): train_student('scenes', tmp_path/'m', **FEW)
+    with pytest.raises(ValueError, match='no `d_emb`'): train_student('mnist_tutorial', tmp_path/'m', **FEW)
+    with pytest.raises(ValueError, match='the smaller first'):
+        train_student(base, tmp_path/'m', **FEW, guidance=(3,1))
+    assert not (tmp_path/'m').exists()
+
+def test_command_line(base, tmp_path):
+    "`fastldm_train distil --model NAME`, then `fastldm_sample --calls 2`."
+    out = tmp_path/'fast'
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        train_student(base, out, **FEW)
+        sample_cli(str(out), n=4, calls=2, out=str(tmp_path/'x.png'))
+        with pytest.raises(SystemExit, match='no student for few calls'): sample_cli(str(base), n=4, calls=2)
+        with pytest.raises(SystemExit, match='takes no --calls'): sample_cli('scenes', prompt='', calls=2)
+        with pytest.raises(SystemExit, match='needs --model'): train_cli('distil')
+    assert Image.open(tmp_path/'x.png').size[0]>16
