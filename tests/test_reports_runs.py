@@ -361,6 +361,21 @@ def test_text_with_a_style(tmp_path, small_sets):
     said = line_of(sample_cli, str(tmp_path/'m'), prompt='a red ship', condition=['colour=red'])
     assert '--colour: this model has no such condition; it takes --prompt and --style' in said
 
+def test_what_a_run_prints(tmp_path, small_sets, capsys):
+    "Which stage of how many begins, whether it is finished, what was done, and what can be done with it."
+    options = dict(out=str(tmp_path/'m'), ae_steps=2, batch_size=8, lr=.002, channels='8,16', copies=2)
+    train_cli('digits', steps=2, **options)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2]==['stage 1 of 2, autoencoder: 2 steps','stage 2 of 2, denoiser: 2 steps']
+    assert f'sample: fastldm_sample {tmp_path}/m' in lines and f'eval: fastldm_eval {tmp_path}/m' in lines
+    train_cli('digits', steps=3, **options)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2]==['stage 1 of 2, autoencoder: 2 steps, which is finished','stage 2 of 2, denoiser: 3 steps']
+    model = load(tmp_path/'m')
+    assert [*model.denoiser.net.widths[0]]==[8,16] and model.meta['views']==2
+    assert [card['batch_size'] for card in model.meta['stages'].values()]==[8,8]
+    assert 'lr was 0.002, is 0.003' in line_of(train_cli, 'digits', steps=3, **(options|dict(lr=.003)))
+
 # ---- a finished run, and other options
 
 def write_pictures(folder, n, size=20, shade=100):

@@ -82,6 +82,8 @@ def label_ldm(
     channels=(64,128), # of the U-Net
     n_blocks:int=1, # residual blocks per level
     steps:int=20000, # of the denoiser's training
+    batch_size:int=64, # pictures per step, at most
+    lr:float=1e-3, # highest learning rate of the denoiser
     drop:float=.1, # rate at which the label is left out in training
     copies:int=1, # augmented views of each picture, more than 1 for small sets: see `Augmented`
     weight=edm_weight, # of the loss
@@ -97,7 +99,7 @@ def label_ldm(
     folder = begin(folder, label_ldm, arguments, pictures, multiple=2**len(ae_channels),
                    stages=['autoencoder','denoiser'])
     ds = Augmented(pictures, copies, seed) if copies>1 else pictures
-    training = dict(seed=seed, precision=precision, progress=progress)
+    training = dict(seed=seed, precision=precision, progress=progress, batch_size=batch_size)
     set_seed(seed)
     denoiser = label_denoiser(ds, c_latent, channels, n_blocks, drop, views=copies>1)
     ae = train_autoencoder(ds, folder, c_latent=c_latent, channels=ae_channels, steps=ae_steps, **training)
@@ -106,7 +108,8 @@ def label_ldm(
     scores = score_cb(data, ae, shape, max(1, steps//8))
     loss_fn = partial(diffusion_loss, weight=weight)
     def draw(denoiser): return _draw_labels(LatentDiffusion(ae, denoiser, shape), ds)
-    denoiser = train_denoiser(latents, folder, denoiser, loss_fn, steps, draw=draw, cbs=[*cbs, *scores], **training)
+    denoiser = train_denoiser(latents, folder, denoiser, loss_fn, steps, lr=lr, draw=draw, cbs=[*cbs, *scores],
+                              **training)
     about = dict(n_pictures=len(pictures), views=copies) if copies>1 else {}
     return _finish_labels(folder, LatentDiffusion(ae, denoiser, shape), data, ds, licence_line(pictures), seed=seed,
                           **about | (card or {}))

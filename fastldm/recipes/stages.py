@@ -70,7 +70,9 @@ def train_stage(
     not be saved."""
     folder = Path(folder)
     watch = [] if draw is None else [PicturesCB(folder.parent/'pictures', folder.name, draw)]
-    if learner.get('progress', True): print(_heading(folder, learner['steps']))
+    again = _ends_before(folder, learner['steps']) if longer else _check_not_longer(folder, learner['steps'])
+    is_finished = (folder/'config.json').exists() and not again
+    if learner.get('progress', True): print(_heading(folder, learner['steps'], is_finished))
     def make():
         set_seed(seed)
         model = build()
@@ -84,7 +86,6 @@ def train_stage(
                      seed=seed)
         if card is not None: about |= _report(card, learn)
         return model, about
-    again = _ends_before(folder, learner['steps']) if longer else _check_not_longer(folder, learner['steps'])
     return run_stage(folder, make, again=again)
 
 # %% ../../nbs/recipes/00_stages.ipynb #b13c5beb
@@ -99,13 +100,12 @@ class ResumeCB(Callback):
         "Print the step, if it is not the first."
         if learn.step: print(f'{self.stage}: going on from step {learn.step} of {learn.steps}')
 
-def _heading(folder, steps):
+def _heading(folder, steps, is_finished):
     "Which stage of how many this is, as the recipe has written it down."
     file = folder.parent/'recipe.json'
     stages = json.loads(file.read_text(encoding='utf-8')).get('stages') or [] if file.exists() else []
     number = f'stage {stages.index(folder.name)+1} of {len(stages)}, ' if folder.name in stages else ''
-    done = ', which is finished' if (folder/'config.json').exists() else ''
-    return f'{number}{folder.name}: {steps:,} steps{done}'
+    return f"{number}{folder.name}: {steps:,} steps{', which is finished' if is_finished else ''}"
 
 # %% ../../nbs/recipes/00_stages.ipynb #1b1ba760
 def _report(card, learn):
