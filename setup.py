@@ -33,7 +33,7 @@ setuptools.setup(
         *(f'Programming Language :: Python :: 3.{i}' for i in range(minor, 14)),
     ],
     packages=setuptools.find_packages(include=[lib, lib+'.*']),
-    package_data={lib: ['weights/*/*', 'assets/*', 'py.typed']},
+    package_data={lib: ['weights/*/*', 'weights/*/student/*', 'assets/*', 'py.typed']},
     zip_safe=False,
     python_requires='>='+cfg['min_python'],
     install_requires=cfg['requirements'].split(),

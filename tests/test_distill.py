@@ -132,10 +132,19 @@ def test_saved_and_loaded(ldm, tmp_path):
     assert not load(plain).has_student and load(folder).has_student
     x = ldm.sample(2, label=1, calls=2, seed=0, guidance_scale=2.)
     torch.testing.assert_close(load(folder).sample(2, label=1, calls=2, seed=0, guidance_scale=2.), x, atol=.02, rtol=0)
+    assert sum(f.stat().st_size for f in (folder/'student').iterdir())<1.5*sum(
+        p.numel() for p in ldm.denoiser.parameters())+9000              # a byte a weight, and a little
+    (folder/'student'/'difference.safetensors').write_bytes(b'damaged')
+    with pytest.raises(ValueError, match='fetch or train it again'): load(folder).sample(1, calls=2)
+    folder = save(ldm, tmp_path/'m')
     again = save(load(folder), tmp_path/'again')
     assert fingerprint(load(again).student())==fingerprint(load(folder).student())
 
-def test_a_students_precision_is_the_models(ldm):
+def test_a_students_precision_is_the_models(ldm, tmp_path):
+    "Also where the student is read only after the model was converted."
+    folder = save(ldm, tmp_path/'m')
+    coarse = load(folder).bfloat16().sample(2, label=1, calls=2, seed=0)
+    torch.testing.assert_close(coarse.float(), ldm.sample(2, label=1, calls=2, seed=0), atol=.1, rtol=0)
     for model in (deepcopy(ldm).double(), deepcopy(ldm).bfloat16()):
         x = model.sample(2, label=1, calls=2, seed=0)
         torch.testing.assert_close(x.float(), ldm.sample(2, label=1, calls=2, seed=0), atol=.1, rtol=0)
@@ -201,7 +210,7 @@ def test_recipe_resumes(base, tmp_path):
     assert whole.student().meta['guidance']==[1.,3.]
     longer = train_student(base, tmp_path/'b', **FEW|dict(steps=6))
     assert fingerprint(longer.student())!=fingerprint(whole.student())
-    assert load_model(tmp_path/'b'/'student').meta['steps']==6
+    assert load_model(tmp_path/'b'/'distil').meta['steps']==6
     with pytest.raises(ValueError, match='n was 12, is 16'): train_student(base, tmp_path/'b', **FEW|dict(n=16))
 
 def test_recipe_refuses(base, tmp_path):

@@ -17,6 +17,7 @@ from . import samplers
 from .samplers import sample_generators, noise_from, noise_like
 from .cond import LabelEmbedder
 from .denoiser import check_interval, guide
+from .distill import load_student, save_student
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #ece62f57
 def _is_grid(name): return name.endswith('_times')
@@ -191,7 +192,8 @@ def add_student(self:LatentDiffusion,
 )->LatentDiffusion: # the model
     "Give the model a student for `sample(calls=...)`; `save` writes it too. Raises `ValueError` for another model's."
     of = getattr(student, 'meta', {}).get('teacher_fingerprint')
-    if of!=fingerprint(self.denoiser):
+    is_coarse = next(self.denoiser.parameters()).dtype not in (torch.float,torch.double)       # weights are rounded
+    if of is None or not is_coarse and of!=fingerprint(self.denoiser):
         raise ValueError(f'this student was trained for weights {of}, and the denoiser of this model is '
                          f'{fingerprint(self.denoiser)}: train one for it, with `fastldm_train distil`')
     self.__dict__['_student'] = student                                 # no submodule: not among the model's weights
@@ -209,7 +211,7 @@ def student(self:LatentDiffusion)->Module: # a `Denoiser` in eval mode
         if self.student_folder is None:
             raise ValueError('this model has no student for few calls: leave out `calls`, or train one '
                              'with `fastldm_train distil --model NAME`')
-        self.add_student(load_model(self.student_folder, 'cpu'))
+        self.add_student(load_student(self.student_folder, self.denoiser))
     return self.__dict__['_student'].to(next(self.denoiser.parameters()))
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #2988b738
@@ -351,9 +353,7 @@ def save(
     a folder of its own beside them."""
     folder = save_model(model, folder, **meta)
     if getattr(model, 'has_student', False):
-        student = model.student()
-        about = {name: value for name,value in student.meta.items() if name not in ('fingerprint','files')}
-        save_model(student, folder/'student', **about)
+        save_student(model.student(), model.denoiser, folder/'student')
     return folder
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #53001478
@@ -376,7 +376,7 @@ def _load_named(folder, device):
     "Load a model; its classes can be given by the names on its card."
     model = load_model(folder, device)
     student = Path(folder)/'student'
-    if (student/'config.json').exists(): model.student_folder = student
+    if (student/'student.json').exists(): model.student_folder = student
     classes = model.meta.get('classes') or ()
     for embedder in model.modules():
         if isinstance(embedder, LabelEmbedder) and embedder.n_classes==len(classes):
@@ -402,7 +402,7 @@ def load(
                             'otherwise give a folder that `save` wrote, or `user/name` on the hub')
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #5f8e9510
-_hub_files = ['model*.safetensors', 'config.json', 'README.md', 'student/*.safetensors', 'student/config.json']
+_hub_files = ['model*.safetensors', 'config.json', 'README.md', 'student/*.safetensors', 'student/*.json']
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 def _from_hub(repo):

@@ -60,7 +60,7 @@ def train_student(
     def card(learn):
         about = dict(teacher=full_path(model), teacher_fingerprint=mark, guidance=list(guidance), n_paths=n)
         return about | dict(path_steps=path_steps, n_params=n_params(learn.model))
-    student = train_stage(folder/'student', build, paths, distill_loss, seed=seed, batch_size=batch_size, card=card,
+    student = train_stage(folder/'distil', build, paths, distill_loss, seed=seed, batch_size=batch_size, card=card,
                           longer=True, steps=steps, lr=lr, warmup=min(100, steps//10), ema=.995, precision=precision,
                           progress=progress, cbs=cbs)
     return _finish_student(folder, base, student)
