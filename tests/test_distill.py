@@ -6,9 +6,10 @@ import pytest, torch
 from PIL import Image
 from fastldm import load
 from fastldm.core import Callback, Module, fingerprint, load_model
-from fastldm.diffusion import (VP, Conditioner, Cosine, Denoiser, GaussianDenoiser, LabelEmbedder, LatentDiffusion,
-                               PathDataset, UNet, angle_times, consistency_step, distill_loss, inpaint, make_student,
-                               record_paths, sample, save)
+from fastldm.diffusion import (Conditioner, Cosine, Denoiser, GaussianDenoiser, LabelEmbedder, LatentDiffusion,
+                               PathDataset, UNet, angle_times, ddim_step, distill_loss, make_student, noise_from,
+                               noise_like, path_points, record_paths, sample, sample_generators, save, vary,
+                               with_calls)
 from fastldm.recipes import path_conditions, sample_cli, train_cli, train_student
 
 class Same(Module):
@@ -29,8 +30,10 @@ def teacher_of(conditions=True, schedule=None):
 def with_student(ldm):
     "The model with a student whose guidance does something."
     student = make_student(ldm.denoiser).eval()
-    if student.conditioner is not None: torch.nn.init.normal_(student.conditioner.embedders['guidance'].proj.weight)
-    student.meta = dict(teacher_fingerprint=fingerprint(ldm.denoiser), guidance=[1.,3.])
+    for name in ('guidance','calls'):
+        if name in student.conditioner.embedders:
+            torch.nn.init.normal_(student.conditioner.embedders[name].proj.weight)
+    student.meta = dict(teacher_fingerprint=fingerprint(ldm.denoiser), guidance=[1.,3.], calls=[1,2,4])
     return ldm.add_student(student)
 
 @pytest.fixture
@@ -59,12 +62,24 @@ def test_same_seed_same_picture(ldm, calls):
     assert (ldm.sample(5, label=labels, calls=calls, seed=4, guidance_scale=2.)-x).abs().max()>.05
 
 def test_calls_are_counted(ldm):
-    "`calls=3` calls the network three times, a row a picture, whatever the guidance."
+    "`calls=4` calls the network four times, a row a picture, whatever the guidance, and tells it the number."
     rows = []
     hook = ldm.student().net.register_forward_hook(lambda net,given,out: rows.append(len(out)))
-    ldm.sample(4, label=1, calls=3, guidance_scale=3., seed=0)
+    ldm.sample(3, label=1, calls=4, guidance_scale=3., seed=0)
     hook.remove()
-    assert rows==[4,4,4]
+    assert rows==[3,3,3,3]
+
+def test_it_is_ddim(ldm):
+    "Steps of DDIM at even angles, with the number of calls and the scale as conditions."
+    student = ldm.student()
+    batch = dict(label=torch.tensor([0,1]), guidance=torch.full((2,1), 1.))
+    cond = student.conditioner(with_calls(batch, 2, 2))
+    ts = angle_times(Cosine(), 2)
+    generators = sample_generators(5, 2)
+    with noise_from(generators): x = noise_like(torch.empty(2, 1, 8, 8))
+    z = sample(student, x, ts, ddim_step, cond)
+    drawn = ldm.sample(2, label=[0,1], calls=2, guidance_scale=2., seed=5, latents=True)
+    torch.testing.assert_close(drawn, z, atol=1e-4, rtol=0)
 
 def test_the_scale_is_a_condition(ldm):
     "Another guidance scale, another picture; without a condition there is nothing to guide."
@@ -73,26 +88,18 @@ def test_the_scale_is_a_condition(ldm):
     assert torch.equal(draw(1.), draw(3.))
     assert torch.equal(draw(2.), draw(2., label=None))
 
-def test_the_sampler_can_be_chosen(ldm):
-    one = ldm.sample(2, label=0, calls=4, seed=0)
-    assert torch.equal(ldm.sample(2, label=0, calls=4, seed=0, step='consistency_step', times='angle_times'), one)
-    assert (ldm.sample(2, label=0, calls=4, seed=0, step='ddim_step')-one).abs().max()>1e-3
-
-def test_callback_and_constraint(ldm):
-    "The callback sees each call; the known part of a picture is kept."
+def test_the_callback_sees_each_call(ldm):
     times = []
     ldm.sample(1, label=0, calls=2, seed=0, callback=lambda x,t,s: times.append(float(s)))
     assert times==[pytest.approx(.5, abs=1e-3), 0.]
-    picture = torch.rand(1, 1, 8, 8)*2-1
-    hole = torch.zeros(1, 1, 8, 8)
-    hole[...,2:6,2:6] = 1
-    x = ldm.sample(1, label=0, calls=2, seed=0, constraint=inpaint(picture, hole))*2-1
-    outside = hole.expand_as(x)==0
-    torch.testing.assert_close(x[outside], picture[outside], atol=1e-4, rtol=0)
 
 @pytest.mark.parametrize('asked, message', [
     (dict(calls=0), 'calls=0'),
     (dict(calls=1.5), 'calls=1.5'),
+    (dict(calls=3), 'expected one of 1, 2, 4'),
+    (dict(calls=2, step='ddim_step'), 'cannot be chosen with `calls`'),
+    (dict(calls=2, times='angle_times'), 'cannot be chosen with `calls`'),
+    (dict(calls=2, constraint=vary(torch.zeros(1,1,8,8), .5)), 'a constraint takes `steps`'),
     (dict(calls=2, steps=4), 'give one of the two'),
     (dict(calls=2, guidance_scale=4.), 'at least 1 and at most 3'),
     (dict(calls=2, guidance_scale=.5), 'without `calls`, any is possible'),
@@ -152,31 +159,42 @@ def test_a_students_precision_is_the_models(ldm, tmp_path):
 
 # ---- learning
 
-def test_loss_of_the_exact_map():
-    "A student that knows where paths end has no loss; one that knows the mean only has some."
-    perfect = GaussianDenoiser(VP(), mean=torch.tensor([[1.]]).double(), std=.5)
-    paths = record_paths(perfect, torch.randn(50, 1).double(), steps=40)
-    class Map(Denoiser):
-        "Paths of one Gaussian keep their quantile."
-        def forward(self, x, t, cond=None):
-            α, σ = (s.view(-1, 1) for s in VP()(t))
-            return 1 + .5*(x-α)/((.5*α)**2+σ**2).sqrt()
-    exact = Map(torch.nn.Linear(1, 1).double(), VP())
-    assert distill_loss(exact, dict(path=paths))['loss']<.01
+class Known(Denoiser):
+    "Walks the paths of one Gaussian, which keep their quantile, in jumps of any length."
+    def forward(self, x, t, cond=None):
+        calls = 2**cond.vector[:,:1]
+        angle = Cosine()._angle(t.double()).view(-1, 1)
+        here, there = (self.moments(a) for a in (angle, angle-Cosine()._angle(torch.ones(1).double())/calls))
+        landing = there['mean'] + (x-here['mean'])*there['std']/here['std']
+        (α,σ),(α_s,σ_s) = ((m['α'],m['σ']) for m in (here,there))
+        return (σ*landing-σ_s*x)/(σ*α_s-σ_s*α)
+    def moments(self, angle):
+        α, σ = angle.cos(), angle.sin().clamp(min=0)
+        return dict(α=α, σ=σ, mean=α, std=((.5*α)**2+σ**2).sqrt())
+
+class Numbers(torch.nn.Linear):
+    "A network with nothing but an embedding of two numbers."
+    d_emb = 2
+
+@pytest.mark.parametrize('calls', [1,2,4])
+def test_loss_of_the_exact_jumps(calls):
+    "One that walks along the path has no loss; the mean of all data, which is the teacher's answer, has some."
+    perfect = GaussianDenoiser(Cosine(30.), mean=torch.tensor([[1.]]).double(), std=.5)
+    paths = record_paths(perfect, torch.randn(50, 1).double(), steps=64)
+    student = make_student(Denoiser(Numbers(1, 1).double(), Cosine(30.)))
+    torch.nn.init.ones_(student.conditioner.embedders['calls'].proj.weight)
+    exact = Known(student.net, Cosine(30.), student.conditioner)
+    assert distill_loss(exact, dict(path=paths), calls=(calls,))['loss']<.01
     class Mean(Denoiser):
         def forward(self, x, t, cond=None): return perfect(x, t)
-    assert distill_loss(Mean(torch.nn.Linear(1, 1).double(), VP()), dict(path=paths))['loss']>.1
+    mean = Mean(student.net, Cosine(30.), student.conditioner)
+    assert distill_loss(mean, dict(path=paths), calls=(calls,))['loss']>.02
 
-def test_consistency_step_is_exact_for_a_known_end():
-    "With the end of the path known, the sample at an earlier time is that, and fresh noise."
-    class Known:
-        schedule = Cosine()
-        def __call__(self, x, t, cond=None): return torch.full_like(x, 2.)
-    x = torch.randn(20000, 1).double()
-    half = consistency_step(Known(), x, torch.tensor(1.), torch.tensor(.5))
-    α, σ = Cosine()(torch.tensor(.5).double())
-    assert abs(half.mean()-2*α)<.02 and abs(half.std()-σ)<.02
-    assert torch.equal(sample(Known(), x, angle_times(Cosine(), 3), consistency_step), torch.full_like(x, 2.))
+def test_points_between_recorded_ones():
+    path = torch.tensor([[0.,1.,4.],[0.,10.,20.]])
+    assert path_points(path, torch.tensor([.5,.25])).tolist()==[1.,5.]
+    assert path_points(path, torch.tensor([1.,0.])).tolist()==[4.,0.]
+    assert path_points(path, torch.tensor([.75,.75])).tolist()==[2.5,15.]
 
 def test_no_condition_is_left_out_of_a_path():
     "What a path was recorded with is what the student is given."

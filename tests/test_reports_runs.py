@@ -22,8 +22,8 @@ from fastldm.data import (DATASETS, Captioned, Described, Digits, ImageFolder, P
                           SyntheticScenes, files_digest, write_shards)
 from fastldm.diffusion import LatentDiffusion, load
 from fastldm.metrics import Reference
-from fastldm.recipes import (RECIPES, begin, check_free, control, data_facts, faces, labels, sample_cli, stages, text,
-                             train_cli, write_card)
+from fastldm.recipes import (RECIPES, begin, check_free, control, data_facts, distil, faces, labels, sample_cli, stages,
+                             text, train_cli, write_card)
 
 # ---- files that others can read
 
@@ -294,6 +294,7 @@ SMALL = { # arguments that make a recipe quick, by its function
                              prior_channels=(8,8), size=16),
     text.train_scene_classifier: dict(steps=2, n=8),
     control.train_adapter: dict(steps=2, n=4),
+    distil.train_student: dict(steps=2, n=4, path_steps=2),
 }
 
 @pytest.fixture
@@ -327,7 +328,7 @@ QUICK = ('digits','folder','digits_evaluator','avatars','scenes_classifier','loc
 @pytest.mark.parametrize('name', [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in RECIPES])
 def test_every_recipe_ends_with_a_model(name, tmp_path, monkeypatch, small_sets, bases):
     "`fastldm_train digits`, the one real set that ships, failed when it scored 1,000 pictures against 297 labels."
-    for module in (faces,control): monkeypatch.setattr(module, 'load', lambda name: load(bases.get(name, name)))
+    for module in (faces,control,distil): monkeypatch.setattr(module, 'load', lambda name: load(bases.get(name, name)))
     options = {}
     if name=='captioned': options = dict(data='scenes')
     if name=='emoji': options = dict(autoencoder=dict(c_latent=2, channels=(8,8), steps=2))

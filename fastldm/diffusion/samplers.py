@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ddpm_step', 'sample_generators', 'noise_from', 'noise_like', 'sample', 'uniform_times', 'log_snr_times',
            'karras_times', 'angle_times', 'ddim_step', 'euler_step', 'heun_step', 'euler_maruyama_step', 'pc_step',
-           'consistency_step', 'DPMSolver2M', 'DPMSolverSDE', 'DPMSolver3M', 'UniPC', 'log_likelihood', 'bits_per_dim']
+           'DPMSolver2M', 'DPMSolverSDE', 'DPMSolver3M', 'UniPC', 'log_likelihood', 'bits_per_dim']
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #770772f4
 import hashlib, math, torch, numpy as np
@@ -239,19 +239,6 @@ def pc_step(
     return x + ε*score + (2*ε).sqrt()*z
 
 def _norms(x): return x.flatten(1).norm(dim=1).view(-1, *[1]*(x.ndim-1))
-
-# %% ../../nbs/diffusion/05_samplers.ipynb #4c203d1f
-def consistency_step(
-    denoise, # predicts where the path ends, as a student does
-    x:torch.Tensor, # sample at time `t`, (B,...)
-    t:torch.Tensor, # time
-    s:torch.Tensor, # next time, smaller
-    cond=None, # passed to the denoiser
-)->torch.Tensor: # sample at time `s`
-    "Step from `t` to `s`: keep the predicted latent, with fresh noise; none in the step to 0 (Song et al. 2023)."
-    α_s, σ_s = scales(denoise, s, x)
-    x0 = denoise(x, t, cond)
-    return α_s*x0 + σ_s*noise_like(x) if s>0 else x0
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #aae74501
 def _lambda(denoise, t):

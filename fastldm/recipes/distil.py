@@ -9,7 +9,7 @@ __all__ = ['path_conditions', 'train_student']
 import torch
 from ..core.models import fingerprint, fits_half, n_params
 from ..diffusion.cond import LabelEmbedder
-from ..diffusion.distill import PathDataset, check_scales, distill_loss, make_student
+from ..diffusion.distill import PathDataset, check_scales, distill_loss, load_student, make_student
 from ..diffusion.ldm import LatentDiffusion, load, save
 from .control import base_pictures
 from .stages import (begin, diffusion_of, embedders_of, full_path, recipe, save_grid, train_stage,
@@ -38,7 +38,8 @@ def train_student(
     n:int=30000, # paths
     path_steps:int=10, # steps of each
     guidance=(1.,3.), # smallest and largest guidance scale
-    steps:int=4000, # of the optimiser
+    student=None, # folder of a student to begin with, as `save_student` writes it; None: the teacher
+    steps:int=3000, # of the optimiser
     batch_size:int=64, # paths per step
     lr:float=1e-3, # highest learning rate
     seed:int=0, # of everything
@@ -47,7 +48,7 @@ def train_student(
     cbs=(), # callbacks of the training
 )->LatentDiffusion: # the teacher with its student, saved in `folder`
     "Train a student of a model for `sample(calls=...)`. Raises what the model and its data set raise, before work."
-    arguments = dict(locals(), model=None)
+    arguments = dict(locals(), model=None, student=None)
     base = load(model)
     if not isinstance(base, LatentDiffusion): raise ValueError(_expected(base))
     guidance = check_scales(guidance)
@@ -56,14 +57,17 @@ def train_student(
     folder = begin(folder, train_student, arguments, base=mark)
     paths = PathDataset(base.denoiser, base.shape, path_conditions(base, root, n), n, path_steps, guidance, seed,
                         folder/'cache', precision, progress)
-    def build(): return make_student(base.denoiser)
+    def build():
+        if student is None: return make_student(base.denoiser)
+        return load_student(student, base.denoiser).requires_grad_(True)
     def card(learn):
-        about = dict(teacher=full_path(model), teacher_fingerprint=mark, guidance=list(guidance), n_paths=n)
+        about = dict(teacher=full_path(model), teacher_fingerprint=mark, guidance=list(guidance), calls=[1,2,4],
+                     n_paths=n)
         return about | dict(path_steps=path_steps, n_params=n_params(learn.model))
-    student = train_stage(folder/'distil', build, paths, distill_loss, seed=seed, batch_size=batch_size, card=card,
+    trained = train_stage(folder/'distil', build, paths, distill_loss, seed=seed, batch_size=batch_size, card=card,
                           longer=True, steps=steps, lr=lr, warmup=min(100, steps//10), ema=.995, precision=precision,
                           progress=progress, cbs=cbs)
-    return _finish_student(folder, base, student)
+    return _finish_student(folder, base, trained)
 
 # %% ../../nbs/recipes/12_distil.ipynb #b1abfac8
 def _expected(model):
