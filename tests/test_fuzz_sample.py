@@ -20,10 +20,10 @@ GRIDS = [name for name in samplers.__all__ if name.endswith('_times')]
 ANY = dict( # of each argument: what makes sense, and what does not
     n=([1, 2, 3, np.int64(2), 2., torch.tensor(1)], [0, -1, 2.5, '2', True, [2], NAN]),
     steps=([1, 2, 3, 3., np.int32(2)], [0, -2, 1.5, '3', [2], NAN, math.inf, True]),
-    step=([None, *STEPS, *SOLVERS, DPMSolver2M, UniPC(2), ddim_step, partial(heun_step, churn=.1)],
-          ['heun', 'karras_times', 'sample', '', 5, [ddim_step]]),
+    step=([None, *STEPS, *SOLVERS, DPMSolver2M, UniPC(2), ddim_step, 'heun', 'euler_a', partial(heun_step, churn=.1)],
+          ['heun_stop', 'karras_times', 'sample', '', 5, [ddim_step]]),
     times=([None, *GRIDS, karras_times, partial(karras_times, rho=3.)], ['ddim_step', 'karras', 7, torch.ones(4)]),
-    seed=([0, 7, np.int64(3), 2**40, -5, None, 3.], ['a', .5, NAN, True, [1]]),
+    seed=([0, 7, np.int64(3), 2**40, -5, None, 3., torch.Generator()], ['a', .5, NAN, True, [1]*9]),
     guidance_scale=([1, 0, 2., np.float32(2), torch.tensor(1.5), 100], [NAN, math.inf, -1, 1e10, '2', None, [2], True,
                                                                      {'nothing': 1.}, {'label': '2'}]),
     interval=([(0,1), (.2,.8), [.3,.3], np.array([.1,.9])], [(1.,.3), (-1,2), NAN, 'ab', (0,), None, (NAN,1)]),

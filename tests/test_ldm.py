@@ -30,7 +30,7 @@ def ldm(): return load('mnist')
     (dict(label=1, steps=-3), 'steps=-3'),
     (dict(label=1, precision='fp16'), "expected None or 'bf16'"),
     (dict(label=1, steps=0), 'steps=0'),
-    (dict(label=1, step='heun'), "did you mean 'heun_step'?"),
+    (dict(label=1, step='heun_stop'), "did you mean 'heun_step'?"),
     (dict(label=1, times='karras'), "did you mean 'karras_times'?"),
 ])
 def test_sample_refuses(idle, arguments, message):

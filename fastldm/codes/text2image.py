@@ -13,7 +13,7 @@ from torch import nn
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 from ..core.models import Module, whole_number
-from ..diffusion.ldm import LatentDiffusion
+from ..diffusion.ldm import LatentDiffusion, check_seed
 from .pixelsnail import sample_codes
 
 # %% ../../nbs/codes/05_text2image.ipynb #dd64cc09
@@ -164,7 +164,7 @@ def sample(self:TextToImage,
     n:int=None, # number of images; None: 1, or one per prompt
     *,
     prior:str=None, # 'codes' or 'diffusion'; None: the one that can do what is asked, codes where both can
-    seed:int=None, # whole number: the same seed gives the same images; None: new ones each time
+    seed=None, # whole number: the same seed gives the same images; or a `torch.Generator`; None: new ones each time
     candidates:int=1, # images sampled for each one kept; the text encoder chooses
     batch_size:int=64, # images at a time
     first:int=0, # index of the first of these images, to sample many in parts
@@ -185,7 +185,7 @@ def sample(self:TextToImage,
         raise ValueError(f'candidates={candidates}: expected 1, or a text encoder that can match (a `Blip`)')
     prompts = [p for p in prompts for _ in range(candidates)]
     text = self._features(prompts)
-    seed = torch.randint(2**31,()).item() if seed is None else whole_number(seed, 'seed')
+    seed = check_seed(seed)
     settings = {**self.settings[prior], **how}
     first = whole_number(first, 'first', 0)*candidates
     images = draw(text, seed=seed, first=first, batch_size=batch_size, progress=progress, **settings)
