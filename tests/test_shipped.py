@@ -1,9 +1,14 @@
 "The weights that ship: what they must still be able to do, scored by the evaluators that ship with them."
+import json
 import time
+from pathlib import Path
 import pytest
 import torch
 from fastldm import available, load
 from fastldm.metrics import Reference, fid, image_features, label_accuracy
+from fastldm.recipes.stages import card_metadata
+
+WEIGHTS = Path(__file__).parents[1]/'fastldm'/'weights'
 
 # ---- labels
 
@@ -174,3 +179,16 @@ def test_a_face_in_a_second(avatars):
         seconds.append(time.perf_counter()-start)
     print(f'{min(seconds):.2f} s a face')
     assert min(seconds)<1
+
+# ---- cards
+
+@pytest.mark.parametrize('name', available(''))
+def test_card(name):
+    "Every model has one that the hub can read, made of its record, with the licence of its data."
+    from huggingface_hub import ModelCard
+    record = json.loads((WEIGHTS/name/'config.json').read_text(encoding='utf-8'))
+    card = ModelCard.load(WEIGHTS/name/'README.md')
+    is_free = 'research only' not in record['licence']
+    assert card.data.license==('apache-2.0' if is_free else 'other')
+    assert card.data.to_dict()==card_metadata(record)
+    assert f"fastldm.load('{name}')" in card.text

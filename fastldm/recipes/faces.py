@@ -193,7 +193,7 @@ def train_face_classifier(
     def card(learn):
         batch = held_out[:]
         scores = learn.ema_model.score(batch['image'], batch['attrs'], batch.get('mask'))
-        about = dict(name=f'{data}_classifier', data=str(data), n_held_out=len(held_out))
+        about = dict(name=f'{data}_classifier', data=str(data), licence=licence_line(faces), n_held_out=len(held_out))
         about |= dict(accuracy_mean=scores['accuracy_mean'], iou_mean=scores.get('iou_mean'))
         about['accuracy'] = dict(zip(faces.attributes, scores['accuracy'].tolist()))
         about['iou'] = dict(zip(classes, scores['iou'].tolist())) if len(classes) else None

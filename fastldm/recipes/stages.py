@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RENAMED_STAGES', 'RECIPES', 'run_stage', 'train_stage', 'ResumeCB', 'stage_folder', 'train_autoencoder',
-           'reconstructions', 'train_denoiser', 'card_rows', 'write_card', 'licence_line', 'save_grid', 'PicturesCB',
-           'full_path', 'finish', 'digest_of', 'data_facts', 'check_free', 'check_same_run', 'begin', 'picture_set',
-           'captioned_set', 'training_set', 'with_article', 'diffusion_of', 'embedders_of', 'recipe']
+           'reconstructions', 'train_denoiser', 'card_metadata', 'card_rows', 'write_card', 'licence_line', 'save_grid',
+           'PicturesCB', 'full_path', 'finish', 'digest_of', 'data_facts', 'check_free', 'check_same_run', 'begin',
+           'picture_set', 'captioned_set', 'training_set', 'with_article', 'diffusion_of', 'embedders_of', 'recipe']
 
 # %% ../../nbs/recipes/00_stages.ipynb #cc247f72
 import json
@@ -201,6 +201,28 @@ def train_denoiser(
     return train_stage(stage_folder(folder, 'denoiser'), lambda: model, latents, loss_fn, seed=seed,
                        card=history, longer=True, steps=steps, **settings)
 
+# %% ../../nbs/recipes/00_stages.ipynb #f115f39f
+_TASKS = dict( # class of a model: the task by which the hub lists it
+    LatentDiffusion='unconditional-image-generation',
+    TextToImage='text-to-image',
+    Evaluator='image-classification',
+    PhotoEvaluator='image-classification',
+)
+
+def card_metadata(
+    info:dict, # a model's `config.json`
+)->dict: # for the hub
+    "The facts of a record that the hub reads: licence, library, task, data set and names of measures."
+    cls = info['config']['cls'].rpartition('.')[2]
+    is_restricted = 'research only' in info.get('licence', '')
+    facts = dict(license='other', license_name='research-only') if is_restricted else dict(license='apache-2.0')
+    facts |= dict(library_name='fastldm', tags=['fastldm', cls])
+    if cls in _TASKS: facts['pipeline_tag'] = _TASKS[cls]
+    data = info.get('data')
+    if data and '/' not in str(data): facts['datasets'] = str(data).split('+')
+    measures = sorted({name.partition(' ')[0] for name in info.get('metrics', {})})
+    return facts | (dict(metrics=measures) if measures else {})
+
 # %% ../../nbs/recipes/00_stages.ipynb #84389587
 def card_rows(
     info:dict, # a model's `config.json`
@@ -226,7 +248,9 @@ def write_card(
     name = folder.name
     cls = info['config']['cls']
     article = 'An' if cls[0] in 'AEIOU' else 'A'
-    title = [f'# {name}', '', f"{article} `{cls}` of fastldm: `fastldm.load('{name}')`.", '']
+    metadata = [f'{key}: {json.dumps(value)}' for key,value in card_metadata(info).items()]      # JSON is YAML, too
+    title = ['---', *metadata, '---', f'# {name}', '']
+    title += [f"{article} `{cls}` of fastldm: `fastldm.load('{name}')`.", '']
     table = ['| | |', '|---|---|'] + [f'| {k} | {v} |' for k,v in card_rows(info).items()]
     with write_atomic(folder/'README.md') as f:
         f.write_text('\n'.join(title+table)+'\n', encoding='utf-8', errors='backslashreplace')
