@@ -315,7 +315,7 @@ recipe('fashion', label_ldm, 'fashion', c_latent=8, ae_steps=5000, steps=20000)
 recipe('flowers', label_ldm, 'flowers5', size=64, c_latent=8, ae_steps=8000, steps=12000, drop=.2, copies=4)
 recipe('folder', label_ldm, needs=dict(data='a folder of pictures'))
 recipe('mnist_tutorial', tutorial_ldm, 'mnist')
-recipe('fashion_tutorial', tutorial_ldm, 'fashion', ae_epochs=15, ae_batch_size=256)
+recipe('fashion_tutorial', tutorial_ldm, 'fashion', ae_epochs=5, ae_batch_size=128, epochs=5)
 recipe('mnist_tutorial_as_written', tutorial_ldm, 'mnist', **TUTORIAL_AS_WRITTEN)
 recipe('mnist_tutorial_pixels', tutorial_ldm, 'mnist', **TUTORIAL_PIXELS)
 recipe('digits_evaluator', train_evaluator, 'digits', epochs=40, batch_size=64, shift=1, turn=.1, channels=(32,64),
