@@ -42,7 +42,7 @@ def with_calls(
 def distill_loss(
     student, # a `Denoiser` that `make_student` made
     batch:dict, # `path` (B,K+1,...), from noise to data at the times of `angle_times`, and the teacher's conditions
-    calls=(1,2,4), # numbers of calls to learn
+    calls=(1,2,2,4,4), # numbers of calls to learn, each as often as it stands here: more jumps are more to learn
     c:float=.03, # errors well below this are squared, those above count as they are
 )->dict: # `loss`, a scalar
     "Compute how far a student's jumps miss the path (Luhman and Luhman 2021; Frans et al. 2024)."

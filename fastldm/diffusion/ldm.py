@@ -158,7 +158,8 @@ def _step_and_times(ldm, constraint, step, times, steps, calls):
     "Choose the step and the grid of times: as asked for, or as the constraint, or the model, is best sampled."
     if calls is not None:
         if steps is not None: raise ValueError(f'steps={steps} and calls={calls}: give one of the two')
-        if (step,times)!=(None,None): raise ValueError('`step` and `times` cannot be chosen with `calls`: leave them out')
+        if (step,times)!=(None,None):
+            raise ValueError('`step` and `times` cannot be chosen with `calls`: leave them out')
         if type(constraint) is not Constraint: raise ValueError('a constraint takes `steps`: leave out `calls`')
         step, times, steps = 'ddim_step', 'angle_times', whole_number(calls, 'calls', 1)
     if step is None: step = constraint.step or ldm.step
