@@ -1,4 +1,4 @@
-"The page `fastldm_app`, in a real browser: every tab draws, one sentence for what goes wrong, no one waits for nothing."
+"The page `fastldm_app`, in a real browser: every tab draws, what goes wrong gives one sentence, nobody waits in vain."
 import os
 import subprocess
 import sys
@@ -10,8 +10,8 @@ from PIL import Image
 from browser import CHROMIUM, QUIET, answers, free_port
 from fastldm.data import get_dataset
 from fastldm.diffusion import samplers
-from fastldm.ui.app import (SAMPLERS, TABS, draw_settings, form_of, grid_of, list_models, pack, read_config, read_settings,
-                            unpack, write_picture)
+from fastldm.ui.app import (SAMPLERS, TABS, draw_settings, form_of, grid_of, list_models, pack, read_config,
+                            read_settings, unpack, write_picture)
 
 ROOT = Path(__file__).parents[1]
 MINUTES = 10                                             # what is waited for longer fails; nothing should come near it
