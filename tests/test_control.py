@@ -83,7 +83,7 @@ def test_a_kind_it_was_not_trained_for(adapter):
 def test_an_adapter_of_another_model(model, scene):
     edges = scene[1][0]
     with pytest.raises(ValueError, match='trained for another model'):
-        load('clipart').sample('a cat', 1, constraint=control(load('local_scenes'), edges), steps=2)
+        load('paintings').sample('a cat', 1, constraint=control(load('local_scenes'), edges), steps=2)
     narrow = ControlAdapter(['edges'], 1, (8,16))
     with pytest.raises(ValueError, match='this model has'):
         model.sample('a cat', 1, constraint=control(narrow, edges), steps=2)
@@ -199,13 +199,12 @@ def test_it_follows_inside_and_invents_outside(model, adapter, scene, middle):
     assert leakage(local, edges, middle)<leakage(everywhere, edges, middle)-.05
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['clipart','avatars'])
-def test_other_models(name):
-    """The adapters of clip art and avatars follow held-out edges in a square that they would not draw by themselves
-    (an avatar that is conditioned on the mask draws them anyway)."""
+def test_another_model():
+    """The adapter of avatars follows held-out edges in a square that they would not draw by themselves (an avatar that
+    is conditioned on the mask draws them anyway)."""
     def f1(method):
-        options = dict(n=12, use_conditions=name=='clipart', steps=8, precision='bf16', progress=False)
-        return evaluate_control(load(name), load(f'local_{name}'), method, **options)['edge_f1']
+        options = dict(n=12, use_conditions=False, steps=8, precision='bf16', progress=False)
+        return evaluate_control(load('avatars'), load('local_avatars'), method, **options)['edge_f1']
     try: assert f1('features')>f1('nothing')+.15
     except FileNotFoundError as e: pytest.skip(str(e))
 

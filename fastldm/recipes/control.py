@@ -102,7 +102,5 @@ def train_adapter(
 recipe('local', train_adapter, needs=dict(model='the base that it adapts'))
 recipe('local_scenes', train_adapter, n=24000, steps=6000)
 recipe('local_scenes_segmentation', train_adapter, kinds='segmentation', steps=2000)
-recipe('local_clipart', train_adapter, 'clipart', steps=1000, regions='box')
-recipe('local_clipart_silhouette', train_adapter, 'clipart', kinds='silhouette', width=1., steps=1000)
 recipe('local_avatars', train_adapter, 'avatars', steps=1000, regions='box')
 recipe('local_avatars_segmentation', train_adapter, 'avatars', kinds='segmentation', width=1., steps=1000)
