@@ -3,6 +3,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -116,6 +117,7 @@ def serve():
     "Reads `[path, skip, timeout]`, a line each, and answers with the error or null. Prints go to stderr."
     answers = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)               # a shell ignores it in the background
     for module in PRELOAD: import_module(module)
     for line in sys.stdin:
         error = _in_fork(*json.loads(line))

@@ -171,14 +171,14 @@ def text_to_image(
     vqvae = train_vqvae(ds, folder, steps=ae_steps, **training)
     views = Augmented(ds, copies, seed, turn=.15, zoom=.15, move=.06, padding_mode='border') if copies>1 else ds
     stored, stored_held_out = (_stored_codes(part, vqvae, encoder, folder, progress) for part in (views, held_out))
-    priors = []
-    for level,(width,most) in enumerate(zip(prior_channels, prior_steps)):
-        priors.append(train_prior(stored, stored_held_out, folder, level, width, most, **training))
     own = train_autoencoder(ds, folder, **autoencoder, **training) if autoencoder else None
     latents = _own_latents(ds, own, encoder, folder, progress) if own else CodeLatents(stored, vqvae)
     parts = dict(text_encoder=encoder, vqvae=vqvae, size=size, diffusion=diffusion, autoencoder=own)
     draw = partial(_draw_by_diffusion, parts=parts, captions=held_out.caption)
     denoiser = _train_text_denoiser(latents, parts, ds, folder, channels, class_field, steps, draw, training)
+    priors = []
+    for level,(width,most) in enumerate(zip(prior_channels, prior_steps)):
+        priors.append(train_prior(stored, stored_held_out, folder, level, width, most, **training))
     model = TextToImage(priors=priors, denoiser=denoiser, codes=codes, **parts)
     about = dict(n_pictures=len(ds), seed=seed) | (card or {})
     return _finish_text(folder, model, stages, ds, held_out, data, about)
@@ -201,7 +201,7 @@ def _train_text_denoiser(latents, parts, ds, folder, channels, class_field, step
 def _stages_of_text(prior_channels, autoencoder):
     "The names of the stages, in their order."
     priors = [f'prior_{level}' for level in range(len(prior_channels))]
-    return ['text_encoder', 'vqvae', *priors, *(['autoencoder'] if autoencoder else []), 'denoiser']
+    return ['text_encoder', 'vqvae', *(['autoencoder'] if autoencoder else []), 'denoiser', *priors]
 
 def _finish_text(folder, model, stages, ds, held_out, data, about):
     "Save the model, with held-out captions drawn by each prior."

@@ -81,8 +81,8 @@ class Background:
     "Work in a thread, whose frames can be had as they come."
     def __init__(self,
         work, # `work(show) -> result`, where `show(make)` is told how to make a frame, and makes it if one is due
-        share:float=.05, # of the time that frames may take
-        pause:float=.2, # seconds from one frame to the next, at least
+        share:float=.02, # of the time that frames may take
+        pause:float=.5, # seconds from one frame to the next, at least
     ):
         self.work = work
         self.share = share
