@@ -358,8 +358,8 @@ def test_average():
 def test_tensorboard(tmp_path):
     "TensorBoard shows the losses of the log, at their steps."
     tb = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
-    log = learner(cbs=[TensorBoardCB(tmp_path)]).fit().log
-    shown = tb.EventAccumulator(str(tmp_path)).Reload().Scalars('loss')
+    log = learner(cbs=[TrackCB('tensorboard', tmp_path)]).fit().log
+    shown = tb.EventAccumulator(str(tmp_path/'run')).Reload().Scalars('loss')
     assert [(e.step,e.value) for e in shown]==[(row['step'],pytest.approx(row['loss'])) for row in log]
 
 class TwoParts(nn.Module):

@@ -3,5 +3,7 @@
 from .models import *
 from .show import *
 from .train import *
+from .watch import *
 from .perceptual import *
 from .help import *
+from .download import *

@@ -6,8 +6,8 @@
 __all__ = ['RENAMED_CLASSES', 'RENAMED_ARGUMENTS', 'RENAMED_WEIGHTS', 'PICKLES', 'Recorded', 'Module', 'upgrade_record',
            'upgrade_weights', 'from_config', 'write_atomic', 'Busy', 'json_text', 'fingerprint', 'config_fingerprint',
            'n_params', 'tensor_digest', 'fits_half', 'check_folder', 'save_model', 'check_weights', 'default_device',
-           'load_model', 'check_saveable', 'evaluating', 'fetch_batch', 'set_seed', 'should_run', 'require_package',
-           'check_choice', 'check_flags', 'whole_number', 'real_number']
+           'check_device', 'load_model', 'check_saveable', 'evaluating', 'fetch_batch', 'set_seed', 'should_run',
+           'require_package', 'check_choice', 'check_flags', 'whole_number', 'real_number']
 
 # %% ../../nbs/core/00_models.ipynb #c0a18586
 import difflib, hashlib, importlib, inspect, json, math, os, pkgutil, random, sys
@@ -363,9 +363,24 @@ def check_weights(
                      f"{'; '.join(wrong[:4])}{more}. They belong to another architecture, or were altered")
 
 # %% ../../nbs/core/00_models.ipynb #ecdd1789
-def default_device()->torch.device: # cuda where there is one, else cpu
+def default_device()->torch.device: # what the variable `FASTLDM_DEVICE` names; else cuda where there is one, or cpu
     "Where to compute when no device is given."
+    named = os.environ.get('FASTLDM_DEVICE')
+    if named: return check_device(named)
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+
+def check_device(
+    device:str, # 'cpu', 'cuda', 'cuda:1', 'mps', ...
+)->torch.device: # the same
+    "Raises `ValueError` for the name of a device that is not here."
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError,AssertionError,NotImplementedError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used here ({first}): give 'cpu', 'cuda', 'cuda:1' or 'mps', "
+                         "as far as this computer has them") from None
+    return found
 
 def load_model(
     folder, # as `save_model` made it

@@ -10,6 +10,7 @@ __all__ = ['sinusoidal', 'FourierFeatures', 'attend', 'CrossAttention', 'SelfAtt
 import torch, math, torch.nn.functional as F
 from functools import partial
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from fastcore.basics import patch
 from ..core.models import Module
 from .autoencoder import conv3x3, group_norm
@@ -218,6 +219,7 @@ class _Level(nn.Module):
 # %% ../../nbs/diffusion/02_unet.ipynb #2f551422
 class UNet(Module):
     "A denoising network `(x, t, conditions) -> output of the shape of x` (Ronneberger et al. 2015; Ho et al. 2020)."
+    gradient_checkpointing = False # True: blocks compute again in the backward pass what they would keep (Chen 2016)
     def __init__(self,
         c_in:int, # channels of the latent, in and out
         channels=(64,128), # width of each level; each level has half the size of the one before
@@ -255,6 +257,12 @@ class UNet(Module):
 
 # %% ../../nbs/diffusion/02_unet.ipynb #a74728ab
 @patch
+def run_block(self:UNet, level, *inputs):
+    "One block of a level; with gradient checkpointing, what it computes inside is not kept for the backward pass."
+    if not (self.gradient_checkpointing and torch.is_grad_enabled()): return level.block(*inputs)
+    return checkpoint(level.block, *inputs, use_reentrant=False)
+
+@patch
 def forward(self:UNet,
     x:torch.Tensor, # noisy latent, (B,c_in,H,W)
     t:torch.Tensor, # times in [0,1], (B,)
@@ -274,16 +282,16 @@ def forward(self:UNet,
     for i,level in enumerate(self.down):
         h = level.resize(h)
         for j in range(self.n_blocks):
-            h = level.block(j, h, emb, context)
+            h = self.run_block(level, j, h, emb, context)
             skips.append(h)
         if features is not None:
             h = h + features[i]
             skips[-1] = h
-    for j in range(2): h = self.middle.block(j, h, emb, context)
+    for j in range(2): h = self.run_block(self.middle, j, h, emb, context)
     for level in self.up:
         h = level.resize(h, skips[-1].shape[2:])
         for j in range(self.n_blocks):
-            h = level.block(j, torch.cat([h,skips.pop()], 1), emb, context)
+            h = self.run_block(level, j, torch.cat([h,skips.pop()], 1), emb, context)
     return self.head(h)
 
 # %% ../../nbs/diffusion/02_unet.ipynb #e9a4b915
