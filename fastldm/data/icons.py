@@ -17,9 +17,9 @@ from PIL import Image,ImageColor
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 from ..core.models import tensor_digest
-from .captioned import Captioned,hash01
+from .captioned import Captioned
 from .faces import cached_tensors
-from .images import DATASETS,check_skip,check_split,escape_text,first_few,plain_picture
+from .images import DATASETS,check_skip,check_split,escape_text,first_few,hash01,plain_picture
 from .public import not_found,search_folders
 
 # %% ../../nbs/data/09_icons.ipynb #4492830e

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'DATASETS', 'upright', 'plain_picture', 'from_image', 'to_uint8', 'to_image', 'check_split',
-           'escape_text', 'Pictures', 'licence_of', 'collate', 'dataloader', 'Digits', 'open_image', 'open_zip',
-           'ZippedFile', 'find_pictures', 'ImageFolder', 'find_damaged', 'first_few', 'check_skip', 'size_and_checksum',
-           'files_digest', 'get_dataset', 'edges']
+           'escape_text', 'Pictures', 'licence_of', 'collate', 'dataloader', 'Digits', 'open_image', 'centre_square',
+           'fit_to', 'open_zip', 'ZippedFile', 'find_pictures', 'hash01', 'ImageFolder', 'find_damaged', 'first_few',
+           'check_skip', 'size_and_checksum', 'files_digest', 'get_dataset', 'edges']
 
 # %% ../../nbs/data/00_images.ipynb #9dfeb8dc
-import difflib,io,math,os,re,warnings,zipfile,zlib
+import difflib,hashlib,io,math,os,re,warnings,zipfile,zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from PIL import Image,ImageOps
 from fastcore.basics import patch
 from torch.utils.data import DataLoader,default_collate
 from tqdm.auto import tqdm
-from ..core.models import tensor_digest
+from ..core.models import real_number,tensor_digest
 from ..core.show import warn_unsigned
 
 # %% ../../nbs/data/00_images.ipynb #e7744ca0
@@ -174,6 +174,7 @@ class Pictures:
     classes = ()
     licence = 'of the user' # what the pictures may be used for
     failed = {} # {name: why it was left out}
+    fields = {} # {name: tensor (N,...)}: what else is known of each picture
     def __init__(self,
         image:torch.Tensor, # uint8 (N,C,H,W)
         label=None, # N whole numbers
@@ -194,7 +195,7 @@ class Pictures:
         idxs = [int(i) for i in idxs]
         batch = dict(image=from_image(self.pixels(idxs)))
         if self.label is not None: batch['label'] = self.label[idxs]
-        return batch
+        return batch | {name: values[idxs] for name,values in self.fields.items()}
 
 # %% ../../nbs/data/00_images.ipynb #a233d801
 @patch
@@ -272,6 +273,34 @@ def open_image(
             im = ImageOps.fit(plain_picture(im, channels), (size,size), Image.LANCZOS)
     except Exception as e: raise ValueError(f"{path} cannot be read as a picture ({e}): replace or remove it") from e
     return _channels_first(im)
+
+# %% ../../nbs/data/00_images.ipynb #17d7416c
+def centre_square(
+    x:torch.Tensor, # (...,H,W)
+)->torch.Tensor: # (...,s,s), where s is the smaller side
+    "The middle of pictures, the largest square there is."
+    height, width = x.shape[-2:]
+    side = min(height, width)
+    top, left = (height-side)//2, (width-side)//2
+    return x[..., top:top+side, left:left+side]
+
+def fit_to(
+    x:torch.Tensor, # (C,H,W) or (B,C,H,W): pictures, masks of ids, regions, or white lines on black
+    size:int, # side of the result
+    how:str='smooth', # 'smooth' for pictures, 'nearest' for ids and regions, 'lines' for thin lines
+)->torch.Tensor: # (...,size,size), of the same type
+    "The middle of pictures at another size. Raises ValueError for another `how`."
+    if how not in ('smooth','nearest','lines'):
+        raise ValueError(f"how is {how!r}; it can be 'smooth', 'nearest' or 'lines'")
+    middle = centre_square(x)
+    if middle.shape[-1]==size: return middle
+    planes = middle.float() if middle.dim()==4 else middle.float()[None]
+    if how=='smooth':
+        planes = F.interpolate(planes, (size,size), mode='bilinear', antialias=True)
+        if not x.is_floating_point(): planes = planes.round()
+    elif how=='lines' and size<middle.shape[-1]: planes = F.adaptive_max_pool2d(planes, size)
+    else: planes = F.interpolate(planes, (size,size), mode='nearest-exact')
+    return (planes if middle.dim()==4 else planes[0]).to(x.dtype)
 
 # %% ../../nbs/data/00_images.ipynb #44731822
 @lru_cache(16)
@@ -380,6 +409,28 @@ def _labels(names, train, folder):
                          "both need the same folders, one per class")
     return [classes.index(name) for name in names],classes
 
+# %% ../../nbs/data/00_images.ipynb #085bd8d5
+def hash01(
+    text:str, # words that decide
+)->float: # in [0,1)
+    "A number that depends on a text only."
+    digest = hashlib.sha256(text.strip().encode('utf-8','surrogatepass')).hexdigest()
+    return int(digest[:12], 16)/16**12
+
+def _part_by_hash(files, folder, split, test):
+    "The files of one side. Raises ValueError where none is left."
+    chosen = {f:None for f in files if (hash01(f.relative_to(folder).as_posix())<test)==(split=='test')}
+    if chosen: return chosen
+    raise ValueError(f"test={test} of the {len(files)} pictures in {folder} leaves none for split={split!r}: "
+                     "give more pictures, or another share")
+
+def _divided(root, parts, test):
+    "The parts of a set whose training pictures are divided. Raises ValueError where there is a part for testing."
+    if 'test' in parts:
+        raise ValueError(f"{parts['test']} has the pictures for testing, so none of the others can be kept aside: "
+                         "leave out `test`")
+    return dict(parts, test=parts['train']) if 'train' in parts else parts
+
 # %% ../../nbs/data/00_images.ipynb #6fd020b4
 class ImageFolder(Pictures):
     "Any folder of pictures: one folder per class, or flat and without labels."
@@ -390,11 +441,14 @@ class ImageFolder(Pictures):
         channels:int=3, # 3 colour, 1 grey
         cache:float=2., # keep the pictures in memory up to this many GiB; 0: never
         skip=False, # 'warn': leave out pictures that cannot be read
+        test:float=0., # share of the pictures that is the part `test`, of a folder that has none
     ):
         self.split = check_split(split, ('train','val','test'))
         root = Path(root).expanduser()
         if not root.is_dir(): raise FileNotFoundError(f"{root} is not a folder; give a folder of pictures")
         parts = _find_parts(root)
+        test = real_number(test, 'test', 0, 1)
+        if test: parts = _divided(root, parts, test)
         if split not in parts: raise self._no_part(root)
         train = parts.get('train')
         folder = parts[split]
@@ -404,6 +458,7 @@ class ImageFolder(Pictures):
                                     "put them there, one folder per class or all in one")
         label,classes = _labels(_class_names(files, folder), train, folder)
         good = self.choose_readable(files, skip)
+        if test and split!='val': good = _part_by_hash(good, folder, split, test)
         if label and len(good)<len(files): label = [l for f,l in zip(files,label) if f in good]
         self.hold_files([*good], label, classes, size, channels, cache)
 
