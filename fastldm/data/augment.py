@@ -7,6 +7,7 @@ __all__ = ['Augmented']
 
 # %% ../../nbs/data/02_augment.ipynb #4e5361ee
 import torch, torch.nn.functional as F
+from fastcore.basics import patch
 from .images import Pictures,licence_of
 
 # %% ../../nbs/data/02_augment.ipynb #baa95b64
@@ -18,16 +19,22 @@ def _affine(params, flip, turn, zoom, move):
     rows = [s*flip*φ.cos(), -s*φ.sin(), dx, s*flip*φ.sin(), s*φ.cos(), dy]
     return torch.stack(rows, 1).view(-1,2,3)
 
-def _warp(x, matrices, padding_mode):
+def _warp(x, matrices, padding_mode, mode='bilinear'):
     "Pictures (N,C,H,W) in bytes, transformed."
     parts = []
     for pictures,θ in zip(x.split(500), matrices.split(500)):
         grid = F.affine_grid(θ, pictures.shape, align_corners=False)
-        y = F.grid_sample(pictures.float(), grid, 'bilinear', padding_mode, align_corners=False)
+        y = F.grid_sample(pictures.float(), grid, mode, padding_mode, align_corners=False)
         parts.append(y.round().clamp(0,255).to(torch.uint8))
     return torch.cat(parts)
 
 # %% ../../nbs/data/02_augment.ipynb #2bcfb932
+def _views(values, matrices, padding_mode):
+    "A field of all views: masks (N,H,W) are transformed with their pictures, other fields stay."
+    if values.ndim<3: return torch.cat([values]*(1+len(matrices)))
+    views = [_warp(values[:,None], m, padding_mode, 'nearest')[:,0] for m in matrices]
+    return torch.cat([values,*views])
+
 def _all_bytes(ds):
     "All pictures of a set (N,C,H,W), in bytes."
     if ds.image is not None: return ds.image
@@ -54,21 +61,28 @@ class Augmented(Pictures):
         generator = torch.Generator().manual_seed(seed)
         images = [_all_bytes(ds)]
         augment = [torch.zeros(len(ds),4)]
+        matrices = []
         for _ in range(copies-1):
             params = torch.rand(len(ds), 4, generator=generator)*2-1
             flip = torch.randint(2, (len(ds),), generator=generator)*2-1
-            images.append(_warp(images[0], _affine(params, flip, turn, zoom, move), padding_mode))
+            matrices.append(_affine(params, flip, turn, zoom, move))
+            images.append(_warp(images[0], matrices[-1], padding_mode))
             augment.append(params)
         super().__init__(torch.cat(images), None if ds.label is None else ds.label.repeat(copies), ds.classes)
+        fields = {name:_views(values, matrices, padding_mode) for name,values in getattr(ds, 'fields', {}).items()}
+        if fields: self.fields = fields
         self.split = ds.split
         self.licence = licence_of(ds)
         self.n_originals = len(ds)
         self.augment = torch.cat(augment)
 
-    def __getitems__(self, idxs):
-        idxs = [int(i) for i in idxs]
-        batch = dict(super().__getitems__(idxs), augment=self.augment[idxs])
-        if self.caption is not None:
-            batch['caption'] = [self.caption[i%self.n_originals] for i in idxs]
-            batch['name'] = [f'{i%self.n_originals}/{i//self.n_originals}' for i in idxs]
-        return batch
+# %% ../../nbs/data/02_augment.ipynb #465a022a
+@patch
+def __getitems__(self:Augmented, idxs)->dict: # image (B,C,H,W) and augment (B,4), and what else the set has
+    "A batch at once."
+    idxs = [int(i) for i in idxs]
+    batch = dict(Pictures.__getitems__(self, idxs), augment=self.augment[idxs])
+    if self.caption is not None:
+        batch['caption'] = [self.caption[i%self.n_originals] for i in idxs]
+        batch['name'] = [f'{i%self.n_originals}/{i//self.n_originals}' for i in idxs]
+    return batch

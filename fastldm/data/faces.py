@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'PARTS', 'PARTS8', 'PARTS6', 'EXCLUSIVE', 'check_attributes', 'resize_mask', 'read_mask', 'remap',
-           'mirror', 'describe_face', 'face_words', 'word_ids', 'Faces', 'Mirrored', 'Described', 'read_attributes',
-           'merge_parts', 'cached_tensors', 'CelebAMaskHQ', 'write_celebamask_hq', 'CelebA', 'silhouette', 'Garments']
+           'mirror', 'describe_face', 'split_words', 'face_words', 'word_ids', 'Faces', 'Mirrored', 'Described',
+           'read_attributes', 'merge_parts', 'cached_tensors', 'CelebAMaskHQ', 'write_celebamask_hq', 'CelebA',
+           'silhouette', 'Garments']
 
 # %% ../../nbs/data/07_faces.ipynb #d56c05f8
 import csv,os,re,warnings,zlib
@@ -153,14 +154,18 @@ def describe_face(
     return ', '.join([sentence, *_words_for(_EXPRESSIONS, on)])
 
 # %% ../../nbs/data/07_faces.ipynb #c77f8cd0
-def _split(sentence): return re.findall(r'\w+|,', str(sentence).lower())
+def split_words(
+    sentence, # text
+)->list: # its words and commas, in lower case
+    "What `word_ids` reads of a sentence."
+    return re.findall(r'\w+|,', str(sentence).lower())
 
 def face_words(
     attributes:list, # names
 )->list: # words, and the comma
     "All words that `describe_face` uses for these attributes."
     words = {'and',','}
-    for a in attributes: words.update(_split(describe_face([a])))
+    for a in attributes: words.update(split_words(describe_face([a])))
     return sorted(words)
 
 def word_ids(
@@ -169,7 +174,7 @@ def word_ids(
     length:int=64, # most words in a sentence
 )->torch.Tensor: # (B,length): places of the words in the list, from 1; 0 after the last
     "Sentences as numbers. Raises ValueError for an unknown word, with the nearest, and for too long a sentence."
-    rows = [_split(s) for s in ([sentences] if isinstance(sentences, str) else sentences)]
+    rows = [split_words(s) for s in ([sentences] if isinstance(sentences, str) else sentences)]
     for row in rows:
         if len(row)>length:
             raise ValueError(f"a sentence of {len(row)} words and commas, which begins '{' '.join(row[:6])}': "

@@ -337,6 +337,7 @@ def data_fingerprint(
     "A digest of the images, labels and other fields of a data set, in their order. Paths do not count."
     if torch.is_tensor(getattr(ds,'image',None)):                        # all is in memory: no need to fetch it
         fields = {name:value for name,value in vars(ds).items() if not _is_path(value)}
+        fields |= {f'fields {name}':value for name,value in fields.pop('fields', {}).items()}
         return tensor_digest(type(ds).__name__, *_by_name(fields))
     digests = []
     for start in range(0, len(ds), batch_size):

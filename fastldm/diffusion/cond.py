@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['Cond', 'stack_conds', 'Embedder', 'LabelEmbedder', 'AttributeEmbedder', 'pack_rows', 'unpack_rows', 'MaskEmbedder',
-           'WordEmbedder', 'VectorEmbedder', 'TextEmbedder', 'Conditioner']
+           'WordEmbedder', 'VectorEmbedder', 'NumberEmbedder', 'TextEmbedder', 'Conditioner']
 
 # %% ../../nbs/diffusion/03_cond.ipynb #e02db950
-import math, numpy as np, torch, torch.nn.functional as F
+import math, numpy as np, torch, warnings, torch.nn.functional as F
 from torch import nn
 from dataclasses import dataclass, fields
 from fastcore.basics import patch
+from numbers import Real
 from ..core.models import Module, check_choice, check_flags, whole_number
 from ..data.faces import word_ids
 from .unet import SpatialTransformer, grid_features
@@ -114,14 +115,16 @@ def parse(self:Embedder,
 # %% ../../nbs/diffusion/03_cond.ipynb #d62d411a
 class LabelEmbedder(Embedder):
     "A class label: one learned vector for each class, and one for 'none'. `names`, if set, can be given too."
-    names = () # of the classes, in their order; `load` takes them from the model's card
     def __init__(self,
         n_classes:int, # labels run from 0 to `n_classes-1`
         dim:int, # width: the U-Net's `d_emb`, or `d_context` with `token`
         token:bool=False, # a context token instead of a vector
+        names=(), # of the classes, in their order; where there are none, `load` takes them from the model's card
     ):
         super().__init__()
         self.n_classes = n_classes
+        self.names = tuple(names)
+        self.by_name = bool(names)                  # then a class called '3' is meant by 3, whatever its place
         self.token = token
         self.table = nn.Embedding(n_classes+1, dim)
 
@@ -167,7 +170,8 @@ def number_of(self:LabelEmbedder,
 )->int: # from 0 to `n_classes`, which stands for no class
     "Return the number of a class. Raises `ValueError` for an unknown name, with the nearest, or a number out of range."
     if value is None: return self.n_classes
-    if isinstance(value, str): return self._number_of_name(value, name)
+    is_name = isinstance(value, str) or self.by_name and str(value) in self.names
+    if is_name: return self._number_of_name(str(value), name)
     try: number = whole_number(value, name)
     except ValueError: raise ValueError(f'{name}={value!r}: expected {self.expects}') from None
     if not 0<=number<self.n_classes: self.reject(f'{name}={number} is out of range')
@@ -449,6 +453,81 @@ class VectorEmbedder(Embedder):
         if value is None: return self.empty(n)
         return self.expand_rows(self.tensor_of(value, name).float(), n, (self.n,), name)
 
+# %% ../../nbs/diffusion/03_cond.ipynb #76a4a9dd
+class NumberEmbedder(Embedder):
+    "One number in its own unit, as Fourier features of the standardised number (Tancik et al. 2020); `nan` is none."
+    def __init__(self,
+        dim:int, # the U-Net's `d_emb`
+        mean:float=0., # of the training pictures
+        std:float=1., # of the training pictures
+        low:float=None, # least value in training; None: not known
+        high:float=None, # greatest value in training
+        n_waves:int=5, # each half as long as the one before, from 16 standard deviations
+    ):
+        super().__init__()
+        self.mean = mean
+        self.std = std
+        self.low = low
+        self.high = high
+        self.waves = [math.pi/8*2**k for k in range(n_waves)]
+        self.mlp = nn.Sequential(nn.Linear(1+2*n_waves, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.nothing = nn.Parameter(torch.zeros(dim))
+        trained = '' if low is None else f' (training: {low:g} to {high:g})'
+        self.expects = f'a number{trained}, or a list with one per sample, or None for no number'
+
+    def features(self, raw):
+        "Fourier features (B,1+2n) of numbers (B,), standardised."
+        z = ((raw-self.mean)/self.std)[:,None]
+        angles = torch.cat([z*wave for wave in self.waves], 1)
+        return torch.cat([z, angles.sin(), angles.cos()], 1)
+
+    def forward(self, number):
+        is_given = number.isfinite()
+        features = self.features(torch.where(is_given, number, self.mean))
+        vectors = self.mlp(features.to(self.nothing.dtype))
+        return Cond(vector=torch.where(is_given[:,None], vectors, self.nothing.to(vectors.dtype)))
+
+    def null(self, number): return torch.full_like(number, math.nan)
+    def empty(self, n): return torch.full((n,), math.nan)
+
+# %% ../../nbs/diffusion/03_cond.ipynb #35575a6f
+@patch
+def parse(self:NumberEmbedder,
+    value, # a number, one per sample (`None` for none), or None
+    n:int, # number of samples
+    name:str='number', # for the error message
+)->torch.Tensor: # (n,), `nan` where there is none
+    """Return the raw field; warn of numbers far from all that training had. Raises `ValueError` for what is no
+    number, or not finite, or a wrong count."""
+    if value is None: return self.empty(n)
+    values = value.tolist() if hasattr(value, 'tolist') else value
+    values = values if isinstance(values, (list,tuple)) else [values]*n
+    if len(values)!=n: self.reject(f'{name}: got {len(values)} numbers for {n} samples')
+    has_none = torch.is_tensor(value)                                  # a field of a data set: `nan` is none
+    raw = torch.tensor([self._number_of(v, name, has_none) for v in values])
+    self._warn_if_far(raw, name)
+    return raw
+
+@patch
+def _number_of(self:NumberEmbedder, value, name, has_none):
+    "One number as a float, `nan` for none."
+    if value is None: return math.nan
+    if isinstance(value, bool) or not isinstance(value, Real): self.reject(f'{name}={value!r:.60}')
+    is_none = has_none and math.isnan(value)
+    if not math.isfinite(value) and not is_none: self.reject(f'{name}={value} is not finite')
+    return float(value)
+
+# %% ../../nbs/diffusion/03_cond.ipynb #f2bc365c
+@patch
+def _warn_if_far(self:NumberEmbedder, raw, name):
+    "Warn of a number that lies outside the training range by more than a quarter of its width."
+    if self.low is None: return
+    margin = (self.high-self.low)/4
+    far = raw[(raw<self.low-margin)|(raw>self.high+margin)]
+    if not len(far): return
+    warnings.warn(f'{name}={far[0].item():g} lies far outside of what the model was trained on, {self.low:g} to '
+                  f'{self.high:g}: the pictures may be anything', stacklevel=4)
+
 # %% ../../nbs/diffusion/03_cond.ipynb #d982a8df
 class TextEmbedder(Embedder):
     """An encoded text (B,1+L,d_text), refined by self-attention between its rows: row 0, the whole, is added to
@@ -494,24 +573,23 @@ def parse(self:TextEmbedder,
     if value.ndim not in (2,3) or value.shape[-2]<2: self.reject(f'{name}: shape {tuple(value.shape)} for {n} samples')
     return self.expand_rows(value, n, (value.shape[-2],self.d_text), name)
 
+# %% ../../nbs/diffusion/03_cond.ipynb #c0e3edd5
+class _ByName(nn.ModuleDict):
+    "Modules by any name: also `type` and others that `ModuleDict` has methods of."
+    def add_module(self, name, module): self._modules[name] = module
+
 # %% ../../nbs/diffusion/03_cond.ipynb #edec492b
 class Conditioner(Module):
     "Embedders by batch field; in training each condition is dropped independently (Ho and Salimans 2022)."
     def __init__(self,
         drop=.1, # rate at which a condition is left out in training: a number, or a dict by condition
+        drop_all:float=0., # rate at which, beside that, all conditions that have a rate are left out together
         **embedders, # field of the batch = its `Embedder`
     ):
         super().__init__()
-        self.embedders = nn.ModuleDict(embedders)
+        self.embedders = _ByName(embedders)
         self.drop = {name:drop.get(name, 0.) if isinstance(drop, dict) else drop for name in embedders}
-
-    def _drop(self, name, raw):
-        "For training: drop a part of a condition in some samples, and all of it in others."
-        embedder = self.embedders[name]
-        raw = embedder.drop_part(raw)
-        if not self.drop[name]: return raw
-        dropped = torch.rand(len(raw), device=raw.device)<self.drop[name]
-        return torch.where(dropped.view(-1,*[1]*(raw.ndim-1)), embedder.null(raw), raw)
+        self.drop_all = drop_all
 
     def forward(self,
         batch:dict, # has a field for each condition
@@ -522,12 +600,26 @@ class Conditioner(Module):
         if missing:
             raise ValueError(f'the batch has {sorted(batch)} but not {missing}, which this model is conditioned on')
         cond = Cond()
+        all_dropped = None
         for name,embedder in self.embedders.items():
             raw = batch[name]
+            if self.training and self.drop_all and all_dropped is None:
+                all_dropped = torch.rand(len(raw), device=raw.device)<self.drop_all
             if name in without: raw = embedder.null(raw)
-            elif self.training: raw = self._drop(name, raw)
+            elif self.training: raw = self._drop(name, raw, all_dropped)
             cond = cond + embedder(raw)
         return cond
+
+# %% ../../nbs/diffusion/03_cond.ipynb #4d4e4365
+@patch
+def _drop(self:Conditioner, name, raw, all_dropped):
+    "For training: drop a part of a condition in some samples, and all of it in others."
+    embedder = self.embedders[name]
+    raw = embedder.drop_part(raw)
+    if not self.drop[name]: return raw
+    dropped = torch.rand(len(raw), device=raw.device)<self.drop[name]
+    if all_dropped is not None: dropped = dropped|all_dropped
+    return torch.where(dropped.view(-1,*[1]*(raw.ndim-1)), embedder.null(raw), raw)
 
 # %% ../../nbs/diffusion/03_cond.ipynb #b4fe8c0c
 @patch
@@ -542,3 +634,23 @@ def parse(self:Conditioner,
         expects = '; '.join(f'{name}: {embedder.expects}' for name,embedder in self.embedders.items())
         raise ValueError(f'this model has no condition {unknown[0]!r}. It takes {expects or "none"}')
     return {name:embedder.parse(conditions.get(name), n, name).to(device) for name,embedder in self.embedders.items()}
+
+# %% ../../nbs/diffusion/03_cond.ipynb #b59f98fa
+@patch
+def by_condition(self:Conditioner,
+    values:dict, # what the user gave, by name of a condition or of an attribute
+)->dict: # {condition: value}; an unknown name stays as it is
+    "Gather attributes that are given by their own names. Raises `ValueError` where all are given, too."
+    owner = {}
+    for condition,embedder in self.embedders.items():
+        if isinstance(embedder, AttributeEmbedder): owner |= dict.fromkeys(embedder.names, condition)
+    single = {name for name in values if name in owner and name not in self.embedders}
+    gathered = {name: value for name,value in values.items() if name not in single}
+    for name in single:
+        others = gathered.get(owner[name])
+        if others is None: others = {}
+        if not isinstance(others, dict):
+            raise ValueError(f'{name} and {owner[name]} are both given: give a dict of attributes by name, '
+                             f'or all of them as {owner[name]}')
+        gathered[owner[name]] = others | {name: values[name]}
+    return gathered
