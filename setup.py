@@ -10,6 +10,15 @@ cfg = config['DEFAULT']
 lib = cfg['lib_path']
 minor = int(cfg['min_python'].split('.')[1])
 
+def weights_of_the_wheel():
+    "Names of the models that MANIFEST.in puts into the source distribution; the wheel has the same."
+    return re.findall(r'^graft fastldm/weights/(\w+)$', Path('MANIFEST.in').read_text(encoding='utf-8'), re.M)
+
+def package_files():
+    "Patterns of what the wheel holds beside Python."
+    weights = [f'weights/{name}/{files}' for name in weights_of_the_wheel() for files in ('*', 'student/*')]
+    return ['weights/manifest.json', *weights, 'assets/*.npz', 'assets/README.md', 'py.typed']
+
 def absolute_links(markdown):
     "The README with links that also work on the package index: pages of the repository, and its pictures as they are."
     page, raw = cfg['git_url']+'/blob/'+cfg['branch'], cfg['git_url']+'/raw/'+cfg['branch']
@@ -33,7 +42,8 @@ setuptools.setup(
         *(f'Programming Language :: Python :: 3.{i}' for i in range(minor, 14)),
     ],
     packages=setuptools.find_packages(include=[lib, lib+'.*']),
-    package_data={lib: ['weights/*/*', 'weights/*/student/*', 'assets/*', 'py.typed']},
+    package_data={lib: package_files()},
+    include_package_data=False,
     zip_safe=False,
     python_requires='>='+cfg['min_python'],
     install_requires=cfg['requirements'].split(),

@@ -61,6 +61,7 @@ def is_disk_error(
     ours = errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO
     return isinstance(error, OSError) and error.errno in ours
 
+# %% ../../nbs/core/05_download.ipynb #8700bd34
 def _append_rest(url, partial, size, bar, timeout):
     "Ask for the bytes that `partial` lacks, and write them there as they arrive."
     start = partial.stat().st_size if partial.exists() else 0
@@ -75,6 +76,7 @@ def _append_rest(url, partial, size, bar, timeout):
                 bar.update(shown + file.tell() - bar.n)
                 if file.tell()>size: break                               # not what was published
 
+# %% ../../nbs/core/05_download.ipynb #81e4563c
 def _try_to_fetch(url, partial, size, bar, timeout):
     "One request. Returns the error after which another makes sense, or None."
     try: _append_rest(url, partial, size, bar, timeout)
@@ -123,9 +125,9 @@ def _from_server(address, name, files, folder, progress, timeout=30.):
     total = sum(file['size'] for file in files.values())
     with tqdm(total=total, desc=name, unit='B', unit_scale=True, disable=not progress) as bar:
         for file,expected in files.items():
+            url = f'{address.rstrip("/")}/{quote(name)}/{quote(file)}'
             if (folder/file).exists(): bar.update(expected['size'])
-            else: fetch_file(f'{address.rstrip("/")}/{quote(name)}/{quote(file)}', folder/file, **expected, bar=bar,
-                             timeout=timeout)
+            else: fetch_file(url, folder/file, **expected, bar=bar, timeout=timeout)
 
 def _from_folder(address, name, files, folder, progress):
     "Copy the files of a model."
@@ -164,12 +166,21 @@ def source_of(
     raise ValueError(f'FASTLDM_HUB={address!r}: expected a namespace of the Hugging Face hub, as `user/`, '
                      'an http(s) address, or a folder that exists')
 
+# %% ../../nbs/core/05_download.ipynb #e4d31876
 @contextmanager
 def _alone(folder):
     "One process at a time; the others wait."
     from filelock import FileLock
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f'.{folder.name}.lock')): yield
+
+def _check_files(folder, files, address):
+    "Raises `ValueError`, and keeps nothing, where one is not as published."
+    wrong = [name for name,expected in files.items() if file_digest(folder/name)!=expected['sha256']]
+    if not wrong: return
+    shutil.rmtree(folder)
+    raise ValueError(f'{", ".join(wrong)} of {address} is not the file that was published with this version: its '
+                     'SHA-256 is another. Nothing was kept; give the address of the right weights')
 
 def download_model(
     name:str, # in the manifest
@@ -193,14 +204,6 @@ def download_model(
         _check_files(partial, entry['files'], address)
         return partial.replace(folder)
 
-def _check_files(folder, files, address):
-    "Raises `ValueError`, and keeps nothing, where one is not as published."
-    wrong = [name for name,expected in files.items() if file_digest(folder/name)!=expected['sha256']]
-    if not wrong: return
-    shutil.rmtree(folder)
-    raise ValueError(f'{", ".join(wrong)} of {address} is not the file that was published with this version: its '
-                     'SHA-256 is another. Nothing was kept; give the address of the right weights')
-
 # %% ../../nbs/core/05_download.ipynb #8e930959
 def cache_folder(
     entry:dict, # of the manifest
@@ -213,6 +216,7 @@ def cache_folder(
 def _describe(name, entry):
     return f'{megabytes(entry):.0f} MB, {entry["licence"]}'
 
+# %% ../../nbs/core/05_download.ipynb #8ce13698
 def fetch_published(
     name:str, # in the manifest
     progress:bool=True, # show a bar

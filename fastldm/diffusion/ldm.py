@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['SAMPLER_NAMES', 'NAMES_ELSEWHERE', 'LatentDiffusion', 'argument_hint', 'Constraint', 'check_seed', 'weights_folders',
-           'available', 'save', 'load', 'push_to_hub']
+           'save', 'ModelTable', 'available', 'model_folder', 'load', 'push_to_hub']
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #6eac1fbd
-import errno, inspect, json, os, torch
+import inspect, json, os, torch
 from difflib import get_close_matches
 from fastcore.basics import patch
 from pathlib import Path
 from tqdm.auto import tqdm
+from ..core.download import (MODEL_FILES, cache_folder, fetch_published, hub_snapshot, megabytes,
+                                   published)
 from ..core.models import Module, fingerprint, load_model, real_number, save_model, whole_number
 from . import samplers
 from .samplers import sample_generators, noise_from, noise_like
@@ -43,6 +45,7 @@ def _sampler(given, kind):
         fits = _is_step if kind=='step' else _is_grid
         names = [name for name in samplers.__all__ if fits(name)]
         if given not in names:
+            if kind=='step': names += SAMPLER_NAMES
             closest = get_close_matches(given, names, 1, .4)
             hint = f'did you mean {closest[0]!r}?' if closest else f"there are {', '.join(names)}"
             what = 'sampler' if kind=='step' else 'time grid'
@@ -366,20 +369,29 @@ def sample(self:LatentDiffusion,
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #50b64760
 def weights_folders()->list: # folders with one model each inside
-    "List where `load` looks for a name: `FASTLDM_WEIGHTS`, if set, then the package."
+    "List where `load` looks for a name: `FASTLDM_WEIGHTS`, if set, then the package, then what was downloaded."
     import fastldm
-    shipped = Path(fastldm.__file__).parent/'weights'
     own = os.environ.get('FASTLDM_WEIGHTS')
-    return [Path(own), shipped] if own else [shipped]
+    shipped = Path(fastldm.__file__).parent/'weights'
+    downloaded = [folder for folder in map(cache_folder, published().values()) if folder.is_dir()]
+    return [Path(own), shipped, *downloaded] if own else [shipped, *downloaded]
 
-def available(
-    cls=('LatentDiffusion','TextToImage'), # class of the models, or the end of its name, or several: those that sample
-)->list: # names that `load` takes
-    "List the trained models that ship with the package; `available('Evaluator')` lists the networks that score them."
-    names = []
-    for config in (f for folder in weights_folders() for f in folder.glob('*/config.json')):
-        if json.loads(config.read_text())['config']['cls'].endswith(cls): names.append(config.parent.name)
-    return sorted(set(names))
+def _details_here():
+    "{name: details} of the models that are on this computer."
+    found = {}
+    for file in (file for folder in weights_folders() for file in sorted(folder.glob('*/config.json'))):
+        record = json.loads(file.read_text(encoding='utf-8'))
+        size = sum(path.stat().st_size for pattern in MODEL_FILES for path in file.parent.glob(pattern))/1e6
+        found.setdefault(file.parent.name, dict(cls=record['config']['cls'], size=size, where=str(file.parent),
+                                                licence=record.get('licence')))
+    return found
+
+def _details_elsewhere():
+    "{name: details} of the published models, with where `load` would get them."
+    hub = os.environ.get('FASTLDM_HUB')
+    where = f'FASTLDM_HUB={hub}' if hub else 'not here: set FASTLDM_HUB'
+    return {name: dict(cls=entry['cls'], size=megabytes(entry), where=where, licence=entry['licence'])
+            for name,entry in published().items()}
 
 def save(
     model:Module, # e.g. a `LatentDiffusion`
@@ -393,7 +405,45 @@ def save(
         save_student(model.student(), model.denoiser, folder/'student')
     return folder
 
+# %% ../../nbs/diffusion/06_ldm.ipynb #83781291
+class ModelTable(list):
+    "Rows of `available(details=True)`: dicts of name, cls, size (MB), where and licence; printed as a table."
+    @property
+    def names(self): return [row['name'] for row in self]
+
+    def __repr__(self):
+        rows = [[row['name'], row['cls'], f"{row['size']:.1f} MB", row['where'], str(row['licence'])] for row in self]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines = ['  '.join(text.ljust(width) for text,width in zip(row, widths)) for row in rows]
+        return '\n'.join(line.rstrip() for line in lines)
+
+def available(
+    cls=None, # class of the models, or the end of its name, or several; None: those that sample, in a table all
+    details:bool=False, # a table: class, size, where it is, licence
+)->list: # names that `load` takes, or a `ModelTable` of all that there are
+    """List the trained models: those that are on this computer, and where `FASTLDM_HUB` is set the others that were
+    published; `available('Evaluator')` lists the networks that score them."""
+    if cls is None: cls = '' if details else ('LatentDiffusion','TextToImage')
+    found = _details_here()
+    if details or os.environ.get('FASTLDM_HUB'): found = _details_elsewhere() | found
+    names = sorted(name for name in found if found[name]['cls'].endswith(cls))
+    return ModelTable(dict(name=name, **found[name]) for name in names) if details else names
+
+
 # %% ../../nbs/diffusion/06_ldm.ipynb #53001478
+def model_folder(
+    name, # of a model that was published, or that is in `FASTLDM_WEIGHTS`
+): # its folder, or None for another name
+    """Where a model is, which is downloaded if it is not on this computer.
+
+    Raises `FileNotFoundError` for one that was published and cannot be had here, with what to do."""
+    name = str(name)
+    if '/' in name: return None
+    for weights in weights_folders():
+        if (weights/name/'config.json').exists(): return weights/name
+    is_folder = (Path(name)/'config.json').exists()
+    return fetch_published(name) if name in published() and not is_folder else None
+
 def _hint(name, names):
     "Suggest the nearest of some names; '' where none is near."
     close = get_close_matches(name, names, 1)
@@ -428,28 +478,15 @@ def load(
 
     Raises `FileNotFoundError` or `ValueError` that says what is missing, altered or misspelt."""
     name = str(name)
-    if '/' not in name:
-        for weights in weights_folders():
-            if (weights/name/'config.json').exists(): return _load_named(weights/name, device)
+    folder = model_folder(name)
+    if folder: return _load_named(folder, device)
     if Path(name).exists(): return _load_named(name, device)
     if '/' in name: _check_parent(Path(name))
-    if name.count('/')==1 and not name.startswith(('.','/','~')): return _load_named(_from_hub(name), device)
+    if name.count('/')==1 and not name.startswith(('.','/','~')):
+        return _load_named(hub_snapshot(name, MODEL_FILES), device)
     shipped = available('')
-    raise FileNotFoundError(f"no model {name!r}: {_hint(name, shipped)}Shipped are {', '.join(shipped)}; "
+    raise FileNotFoundError(f"no model {name!r}: {_hint(name, published())}Shipped are {', '.join(shipped)}; "
                             'otherwise give a folder that `save` wrote, or `user/name` on the hub')
-
-# %% ../../nbs/diffusion/06_ldm.ipynb #5f8e9510
-_hub_files = ['model*.safetensors', 'config.json', 'README.md', 'student/*.safetensors', 'student/*.json']
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-
-def _from_hub(repo):
-    "Download a repository; return its folder."
-    from huggingface_hub import snapshot_download
-    try: return snapshot_download(repo, allow_patterns=_hub_files)
-    except Exception as e:
-        if isinstance(e, OSError) and e.errno in _DISK_ERRORS: raise
-        raise FileNotFoundError(f'{repo!r} is not a local folder, and could not be downloaded from the '
-                                f'Hugging Face hub; check the name and the connection. {type(e).__name__}: {e}') from e
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #707b3314
 def _make_repo(api, repo, private):
@@ -473,4 +510,4 @@ def push_to_hub(
     from huggingface_hub import HfApi
     api = HfApi()
     _make_repo(api, repo, private)
-    return str(api.upload_folder(repo_id=repo, folder_path=str(folder), allow_patterns=_hub_files))
+    return str(api.upload_folder(repo_id=repo, folder_path=str(folder), allow_patterns=MODEL_FILES))

@@ -14,7 +14,7 @@ from pathlib import Path
 from fastcore.basics import patch, store_attr
 from torch import nn
 from ..core.models import *
-from ..diffusion.ldm import load as load_shipped, weights_folders
+from ..diffusion.ldm import load as load_shipped, model_folder
 
 # %% ../../nbs/metrics/00_images.ipynb #1ad5d5b1
 def _conv_bn(c_in, c_out, stride=1):
@@ -555,9 +555,7 @@ def _with_labels(ds, labels):
 # %% ../../nbs/metrics/00_images.ipynb #c90f73b6
 def _reference_file(name):
     "reference.safetensors of a shipped evaluator, or in a folder."
-    folders = [folder/str(name) for folder in weights_folders()] + [Path(name)]
-    folder = next((folder for folder in folders if folder.is_dir()), folders[-1])
-    return folder/'reference.safetensors'
+    return (model_folder(name) or Path(name))/'reference.safetensors'
 
 @patch(cls_method=True)
 def load(cls:Reference,
