@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONTROL_METHODS', 'picture_shape', 'check_count', 'evaluate_ldm', 'reconstruction', 'print_scores', 'held_out_pairs',
-           'evaluate_texts', 'reconstruction_texts', 'evaluate_faces', 'evaluate_control', 'evaluate_conditions']
+           'evaluate_texts', 'reconstruction_texts', 'evaluate_faces', 'evaluate_control', 'evaluate_conditions',
+           'evaluate_pictures']
 
 # %% ../../nbs/recipes/05_evaluate.ipynb #5daf1fff
 import math
@@ -17,15 +18,14 @@ from functools import partial
 from ..codes.text2image import TextToImage
 from ..codes.vqvae import perplexity
 from ..control.adapter import BlendedControl, ControlAdapter, control, picture_control
-from ..core.models import check_choice, n_params, require_package, whole_number
+from ..core.models import check_choice, fetch_batch, n_params, require_package, whole_number
 from ..core.perceptual import perceptual
 from ..data.images import get_dataset
 from ..diffusion.ldm import Constraint, LatentDiffusion, available, load
 from ..metrics.control import edge_f1, leakage, lfmse
 from ..metrics.faces import FaceClassifier
 from ..metrics.images import (EfficientNetLite, Evaluator, Reference, evaluate, fid, image_features, kid,
-                                    lpips_distance, memorisation,
-                                    net_name, psnr, ssim)
+                                    lpips_distance, memorisation, net_name, precision_recall, psnr, ssim)
 from ..metrics.scenes import SceneClassifier
 from ..metrics.text import caption_scores, pairwise_diversity, retrieval, tokenise
 from .stages import captioned_set, diffusion_of, embedders_of, training_set, with_article
@@ -240,7 +240,8 @@ def evaluate_faces(
     `check_count`, and what the set and `sample` raise, before work starts."""
     n = check_count(n, ldm)
     if classifier is None:
-        classifier = load(check_choice(f'{data}_classifier', available('FaceClassifier'), 'classifier'))
+        classifier = load(check_choice(f'{data}_classifier', available('FaceClassifier', details=True).names,
+                                       'classifier'))
     train = get_dataset(data, root, split='train', size=classifier.size)
     held_out = get_dataset(data, root, split='test', size=classifier.size)
     batch = held_out.__getitems__([i%len(held_out) for i in range(n)])
@@ -433,3 +434,71 @@ def evaluate_conditions(
         scores |= {f'{name}_{k}': float(v) for k,v in embedder.score(drawn*2-1, batch[name]).items()}
         scores |= {f'real_{name}_{k}': float(v) for k,v in embedder.score(batch['image'], batch[name]).items()}
     return scores | _fid((batch['image']+1)/2, drawn)
+
+# %% ../../nbs/recipes/05_evaluate.ipynb #fd41da2c
+def evaluate_pictures(
+    ldm:LatentDiffusion, # of pictures that no evaluator knows
+    train, # the set that it was trained on
+    test=None, # pictures of the same kind that it has not seen; None: there are none
+    n:int=1000, # pictures to draw
+    net=None, # a network with `features`; None: EfficientNet-Lite0, where it is installed
+    seed:int=0, # of the pictures
+    progress:bool=True, # show a bar
+    **sampling, # for `ldm.sample`: steps, guidance_scale, ...
+)->dict: # numbers by name; `real_...`: the same of real pictures
+    """Draw under conditions of real pictures, and score. Raises as `check_count`, and what `sample` raises, before
+    work starts."""
+    n = check_count(n, ldm, needs=())
+    real = train if test is None else test
+    batch = fetch_batch(real, [i%len(real) for i in range(n)])
+    given = {name: batch[name] for name in embedders_of(ldm) if name in batch}
+    start = time.perf_counter()
+    drawn = ldm.sample(n, seed=seed, progress=progress, **given, **sampling).cpu()
+    scores = dict(n=n, train_pictures=len(train), test_pictures=0 if test is None else len(test),
+                  seconds_per_picture=(time.perf_counter()-start)/n, parameters=n_params(ldm))
+    scores |= _own_distances(drawn, train, test, net or _photo_network())
+    if test is not None: scores |= reconstruction(ldm, test)
+    return scores
+
+def _photo_network():
+    "EfficientNet-Lite0; None where it, or the package that computes distances, is not installed."
+    try:
+        require_package('torch_fidelity', 'the distance of sets of pictures', 'torch-fidelity')
+        return EfficientNetLite()
+    except (FileNotFoundError,ImportError) as error:
+        print(f'kid is left out: {error}')
+        return None
+
+# %% ../../nbs/recipes/05_evaluate.ipynb #cce8c9b0
+def _own_distances(drawn, train, test, net, most=2000):
+    "How far drawn pictures are from real ones, and from the nearest training picture, beside the same of real pictures."
+    known = _some_pictures(train, most)
+    unseen = None if test is None else _some_pictures(test, most)
+    scores = dict(memorisation_pixels=_newness(drawn, known, unseen))
+    if net is None: return scores
+    drawn, known = image_features(drawn, net), image_features(known, net)
+    if unseen is not None: unseen = image_features(unseen, net)
+    scores |= {f'memorisation_{net_name(net)}': _newness(drawn, known, unseen)}
+    scores |= _distance_scores(known if unseen is None else unseen, drawn)
+    if unseen is None: return scores
+    floor = _distance_scores(unseen, known[:len(drawn)])                # as many real pictures, where there are as many
+    return scores | {f'real_{name}': value for name,value in floor.items()}
+
+def _some_pictures(ds, most):
+    "(n,C,H,W) in [0,1]: all pictures of a set, or so many of them, spread over it."
+    indices = [i*len(ds)//min(most, len(ds)) for i in range(min(most, len(ds)))]
+    return (fetch_batch(ds, indices)['image']+1)/2
+
+def _newness(drawn, known, unseen):
+    "`memorisation` of pictures or features; without unseen pictures, relative to the distances among those of training."
+    if unseen is not None: return float(memorisation(drawn, known, unseen))
+    flat = known.flatten(1).float()
+    among = torch.cdist(flat, flat).fill_diagonal_(math.inf).min(1).values.mean().item()
+    return float(memorisation(drawn, known, among or 1.))
+
+def _distance_scores(real, drawn):
+    "KID, FID, precision and recall in features; of few pictures KID alone, the others would mean nothing."
+    scores = dict(kid=float(kid(real, drawn)))
+    if min(len(real), len(drawn))<50: return scores
+    precision, recall = precision_recall(real, drawn)
+    return scores | dict(fid=float(fid(real, drawn)), precision=float(precision), recall=float(recall))

@@ -76,6 +76,7 @@ def train_stage(
     loss_fn, # `(model, batch) -> dict(loss=...)`
     seed:int=0, # of the weights, the order of the data and the noise
     batch_size:int=64, # at most; fewer where the data set is smaller
+    prepare=None, # `model -> model`: what is done with the new model before it is trained, such as `add_lora`
     finish=None, # `model -> model`: what is done with the trained model before it is saved
     card=None, # `learner -> dict`: what else the card should say, called after `finish`
     draw=None, # `model -> pictures` (n,C,H,W) in [0,1]: drawn every three minutes into `pictures`, beside the stage
@@ -98,6 +99,7 @@ def train_stage(
         set_seed(seed)
         model = build()
         check_saveable(model)
+        if prepare is not None: model = prepare(model)
         learn = Learner(model, data, loss_fn, folder=folder/'run', seed=seed, batch_size=min(batch_size, len(data)),
                         cbs=[*cbs, *watch, *_COMMON['cbs'], ResumeCB(folder.name)], **learner)
         learn.fit(resume=learn.checkpoint.exists(), longer=longer)
@@ -561,12 +563,14 @@ def picture_set(
     split:str='train', # or 'test'
     size:int=None, # side of the pictures; None: the set's own
     needs=(), # attributes that the set must have, e.g. ('attributes','mask_classes')
+    test:float=0., # share of a folder's pictures that is the part `test`, where it has none
 ): # the data set
     "A set of pictures. Raises `ValueError` for a set that has not what is needed, or one size only."
     maker = DATASETS.get(str(data).lower().replace('-', '').replace('_', ''))
     parameters = signature(maker or get_dataset).parameters.values()
     takes_size = any(p.name=='size' or p.kind==p.VAR_KEYWORD for p in parameters)
     options = dict(size=size) if takes_size and size is not None else {}
+    if test: options['test'] = test
     ds = get_dataset(data, root, split=split, **options)
     missing = [name for name in needs if getattr(ds, name, None) is None]
     if missing:
@@ -597,10 +601,11 @@ def training_set(
     data = getattr(model, 'meta', {}).get('data')
     if data is None: raise ValueError('the card of this model does not say what it was trained on')
     if data=='scenes': return SyntheticScenes(n, split, size)
+    kept_aside = dict(test=model.meta['test']) if model.meta.get('test') else {}
     if hasattr(model, 'text_encoder'): return captioned_set(data, root, split, size)
     has_one_size = data in DATASETS and 'size' not in signature(DATASETS[data]).parameters      # mnist, digits, ...
     if has_one_size: return get_dataset(data, root, split=split)
-    return get_dataset(data, root, split=split, size=size)
+    return get_dataset(data, root, split=split, size=size, **kept_aside)
 
 # %% ../../nbs/recipes/00_stages.ipynb #8114e12e
 def with_article(
