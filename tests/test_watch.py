@@ -1,0 +1,146 @@
+"Runs that are watched, limited and tried: the options of `fastldm_train` that hold for every recipe."
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+import pytest
+import torch
+from torch import nn
+from fastldm import load
+from fastldm.core import *
+from fastldm.diffusion import UNet
+from fastldm.recipes.stages import RECIPES, every_stage
+
+BIN = Path(sys.executable).parent
+
+def run(command, *args, ok=True):
+    "What a command prints; it has to succeed, or with `ok=False` to fail with one line."
+    done = subprocess.run([BIN/command, *map(str, args)], capture_output=True, text=True, timeout=1200)
+    assert (done.returncode==0)==ok, done.stdout+done.stderr
+    if not ok: assert 'Traceback' not in done.stderr, done.stderr
+    return done.stdout+done.stderr
+
+# ---- a small problem
+
+class Line:
+    "y = 2x."
+    def __init__(self, n=64): self.x = torch.linspace(-1, 1, n)[:,None]
+    def __len__(self): return len(self.x)
+    def __getitem__(self, i): return dict(x=self.x[i], y=2*self.x[i])
+
+def line_loss(model, batch): return dict(loss=(model(batch['x'])-batch['y']).square().mean())
+
+learner = partial(Learner, data=Line(), loss_fn=line_loss, steps=60, batch_size=16, log_every=10, progress=False)
+
+# ---- Python
+
+@pytest.mark.slow
+def test_compiled_training_takes_the_same_steps():
+    "A compiled network is trained to the same weights, and is saved under the same names."
+    def net():
+        set_seed(0)
+        return nn.Sequential(nn.Linear(1,8), nn.SiLU(), nn.Linear(8,1))
+    plain = learner(net()).fit()
+    try: compiled = learner(net(), compile=True).fit()
+    except Exception as error:                                               # torch.compile needs a C++ compiler
+        if 'compile' in type(error).__name__.lower() or 'CppCompile' in str(error): pytest.skip(f'no compiler: {error}')
+        raise
+    for name,value in plain.model.state_dict().items():
+        assert torch.allclose(compiled.model.state_dict()[name], value, atol=1e-5)
+
+def test_checkpointing_reaches_every_network_and_no_other_run():
+    "`gradient_checkpointing` is switched on in the model that is trained; its average and later models keep theirs."
+    class Pair(Module):
+        def __init__(self):
+            super().__init__()
+            self.first = UNet(1, (32,))
+            self.second = UNet(1, (32,))
+        def forward(self, x): return self.second(self.first(x, torch.zeros(len(x))), torch.zeros(len(x)))
+    def loss(model, batch): return dict(loss=model(torch.zeros(1,1,4,4)).square().mean())
+    model = Pair()
+    learner(model, loss_fn=loss, steps=1, gradient_checkpointing=True).fit()
+    assert model.first.gradient_checkpointing and model.second.gradient_checkpointing
+    assert not UNet(1, (32,)).gradient_checkpointing
+
+def test_best_weights_survive_a_kill(tmp_path):
+    "A run that was interrupted after its best step still ends with the weights of that step."
+    class Worse(Callback):
+        "From step 30 on, the held-out data are another line."
+        def after_step(self, learn):
+            if learn.step==30: held_out.x = -held_out.x.abs()+5
+        def before_fit(self, learn):
+            if learn.step>=30: held_out.x = -torch.linspace(-1, 1, 64)[:,None].abs()+5
+    class Stop(Callback):
+        def after_step(self, learn): learn.asked_to_stop |= learn.step==50
+    def net():
+        set_seed(0)
+        return nn.Linear(1,1)
+    def watched(folder, *cbs): return learner(net(), folder=folder, ema=.9, cbs=[*cbs, HeldOutCB(held_out, every=10)])
+    held_out = Line()
+    through = watched(tmp_path/'a', Worse()).fit()
+    held_out = Line()
+    with pytest.raises(Interrupted): watched(tmp_path/'b', Worse(), Stop()).fit()
+    resumed = watched(tmp_path/'b', Worse()).fit(resume=True)
+    assert through.log==resumed.log
+    best = min(through.log, key=lambda row: row['held_out_loss'])['step']
+    assert best==20
+    for name,value in through.ema_model.state_dict().items():
+        assert torch.equal(value, resumed.ema_model.state_dict()[name])
+
+def test_device_by_a_variable(monkeypatch):
+    "FASTLDM_DEVICE says where models are loaded; one that is not here is named in the message."
+    monkeypatch.setenv('FASTLDM_DEVICE', 'cpu')
+    assert load('mnist').device.type=='cpu'
+    monkeypatch.setenv('FASTLDM_DEVICE', 'gpu')
+    with pytest.raises(ValueError, match="device 'gpu' cannot be used here"): load('mnist')
+
+def test_common_callbacks_end_with_the_block():
+    "What stages have in common is gone after the block, also after an error."
+    from fastldm.recipes.stages import _COMMON
+    with pytest.raises(KeyError):
+        with every_stage(Callback(), workers=2): raise KeyError
+    assert _COMMON==dict(cbs=(), learner={})
+
+# ---- commands
+
+@pytest.mark.slow
+def test_a_trial_goes_through_all_stages(tmp_path):
+    "`--quick` ends with a model after twenty steps of each stage; a length that is given holds."
+    said = run('fastldm_train', 'digits', '--quick', '--steps', 7, '--out', tmp_path/'mine')
+    assert 'done' in said and 'stage 2 of 2' in said
+    stages = load(tmp_path/'mine').meta['stages']
+    assert stages['autoencoder']['steps']==20 and stages['denoiser']['steps']==7
+
+@pytest.mark.slow
+def test_a_deadline_stops_and_the_same_command_goes_on(tmp_path):
+    "`--max_minutes` ends a run without an error, at a step from which the same command goes on."
+    args = ('fastldm_train', 'digits', '--ae_steps', 100_000, '--out', tmp_path/'mine')
+    assert 'minutes are over: stopped at step' in run(*args, '--max_minutes', .01)
+    checkpoint = tmp_path/'mine/autoencoder/run/checkpoint.safetensors'
+    first = read_checkpoint(checkpoint)[0]['step']
+    assert 'going on from step' in run(*args, '--max_minutes', .05)
+    assert read_checkpoint(checkpoint)[0]['step']>first
+
+@pytest.mark.slow
+def test_tensorboard_has_every_stage(tmp_path):
+    "`--track tensorboard` writes the log of each stage beside it."
+    events = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
+    run('fastldm_train', 'digits', '--quick', '--track', 'tensorboard', '--out', tmp_path/'mine')
+    for stage in ('autoencoder','denoiser'):
+        folder, = (tmp_path/'mine'/stage/'run').glob('mine-*')
+        assert [e.step for e in events.EventAccumulator(str(folder)).Reload().Scalars('loss')]==[20]
+
+def test_options_that_cannot_work(tmp_path):
+    "A device, a tracker or a time that cannot be used is refused before anything is written."
+    out = tmp_path/'mine'
+    assert "device 'gpu'" in run('fastldm_train', 'digits', '--out', out, '--device', 'gpu', ok=False)
+    assert "unknown tracker 'tensorbord'" in run('fastldm_train', 'digits', '--out', out, '--track', 'tensorbord', ok=False)
+    assert 'above 0' in run('fastldm_train', 'digits', '--out', out, '--max_minutes', 0, ok=False)
+    assert not out.exists()
+
+def test_a_trial_of_any_recipe_is_short():
+    "Every length of every recipe is cut."
+    from fastldm.recipes.commands import _quick_options
+    for name,train in RECIPES.items():
+        for option,value in _quick_options(train).items():
+            assert value in (1,20) or option=='n' or set(value)=={20}, (name, option)
