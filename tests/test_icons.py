@@ -427,4 +427,4 @@ def test_a_set_shows_itself_and_its_digest(folder):
 
 def test_without_resvg(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, 'resvg_py', None)
-    with pytest.raises(ImportError, match=r'pip install resvg-py, or pip install "fastldm\[icons\]"'): IconSet(folder)
+    with pytest.raises(ImportError, match=r'pip install "fastldm\[icons\]"'): IconSet(folder)

@@ -105,7 +105,7 @@ def test_eval_without_torch_fidelity(here, monkeypatch):
     "Two minutes of sampling came before the message."
     monkeypatch.setitem(sys.modules, 'torch_fidelity', None)
     monkeypatch.setattr(evaluate.LatentDiffusion, 'sample', None)
-    assert 'needs the package `torch_fidelity`: pip install torch-fidelity' in line(eval_cli, 'mnist')
+    assert 'needs the package `torch_fidelity`: pip install "fastldm[eval]"' in line(eval_cli, 'mnist')
 
 def test_eval_card_of_a_model_from_the_hub(here):
     "The scores have nowhere to go; that was noticed at the end."

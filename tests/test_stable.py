@@ -488,7 +488,7 @@ def test_old_diffusers(tokenizer, monkeypatch):
 
 def test_without_diffusers(monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'diffusers', None)
-    with pytest.raises(ImportError, match='pip install diffusers transformers'): from_diffusers('some/model')
+    with pytest.raises(ImportError, match='pip install .fastldm.stable.'): from_diffusers('some/model')
 
 @pytest.mark.parametrize('region,says', [
     (LEFT*255, '0 to 255'),

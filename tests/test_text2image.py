@@ -319,7 +319,7 @@ def test_scores_refuse_before_work(trained, monkeypatch, tmp_path):
         with pytest.raises((ValueError,FileNotFoundError), match=message): evaluate_texts(**dict(good, **kw))
     for package in ('sacrebleu','rouge_score','nltk'):
         monkeypatch.setitem(sys.modules, package, None)
-        with pytest.raises(ImportError, match=f"`{package}`: pip install 'fastldm.text.'"):
+        with pytest.raises(ImportError, match=f"`{package}`: pip install .fastldm.text."):
             evaluate_texts(model, str(d/'set'))
         monkeypatch.delitem(sys.modules, package)
     assert not worked

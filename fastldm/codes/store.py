@@ -64,7 +64,7 @@ def codes_fingerprint(
 # %% ../../nbs/codes/01_store.ipynb #71561d0c
 _environments = {} # of this process: {folder: (identity of process and file, environment)}
 
-def _lmdb(): return require_package('lmdb', 'a store of codes', 'lmdb')
+def _lmdb(): return require_package('lmdb', 'a store of codes')
 
 # %% ../../nbs/codes/01_store.ipynb #1918ad74
 def _identity(file):

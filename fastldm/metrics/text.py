@@ -12,6 +12,7 @@ import numpy as np, torch
 from collections import Counter
 from fractions import Fraction
 from itertools import permutations
+from ..core.models import require_package
 
 # %% ../../nbs/metrics/01_text.ipynb #d2302857
 def _is_east_asian(c): return '\u3040'<=c<='\u9fff' or '\uf900'<=c<='\ufaff'
@@ -59,7 +60,7 @@ def bleu(
     """Corpus BLEU (Papineni et al. 2002) by sacrebleu, on words by `tokenise`, with the nearest reference length.
 
     Raises `ValueError` as `tokenise_pairs` does."""
-    from sacrebleu.metrics import BLEU
+    BLEU = require_package('sacrebleu.metrics', 'BLEU').BLEU
     real, fake = tokenise_pairs(real, fake)
     # sacrebleu takes the first references of all texts, then the second ones, ...
     streams = [[' '.join(rs[i]) if i<len(rs) else None for rs in real] for i in range(max(map(len, real)))]
@@ -81,7 +82,7 @@ def rouge(
     """Mean F1 of ROUGE-1, -2 and -L (Lin 2004) by rouge-score, on words by `tokenise`, without stemming.
 
     Raises `ValueError` as `tokenise_pairs` does."""
-    from rouge_score.rouge_scorer import RougeScorer
+    RougeScorer = require_package('rouge_score.rouge_scorer', 'ROUGE').RougeScorer
     kinds = ['rouge1','rouge2','rougeL']
     scorer = RougeScorer(kinds, tokenizer=_Tokeniser())
     real, fake = tokenise_pairs(real, fake)
@@ -98,7 +99,7 @@ class _NoSynonyms:
 
 def _wordnet():
     "WordNet, or None where it is not installed."
-    from nltk.corpus import wordnet
+    wordnet = require_package('nltk.corpus', 'METEOR').wordnet
     try:
         wordnet.ensure_loaded()
         wordnet.synsets('ship')
@@ -113,7 +114,7 @@ def meteor(
     """Mean METEOR (Banerjee and Lavie 2005) by nltk, α=.9, β=3, γ=.5, Porter stems; the best of several references.
 
     Raises `FileNotFoundError` where WordNet is asked for and missing, and `ValueError` as `tokenise_pairs` does."""
-    from nltk.translate.meteor_score import meteor_score
+    meteor_score = require_package('nltk.translate.meteor_score', 'METEOR').meteor_score
     real, fake = tokenise_pairs(real, fake)
     wordnet = None if synonyms is False else _wordnet()
     if synonyms and wordnet is None:

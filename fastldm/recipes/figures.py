@@ -25,7 +25,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from ..codes.text2image import TextToImage
-from ..core.models import check_choice, write_atomic
+from ..core.models import check_choice, install_line, require_package, write_atomic
 from ..core.show import figures_path, moved
 from ..diffusion.ldm import available
 from .commands import command
@@ -109,7 +109,7 @@ def _version_of(package, name):
     try: return version(package)
     except PackageNotFoundError as e:
         needs = f'{name} is measured beside `{package}`, which is not installed'
-        raise ImportError(f'{needs}: pip install {package}') from e
+        raise ImportError(f'{needs}: {install_line(package)}') from e
 
 # %% ../../nbs/recipes/07_figures.ipynb #e1624f5d
 def held_out_prompts(
@@ -219,7 +219,7 @@ def _train_all():
 # %% ../../nbs/recipes/07_figures.ipynb #8ba321f0
 def _draw(name, book):
     "Draw one figure: (name, seconds, list of the numbers that moved or text of the error)."
-    import matplotlib.pyplot as plt
+    plt = require_package('matplotlib.pyplot', 'A figure')
     plt.switch_backend('Agg')
     plt.close('all')
     file = figures_path()/f'{name}.json'
