@@ -123,6 +123,15 @@ def _by_diffusion(self:TextToImage, text, seed, first, batch_size, progress, *, 
     return self.diffusion.sample(len(text), seed=seed, first=first, batch_size=batch_size, progress=progress, text=text,
                                  **settings, **conditions)
 
+# %% ../../nbs/codes/05_text2image.ipynb #6c678289
+@patch
+def prior_for(self:TextToImage,
+    names, # of settings and conditions
+)->str: # 'codes' or 'diffusion'
+    "The prior that can do what is asked; codes where both can."
+    for_diffusion = {'constraint', *self.other_conditions} & {*names}
+    return 'diffusion' if for_diffusion and self.denoiser is not None else self.kinds[0]
+
 # %% ../../nbs/codes/05_text2image.ipynb #7215b814
 @patch
 def _choose_prior(self:TextToImage, prior, settings):
@@ -175,9 +184,7 @@ def sample(self:TextToImage,
     """Sample images of a text.
     Raises `ValueError` for a text or a setting that makes no sense, before work starts."""
     prompts = _prompts(prompt, n)
-    if prior is None:
-        for_diffusion = {'constraint', *self.other_conditions} & how.keys()
-        prior = 'diffusion' if for_diffusion and self.denoiser is not None else self.kinds[0]
+    if prior is None: prior = self.prior_for(how)
     draw = self._choose_prior(prior, how)
     batch_size = whole_number(batch_size, 'batch_size', 1)
     candidates = whole_number(candidates, 'candidates', 1)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['USER_ERRORS', 'GRID', 'PART', 'command', 'given', 'one_name', 'refused', 'import_module_of', 'train_cli',
-           'read_conditions', 'command_method', 'check_output', 'check_pictures_output', 'draw_files',
-           'control_from_files', 'sample_cli', 'data_of', 'eval_cli', 'codes_cli']
+           'use_device', 'read_conditions', 'command_method', 'check_output', 'check_pictures_output', 'draw_files',
+           'control_from_files', 'adapter_of', 'sample_cli', 'data_of', 'eval_cli', 'codes_cli']
 
 # %% ../../nbs/recipes/06_commands.ipynb #767413cf
 import argparse
@@ -18,31 +18,41 @@ import torch
 from PIL import Image
 from fastcore.basics import patch
 from fastcore.script import Param, call_parse, store_true
-from functools import wraps
+from functools import partial, wraps
 from inspect import signature
 from pathlib import Path
+
+# %% ../../nbs/recipes/06_commands.ipynb #8c29912d
 from ..codes.store import CodeDataset, write_codes
 from ..codes.text2image import TextToImage
 from ..control.adapter import ControlAdapter, control, read_control, read_region
-from ..core.models import Busy, Module, check_choice, require_package, whole_number, write_atomic
+from ..core.show import read_settings, write_picture
+from ..core.models import Busy, Module, check_choice, check_device, require_package, whole_number, write_atomic
 from ..core.train import Interrupted, sigterm_as_interrupt
+from ..core.watch import DeadlineCB, TrackCB
 from ..data.faces import read_mask
 from ..data.images import to_image
-from ..diffusion.cond import AttributeEmbedder, Embedder, LabelEmbedder, MaskEmbedder, WordEmbedder
+from ..diffusion.cond import AttributeEmbedder, Embedder, LabelEmbedder, MaskEmbedder, NumberEmbedder, WordEmbedder
 from ..diffusion.ldm import LatentDiffusion, available, load, weights_folders
+from .conditions import conditions_of_options, named_values, words_left
 from .evaluate import (evaluate_conditions, evaluate_control, evaluate_faces, evaluate_ldm,
-                                      evaluate_texts, print_scores,
+                                      evaluate_pictures, evaluate_texts, picture_shape, print_scores,
                                       reconstruction_texts)
-from .stages import (RECIPES, captioned_set, diffusion_of, embedders_of, save_grid, with_article,
-                                    write_card)
+from .pictures import (check_same_weights, constraint_of, constraint_settings, fit_control,
+                                      fit_region, open_masks, options_of, settings_of)
+from .stages import (RECIPES, captioned_set, diffusion_of, embedders_of, every_stage, full_path,
+                                    picture_set, save_grid, training_set, with_article, write_card)
 
 # %% ../../nbs/recipes/06_commands.ipynb #7ff52052
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, Busy) # their messages say what to do
 
 def command(
-    f, # a function named NAME_cli
+    f=None, # a function named NAME_cli
+    *,
+    rest:bool=False, # leave options that the signature does not have to the function, see `words_left`
 ): # the same as a command
     "Options from the signature; one line for any error, or its traceback where `FASTLDM_DEBUG` is set."
+    if f is None: return partial(command, rest=rest)
     name = f.__name__.removesuffix('_cli')
     @wraps(f)
     def run(*args, **kwargs):
@@ -50,7 +60,7 @@ def command(
         except (Exception,KeyboardInterrupt) as error:
             if os.environ.get('FASTLDM_DEBUG'): raise
             sys.exit(f'{name}: {_one_line(error)}')
-    return call_parse(run)
+    return call_parse(run, nested=rest)
 
 def _one_line(error):
     "What the user reads of an error."
@@ -114,6 +124,9 @@ def train_cli(
     recipe:str, # a recipe by name; `folder` for pictures of your own
     out:str=None, # where the model goes (default: runs/RECIPE)
     data:str=None, # for `folder`: pictures, one folder per class, or flat; for `captioned`: a folder, table or zip file
+    start:str=None, # a trained model to begin with, shipped or a folder, for `folder` and sets by label
+    lora:int=None, # with --start: train changes of this rank and no weights, and save them alone, too
+    tune_autoencoder:store_true=False, # with --start: train its autoencoder, too
     model:str=None, # for `local` and `distil`: the base, a shipped model or a folder
     kinds:str=None, # for `local`: edges, segmentation, silhouette, depth or colour; several with + between them
     root:str=None, # where a public data set is looked for first
@@ -128,34 +141,81 @@ def train_cli(
     lr:float=None, # highest learning rate of the denoiser (default: 0.001)
     channels:str=None, # of the U-Net, one number per level, as in 64,128
     copies:int=None, # turned, scaled and mirrored views of each picture, for few pictures (default: 1, none)
+    conditions:str=None, # for `folder`: columns of a table beside the pictures, as in species:label,length:number
+    test:float=None, # share of a folder's pictures that is kept aside, to measure by (default: a tenth, from 200 on)
+    patience:int=None, # end the denoiser's training where the loss of those has not fallen for so many steps
+    max_minutes:float=None, # stop after this time, as Ctrl-C does: the same command goes on later
+    quick:store_true=False, # a trial of a minute: 20 steps for each stage, in runs/RECIPE_quick
+    track:str=None, # send the log and pictures to tensorboard, wandb, ...; several with commas between them
     seed:int=0, # of everything
     precision:str=None, # bf16 where the processor has it, fp16 on a GPU
+    device:str=None, # cpu, cuda, cuda:1, mps (default: a GPU where there is one)
+    compile:store_true=False, # compile the networks: slower to begin with, faster steps on a GPU
+    gradient_checkpointing:store_true=False, # less memory for a third more work
     resume:store_true=False, # only go on with what was begun; an error where nothing was
     module:str=None, # a Python module or file to import first, which adds a recipe or a data set of your own
 ):
     "Train a model. The same command goes on where an interrupted one stopped, and prints from which step."
     import_module_of(module)
+    use_device(device)
     train = RECIPES[check_choice(recipe, RECIPES, 'recipe')]
     options = given(data=data, model=model, kinds=kinds, size=size, steps=steps, ae_steps=ae_steps,
                     text_encoder_steps=text_encoder_steps, epochs=epochs, ae_epochs=ae_epochs,
-                    batch_size=batch_size, lr=lr, copies=copies)
+                    batch_size=batch_size, lr=lr, copies=copies, conditions=conditions, test=test, patience=patience)
     if prior_steps is not None: options['prior_steps'] = _numbers(prior_steps, '--prior_steps')
     if channels is not None: options['channels'] = _listed(_numbers(channels, '--channels'))
-    for option,what in getattr(train, 'needs', {}).items():
-        if option not in options: raise ValueError(f'the recipe `{recipe}` needs --{option}, {what}')
-    for option in refused(train, options): raise ValueError(f'the recipe `{recipe}` takes no --{option}: leave it out')
-    out = Path(out or f'runs/{recipe}')
+    options |= given(start=start, lora=lora, tune_autoencoder=tune_autoencoder or None)
+    _check_options(recipe, options)
+    if quick: options = _quick_options(train) | options
+    out = Path(out or (f'runs/{recipe}_quick' if quick else f'runs/{recipe}'))
     if resume and not any(out.glob('**/checkpoint.safetensors')):
         raise FileNotFoundError(f'{out} has no checkpoint to go on from: leave out --resume to begin, '
                                 'or give the --out of the run that was begun')
+    deadline = None if max_minutes is None else DeadlineCB(max_minutes)
+    trackers = [TrackCB(name) for name in track.split(',')] if track else []
+    with every_stage(*filter(None, [deadline]), *trackers, compile=compile,
+                     gradient_checkpointing=gradient_checkpointing):
+        _train(train, out, deadline, root=root, seed=seed, precision=precision, **options)
+
+# %% ../../nbs/recipes/06_commands.ipynb #02cf2e5e
+def use_device(
+    device:str, # 'cpu', 'cuda', 'cuda:1', 'mps'; None: a GPU where there is one
+):
+    "Compute there wherever no device is named. Raises `ValueError` for one that is not here."
+    if device is None: return
+    found = check_device(device)
+    if found.type=='cuda' and found.index is not None: torch.cuda.set_device(found)
+    os.environ['FASTLDM_DEVICE'] = device
+
+def _check_options(recipe, options):
+    "`ValueError` for an option that a recipe needs and was not given, or that it does not take."
+    train = RECIPES[recipe]
+    for option,what in getattr(train, 'needs', {}).items():
+        if option not in options: raise ValueError(f'the recipe `{recipe}` needs --{option}, {what}')
+    for option in refused(train, options): raise ValueError(f'the recipe `{recipe}` takes no --{option}: leave it out')
+
+def _quick_options(train):
+    "Lengths of a trial: twenty steps for each stage, one epoch, a few of the pictures that can be drawn without end."
+    options = {}
+    for name,parameter in signature(train).parameters.items():
+        n_stages = len(parameter.default) if isinstance(parameter.default, (list,tuple)) else 1
+        if name.endswith('steps'): options[name] = 20 if n_stages==1 else [20]*n_stages
+        if name.endswith('epochs'): options[name] = 1
+        if name=='n' and isinstance(parameter.default, int): options[name] = min(parameter.default, 500)
+    return options
+
+def _train(train, out, deadline, **options):
+    "Run a recipe, and print what was done and what to do next."
     try:
-        with sigterm_as_interrupt(): model = train(folder=out, root=root, seed=seed, precision=precision, **options)
-    except Interrupted: raise
+        with sigterm_as_interrupt(): model = train(folder=out, **options)
+    except Interrupted as stop:
+        if deadline is None or not deadline.is_over: raise
+        print(f'{deadline.minutes:g} minutes are over: {_one_line(stop)}')
+        return
     except KeyboardInterrupt:
         sys.exit(f'train: interrupted between two stages: the same command goes on with what is saved in {out}')
     print(f'done, in {out}', *_what_was_done(model), *_what_next(model, out), sep='\n')
 
-# %% ../../nbs/recipes/06_commands.ipynb #02cf2e5e
 def _what_was_done(model):
     "A line for each stage of a trained model, as its card has it."
     card = getattr(model, 'meta', {})
@@ -164,7 +224,8 @@ def _what_was_done(model):
     for stage,about in stages.items():
         if 'steps' not in about or 'seconds' not in about: continue
         minutes, seconds = divmod(about['seconds'], 60)
-        lines.append(f"{stage}: {about['steps']:,} steps in {minutes} min {seconds} s")
+        loss = f", held-out loss {about['held_out_loss']:.4g}" if 'held_out_loss' in about else ''
+        lines.append(f"{stage}: {about['steps']:,} steps in {minutes} min {seconds} s{loss}")
     return lines
 
 def _what_next(model, out):
@@ -199,6 +260,12 @@ def parse_text(self:MaskEmbedder, text:str):
 def parse_text(self:WordEmbedder, text:str):
     "The sentence itself."
     return text
+
+@patch
+def parse_text(self:NumberEmbedder, text:str):
+    "A number, in the unit of the table that the model was trained on."
+    try: return float(text)
+    except ValueError: raise ValueError(f'{text!r}: expected a number, such as 3.2') from None
 
 # %% ../../nbs/recipes/06_commands.ipynb #b04531b3
 @patch
@@ -243,13 +310,19 @@ def sample_command(self:LatentDiffusion,
     texts = _merged(given(label=label, attrs=attributes, mask=mask), condition or {})
     conditions = {k: v for k,v in read_conditions(self, texts).items() if v is not None}
     if 'mask' not in conditions and constraint is None: _complete_attributes(self, conditions, n, seed+first)
-    n_labels = getattr(embedders_of(self).get('label'), 'n_classes', 0)
-    by_turns = n_labels>0 and 'label' not in conditions
-    if by_turns: conditions['label'] = [i%n_labels for i in range(first, first+n)]
+    name, n_labels = _first_label(self)
+    by_turns = n_labels>0 and name not in conditions
+    if by_turns: conditions[name] = [i%n_labels for i in range(first, first+n)]
     options = given(constraint=constraint, steps=steps, calls=calls, step=step, guidance_scale=guidance_scale,
                     precision=precision)
     pictures = self.sample(n, seed=seed, first=first, progress=True, **conditions, **options)
     return pictures, n_labels if by_turns else 8
+
+def _first_label(ldm):
+    "The name of a model's first label and the number of its classes; (None, 0) without labels."
+    for name,embedder in embedders_of(ldm).items():
+        if isinstance(embedder, LabelEmbedder): return name, embedder.n_classes
+    return None, 0
 
 def _merged(texts, more):
     "Two dicts as one; `ValueError` for what is in both."
@@ -364,6 +437,7 @@ def draw_files(
     n:int, # pictures
     folder, # a new one
     part:int=PART, # pictures at a time
+    about=None, # `number -> settings` of a picture, for `write_picture`; None: the files have none
 )->int: # files that were written
     """Draw any number of pictures, each into a PNG file. Raises `OSError` where the disk has no room for them, and
     `FileExistsError` where the folder is there already, before the first is written."""
@@ -377,7 +451,9 @@ def draw_files(
             _check_room(folder, n, pictures[0].numel())
             Path(folder).mkdir(parents=True)
         for i,picture in enumerate((pictures.clamp(0, 1)*255).round().byte(), first):
-            to_image(picture).save(Path(folder)/f'{i:06d}.png')
+            file = Path(folder)/f'{i:06d}.png'
+            if about is None: to_image(picture).save(file)
+            else: write_picture(to_image(picture), file, about(i))
     return first+len(pictures)
 
 def _check_room(folder, n, n_bytes, block=4096):
@@ -396,28 +472,57 @@ def control_from_files(
     adapter:str=None, # a shipped adapter by name, or a folder
     default:str=None, # the adapter where none was named
 ): # a constraint, or None
-    """Local control from the command line. Raises `ValueError` for a region without a control, or a file that does
-    not fit."""
+    """Local control from the command line; a file of another size is made to fit, and a line says so. Raises
+    `ValueError` for a region without a control, or an adapter that does not fit."""
     if picture is None:
         if region or adapter:
             raise ValueError('--region and --adapter say where and how to follow --control: '
                              'give a picture to follow, too')
         return None
     name = adapter or default
-    net = load(name if Path(name).exists() else check_choice(name, available('ControlAdapter'), 'adapter'))
+    net = load(name if Path(name).exists() else check_choice(name, _adapters(), 'adapter'))
     kinds = getattr(net, 'kinds', ())
     if len(kinds)!=1:
         what = type(net).__name__ + (' of several controls' if kinds else '')
         raise ValueError(f'{name} is {with_article(what)}: expected a ControlAdapter of one control')
-    constraint = control(net, read_control(picture, kinds[0], net.c_in),
-                         None if region is None else read_region(region))
+    planes = read_control(picture, kinds[0], net.c_in)
+    where = None if region is None else read_region(region)
+    height, width = (side*net.factor for side in diffusion_of(model).shape[1:])
+    if height==width:
+        planes = fit_control(planes, kinds[0], height, picture)
+        if where is not None: where = fit_region(where, height, region)
+    constraint = control(net, planes, where)
     constraint.prepare(diffusion_of(model), 1)                           # raises for sizes that do not fit
     return constraint
 
+# %% ../../nbs/recipes/06_commands.ipynb #17b63f66
+def _adapters(): return available('ControlAdapter', details=True).names
+
+def adapter_of(
+    model:str, # name or folder of the base
+)->str: # a shipped adapter by name, or a folder
+    """The adapter to use where none is named: `local_MODEL`, or the only one in `runs` that was trained for the model.
+    Raises `ValueError` where there is none, or several."""
+    name = f'local_{Path(model).name}'
+    if name in _adapters() or Path(name).exists(): return name
+    own = [str(file.parent) for file in sorted(Path('runs').glob('*/config.json')) if _is_adapter_of(file, model)]
+    if len(own)==1: return own[0]
+    train = f'fastldm_train local --model {model} --kinds edges'
+    advice = f"there are {', '.join(own)}: choose one" if own else f'there is none in runs; `{train}` trains one'
+    raise ValueError(f'--control needs an adapter that was trained for {model}, as --adapter FOLDER: {advice}')
+
+def _is_adapter_of(file, model):
+    "Whether a config.json is that of an adapter which was trained for a model."
+    try: card = json.loads(file.read_text(encoding='utf-8'))
+    except ValueError: return False
+    is_adapter = card.get('config', {}).get('cls')=='ControlAdapter'
+    return is_adapter and card.get('base') in (model, str(Path(model).resolve()))
+
 # %% ../../nbs/recipes/06_commands.ipynb #a21fe3d0
-@command
+@command(rest=True)
 def sample_cli(
-    model:str, # a shipped model, a folder, or user/name on the hub
+    model:Param('a shipped model, a folder, or user/name on the hub; with --like it can be left out', str, opt=False,
+                nargs='?')=None, # what draws
     prompt:str=None, # what to draw, for a text-to-image model ('': anything)
     n:int=None, # pictures (default: 16, or 8 of a text)
     label:str=None, # class of all of them, by number or name, for a model of labels (default: one after the other)
@@ -435,25 +540,33 @@ def sample_cli(
     adapter:str=None, # of the control: a shipped one by name, or a folder (default: local_MODEL)
     prior:str=None, # of a model of texts: codes or diffusion
     candidates:int=None, # of a model of texts: pictures drawn for each one kept (default: 1)
-    seed:int=0, # of the pictures
+    seed:int=None, # of the pictures (default: 0)
     precision:str=None, # bf16: faster where the processor has it
+    like:str=None, # a picture that this command or the page made: draw it again, or with the options given here
     module:str=None, # a Python module or file to import first, which defines a model or condition of your own
     out:str='samples.png', # a picture file for a grid of all, or a new folder for a file each
 ):
-    "Draw pictures into a grid, or into a file each."
+    "Draw pictures into a grid, or into a file each. A condition of the model is an option, too, as in --species oak."
     import_module_of(module)
-    net = load(model)
-    constraint = control_from_files(net, control, region, adapter, f'local_{Path(model).name}')
     step = one_name(sampler, step)
     options = given(prompt=prompt, n=n, label=label, attributes=attributes, mask=mask, style=style, steps=steps,
-                    calls=calls, step=step, guidance_scale=guidance_scale, constraint=constraint, prior=prior,
-                    candidates=candidates, seed=seed, precision=precision)
+                    calls=calls, step=step, guidance_scale=guidance_scale, prior=prior, candidates=candidates,
+                    seed=seed, precision=precision)
     if condition: options['condition'] = _named(condition)
-    n = _draw_into(out, command_method(net, 'sample_command', model, options), options)
+    past = {} if like is None else read_settings(like)
+    name, net = _load_for(model, past, like)
+    options = _with_names(options, words_left('sample'), net)
+    if control or region or adapter: past = {k: v for k,v in past.items() if k not in constraint_settings(past)}
+    if control and adapter is None: adapter = adapter_of(name)
+    constraint = constraint_of(past) or control_from_files(net, control, region, adapter)
+    options = open_masks(net, _as_before(past, net, options | given(constraint=constraint)))
+    method = command_method(net, 'sample_command', name, options)
+    settings = settings_of(net, name, options, adapter, constraint_settings(past))
+    n = _draw_into(out, method, options, settings)
     print(f'{n} pictures in {out}')
 
 # %% ../../nbs/recipes/06_commands.ipynb #75c94ef3
-def _draw_into(out, method, options):
+def _draw_into(out, method, options, settings):
     "Draw into a file or a folder; gives the number of pictures. Raises as `check_pictures_output` and the method."
     parameters = signature(method).parameters
     default = parameters['n'].default if 'n' in parameters else 1
@@ -461,13 +574,54 @@ def _draw_into(out, method, options):
     check_pictures_output(out, n)
     if Path(out).suffix:
         pictures, columns = method(**options)
-        save_grid(pictures, out, columns)
+        save_grid(pictures, out, columns, settings)
         return len(pictures)
     part = PART if 'first' in parameters else n
+    begin = options.get('first', 0)
     def draw(n, first):
-        where = dict(n=n, first=first)
+        where = dict(n=n, first=begin+first)
         return method(**options | {k: v for k,v in where.items() if k in parameters})[0]
-    return draw_files(draw, n, out, part)
+    def about(i): return settings | (dict(n=1, first=begin+i) if 'first' in parameters else {})
+    return draw_files(draw, n, out, part, about)
+
+# %% ../../nbs/recipes/06_commands.ipynb #802be56c
+def _load_for(model, past, like):
+    "The name of the model that is asked for, or that made a picture, and the model. Raises `ValueError` for neither."
+    if model is None and not past: raise ValueError('give a model to draw with, such as mnist, or a picture as --like')
+    name = model or past.get('model')
+    if name is None: raise ValueError(f'{like} does not say which model drew it: give the model, too')
+    try: net = load(name)
+    except FileNotFoundError as error:
+        if model is not None: raise
+        raise FileNotFoundError(f'{like} was drawn by {name}, which is not here: give the folder of the model, too. '
+                                f'{error}') from error
+    if past: check_same_weights(past, net, like, model)
+    return name, net
+
+# %% ../../nbs/recipes/06_commands.ipynb #54f76f41
+_INSTEAD = dict(calls=('steps','step'), steps=('calls',), step=('calls',), prior=('steps','step','guidance_scale'))
+
+def _as_before(past, model, options):
+    "Options as in the settings of a picture, save those that are given now."
+    if not past: return options
+    now = options.get('condition', {})
+    replaced = {name for option in options for name in _INSTEAD.get(option, ())}
+    if past.get('mask_name') in now: replaced |= {'mask'}
+    kept = {name: value for name,value in past.items() if name not in replaced}
+    kept['conditions'] = {name: text for name,text in past.get('conditions', {}).items() if name not in now}
+    before = options_of(kept, getattr(model, 'sample_command', None))
+    conditions = before.get('condition', {}) | now
+    return before | options | (dict(condition=conditions) if conditions else {})
+
+# %% ../../nbs/recipes/06_commands.ipynb #54105f4b
+def _with_names(options, words, model):
+    "Options, with those among the conditions that are called like one. Raises as `conditions_of_options`."
+    known = signature(sample_cli).parameters
+    texts = conditions_of_options(named_values(words), model, known)
+    if isinstance(model, LatentDiffusion):
+        for name in refused(model.sample_command, options):
+            if name in embedders_of(model): texts[name] = str(options.pop(name))
+    return options | dict(condition=_merged(texts, options.get('condition', {}))) if texts else options
 
 def _named(conditions):
     "['ink=1,0,0'] as {'ink': '1,0,0'}."
@@ -504,17 +658,28 @@ def evaluate_command(self:LatentDiffusion,
     data = data_of(self, data)
     options = given(n=n, root=root, seed=seed, steps=steps, calls=calls, step=step, guidance_scale=guidance_scale)
     embedders = embedders_of(self)
-    if 'attrs' in embedders or 'mask' in embedders: return evaluate_faces(self, data, **options)
+    of_faces = _trained_for(data, 'classifier', 'FaceClassifier') if {'attrs','mask'} & {*embedders} else None
+    if of_faces: return evaluate_faces(self, data, classifier=load(of_faces), **options)
     if any(hasattr(e, 'score') for e in embedders.values()): return evaluate_conditions(self, data, **options)
-    return evaluate_ldm(self, _evaluator_of(data), data, **options)
+    evaluator = _trained_for(data, 'evaluator', 'Evaluator') if 'label' in embedders else None
+    if evaluator: return evaluate_ldm(self, load(evaluator), data, **options)
+    train, test = _parts_of(self, data, options.pop('root', None))
+    return evaluate_pictures(self, train, test, **options)
 
-def _evaluator_of(data):
-    "The network that scores pictures like those of a set. Raises `ValueError` where there is none."
-    evaluators = available('Evaluator')
-    if f'{data}_evaluator' in evaluators: return load(f'{data}_evaluator')
-    known = ', '.join(name.removesuffix('_evaluator') for name in evaluators)
-    raise ValueError(f'no evaluator knows {data}: there are some of {known}. To score pictures of your own, compare '
-                     'them in Python by fastldm.metrics, with `fid(real, drawn, EfficientNetLite())`')
+def _trained_for(data, what, kind):
+    "The shipped network that scores pictures of a set, or one that was trained for it in `runs`; None without any."
+    if f'{data}_{what}' in available(kind, details=True).names: return f'{data}_{what}'
+    own = Path('runs')/f'{data}_{what}'
+    return str(own) if '/' not in str(data) and (own/'config.json').exists() else None
+
+def _parts_of(ldm, data, root):
+    "A set for training, and its part for testing; None where there is none."
+    side = picture_shape(ldm)[-1]
+    is_own = full_path(data)==ldm.meta.get('data')                            # that the model was trained on
+    def part(split): return training_set(ldm, split, side, root) if is_own else picture_set(data, root, split, side)
+    train = part('train')
+    try: return train, part('test')
+    except FileNotFoundError: return train, None
 
 # %% ../../nbs/recipes/06_commands.ipynb #c3a01fc6
 @patch
@@ -603,7 +768,7 @@ def codes_cli(
     workers:int=0, # processes that read pictures
 ):
     "Encode pictures and their captions into LMDB. The same command goes on where an interrupted one stopped."
-    require_package('lmdb', 'a store of codes', "'fastldm[text]'")
+    require_package('lmdb', 'a store of codes')
     net = load(model, 'cpu')
     vqvae = getattr(net, 'vqvae', net)
     if not hasattr(vqvae, 'encode_codes'):

@@ -277,7 +277,7 @@ class Page:
     ):
         """Raises `ImportError` where Gradio is missing, and as `read_config` for a name that is no model."""
         os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'
-        self.gr = require_package('gradio', 'The page', '"fastldm[app]"')
+        self.gr = require_package('gradio', 'The page')
         self.names = [str(name) for name in models or list_models()]
         self.forms = {name: form_of(read_config(name)) for name in self.names}
         self.folder = Path(folder or tempfile.mkdtemp(prefix='fastldm-')).absolute()
@@ -604,13 +604,36 @@ def restore(self:Page,
     "The page as it was when a picture was drawn. Raises `ValueError` for one that was drawn elsewhere."
     settings = read_settings(path)
     name = check_choice(settings.get('model'), self.names, 'model')
-    tab = check_choice(settings.get('tab'), TABS, 'tab')
+    tab = settings.get('tab')
+    _check_has_widgets(settings, path)
     updates = self.show_model(name, tab)
     values = _words(settings, self.forms[name]) | _paint(settings, self.forms[name])
     for widget,value in values.items():
         before = updates.get(self.inputs[widget], self.gr.update())
         updates[self.inputs[widget]] = before | dict(value=value)
     return updates
+
+# %% ../../nbs/ui/01_app.ipynb #0ab4ce47
+def _check_has_widgets(settings, path):
+    "`ValueError` for a picture that a command made in a way for which the page has no widgets."
+    others = [name for name in ('calls','candidates','precision','first') if settings.get(name)]
+    most = dict(n=16, steps=100)
+    others += [f'{name}={settings[name]}' for name in most if settings.get(name, 0)>most[name]]
+    if settings.get('tab') not in TABS: others.append(settings.get('tab'))
+    if not others: return
+    raise ValueError(f'{Path(path).name} was made with {", ".join(map(str, others))}, for which this page has no '
+                     'button: `fastldm_sample --like` draws it again')
+
+# %% ../../nbs/ui/01_app.ipynb #85c3a620
+def _check_has_widgets(settings, path):
+    "`ValueError` for a picture that a command made in a way for which the page has no widgets."
+    others = [name for name in ('calls','candidates','precision','first') if settings.get(name)]
+    most = dict(n=16, steps=100)
+    others += [f'{name}={settings[name]}' for name in most if settings.get(name, 0)>most[name]]
+    if settings.get('tab') not in TABS: others.append(settings.get('tab'))
+    if not others: return
+    raise ValueError(f'{Path(path).name} was made with {", ".join(map(str, others))}, for which this page has no '
+                     'button: `fastldm_sample --like` draws it again')
 
 # %% ../../nbs/ui/01_app.ipynb #4f2acc60
 def _words(settings, form):
