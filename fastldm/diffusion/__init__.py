@@ -10,3 +10,4 @@ from .ldm import *
 from .constraints import *
 from .edit import *
 from .distill import *
+from .lora import *

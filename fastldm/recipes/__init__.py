@@ -13,3 +13,6 @@ from .probes import *
 from .face_probes import *
 from .control_probes import *
 from .text_probes import *
+from .pictures import *
+from .finetune import *
+from .conditions import *
