@@ -10,3 +10,4 @@ from .synthetic import *
 from .faces import *
 from .drawn_faces import *
 from .icons import *
+from .table import *

@@ -71,6 +71,7 @@ class Augmented(Pictures):
         super().__init__(torch.cat(images), None if ds.label is None else ds.label.repeat(copies), ds.classes)
         fields = {name:_views(values, matrices, padding_mode) for name,values in getattr(ds, 'fields', {}).items()}
         if fields: self.fields = fields
+        if hasattr(ds, 'conditions'): self.conditions = ds.conditions
         self.split = ds.split
         self.licence = licence_of(ds)
         self.n_originals = len(ds)
