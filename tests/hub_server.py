@@ -1,5 +1,6 @@
-"""A server that speaks the Hugging Face hub's HTTP protocol, as far as `huggingface_hub` needs it to create repositories,
-commit files (plain, or by Git LFS), and read them: the API, `resolve` with its headers, and a store of large files."""
+"""A server that speaks the Hugging Face hub's HTTP protocol, as far as `huggingface_hub` needs it to create
+repositories, commit files (plain, or by Git LFS), and read them: the API, `resolve` with its headers, and a store of
+large files."""
 import base64, hashlib, json, re, threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -164,8 +165,8 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def hub_server(**tokens):
-    """Gives `address`, `repos`, `requests`, and `cuts`: bytes after which the next large files end. These lie on another
-    host, as on the hub, which must not see a token. `tokens`: of each user."""
+    """Gives `address`, `repos`, `requests`, and `cuts`: bytes after which the next large files end. These lie on
+    another host, as on the hub, which must not see a token. `tokens`: of each user."""
     server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
     port = server.server_port
     server.hub = SimpleNamespace(address=f'http://127.0.0.1:{port}', elsewhere=f'http://localhost:{port}', repos={}, store={}, requests=[],

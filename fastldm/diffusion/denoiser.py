@@ -126,7 +126,7 @@ class Denoiser(Module):
         α, σ = scales(self, t, x)
         c_skip, c_out = precondition(self.predict, α, σ, self.sigma_data)
         c_in = ((α*self.sigma_data)**2 + σ**2).rsqrt() if self.scale_input else 1.
-        t = torch.as_tensor(t, device=x.device, dtype=torch.float32).expand(len(x))
+        t = torch.as_tensor(t, device=x.device, dtype=torch.float32).expand(x.shape[0])
         slots = cond.slots() if cond else {}
         net_input = c_in*x
         dtype = _precision(self.net)
@@ -257,6 +257,7 @@ def guide(
     batch:dict, # a field for each condition
     interval=(0.,1.), # times at which guidance acts; outside, every scale is 1
     order=None, # names of the conditions, from the one that is added first; None: as the model has them
+    negative:dict=None, # fields that take the place of conditions that are left out: guidance moves away from them
     **guidance_scales, # condition = scale; 1: as in the data (the default), 0: ignored
 )->Guided: # a denoiser
     """Guide a denoiser without a classifier (Ho and Salimans 2022): a scale for each condition, an interval of times.
@@ -269,6 +270,12 @@ def guide(
     if unknown: raise ValueError(f'guidance_scale for {unknown}, but this model is conditioned on {names}')
     if order is not None: names = _check_order(order, names)
     w = [real_number(guidance_scales.get(k, 1.), f'guidance_scale of {k!r}', -100, 100) for k in names]
-    conds = [model.conditioner(batch, without=names[i:]) for i in range(len(names)+1)]
+    conds = [_cond_without(model.conditioner, batch, names[i:], negative or {}) for i in range(len(names)+1)]
     coefs = [before-after for before,after in zip([1.]+w, w+[0.])]
     return Guided(model, conds, coefs, interval)
+
+# %% ../../nbs/diffusion/04_denoiser.ipynb #3a4edfe8
+def _cond_without(conditioner, batch, left_out, negative):
+    "The conditions of a batch without some, in whose place stand the negative ones, where there are any."
+    batch = batch | {name: negative[name] for name in left_out if name in negative}
+    return conditioner(batch, without=[name for name in left_out if name not in negative])
