@@ -11,3 +11,4 @@ from .constraints import *
 from .edit import *
 from .distill import *
 from .lora import *
+from .export import *
