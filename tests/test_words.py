@@ -1,4 +1,5 @@
 "The words that people know, in Python and in the commands: names of samplers, settings in pictures, sizes, frames."
+import pydoc
 import subprocess
 import sys
 from pathlib import Path
@@ -8,8 +9,12 @@ import torch
 from PIL import Image
 from fastldm import load
 from fastldm.core.show import read_settings, write_picture
-from fastldm.data import get_dataset
+from fastldm.data import from_image, get_dataset
+from fastldm.diffusion.constraints import vary
+from fastldm.diffusion.denoiser import guide
+from fastldm.diffusion.ldm import LatentDiffusion
 from fastldm.recipes.commands import command_method, sample_cli
+from fastldm.recipes.pictures import Film, unpack
 
 BIN = Path(sys.executable).parent
 
@@ -98,3 +103,117 @@ def test_sketch_and_mask_travel_with_the_picture(tmp_path):
         sample_cli(like=tmp_path/f'{name}.png', out=tmp_path/f'{name}_again.png')
         assert (pixels(tmp_path/f'{name}.png')==pixels(tmp_path/f'{name}_again.png')).all()
     assert read_settings(tmp_path/'scene.png')['conditions']==dict(text='a red circle')
+
+# ---- sizes
+
+def test_files_of_other_sizes_fit(tmp_path, capsys):
+    "A thin sketch of 500×300 and its region and a mask twice as large: one line each, and lines that survive."
+    sketch = np.zeros((300,500), np.uint8)
+    sketch[150,120:380] = 255
+    Image.fromarray(sketch).save(tmp_path/'sketch.png')
+    Image.fromarray(np.full((32,32), 255, np.uint8)).save(tmp_path/'region.png')
+    files = dict(control=str(tmp_path/'sketch.png'), region=str(tmp_path/'region.png'))
+    sample_cli('scenes', prompt='a ship', n=1, steps=1, **files, out=tmp_path/'ship.png')
+    said = capsys.readouterr().out
+    assert 'sketch.png is 500×300, of which the middle 300×300 is taken: made 64×64' in said
+    assert 'region.png is 32×32: made 64×64' in said
+    drawn = np.array(unpack(read_settings(tmp_path/'ship.png')['control']))
+    assert (drawn.max(0)[8:56]==255).all() and drawn.mean()<16
+    mask = get_dataset('avatars', split='test')[0]['mask'].numpy()
+    Image.fromarray(mask.repeat(2, 0).repeat(2, 1)).save(tmp_path/'mask.png')
+    sample_cli('avatars', mask=str(tmp_path/'mask.png'), n=1, steps=1, out=tmp_path/'face.png')
+    assert 'mask.png is 128×128: made 64×64' in capsys.readouterr().out
+    assert (np.array(unpack(read_settings(tmp_path/'face.png')['mask']))==mask).all()
+
+def test_python_names_the_way(mnist):
+    "In Python another size is an error, which says what resizes."
+    large = vary(torch.rand(1, 50, 50)*2-1)
+    with pytest.raises(ValueError, match=r'fit_to\(picture, 28\)'): mnist.sample(1, constraint=large)
+
+# ---- pictures on their way
+
+def test_animate(tmp_path):
+    "A film of as many frames as there are steps, the last of which is held; a kind of film that is not known is named."
+    sample_cli('mnist', n=4, steps=5, animate=tmp_path/'four.gif', out=tmp_path/'four.png')
+    with Image.open(tmp_path/'four.gif') as film:
+        assert film.n_frames==5
+        film.seek(4)
+        assert film.info['duration']>=2000
+        last = np.asarray(film.convert('L'), int)
+    assert abs(last-np.asarray(Image.open(tmp_path/'four.png').convert('L'), int)).max()<=2
+    with pytest.raises(SystemExit, match='give a .gif file'): sample_cli('mnist', n=1, animate='four.avi')
+    with pytest.raises(ValueError, match='takes no --animate'):
+        command_method(Plain(), 'sample_command', 'mine', ['watch'])
+
+def test_a_film_by_ffmpeg(tmp_path, monkeypatch):
+    "An .mp4 file is written by the program ffmpeg, where there is one; else the message says that it is missing."
+    monkeypatch.setenv('PATH', str(tmp_path))
+    with pytest.raises(ValueError, match='needs the program ffmpeg'): Film(tmp_path/'film.mp4')
+    program = tmp_path/'ffmpeg'
+    program.write_text(f'#!{sys.executable}\nimport sys\nopen(sys.argv[-1], "wb").write(sys.stdin.buffer.read())\n')
+    program.chmod(0o755)
+    film = Film(tmp_path/'film.mp4')
+    for shade in (0., 1.): film(torch.full((1,1,56,56), shade))
+    film.save(seconds=.4, hold=2.)
+    assert (tmp_path/'film.mp4').stat().st_size==56*56*3*(2+10)
+
+def test_watch_needs_a_notebook(mnist):
+    "Elsewhere the message says what else can be given."
+    with pytest.raises(ValueError, match='give a function'): mnist.sample(1, watch=True, steps=1)
+    with pytest.raises(ValueError, match='expected True'): mnist.sample(1, watch='yes', steps=1)
+
+# ---- what users of diffusers type
+
+def test_negative_prompt():
+    "An empty negative prompt is guidance as it always is, bit for bit; another text changes the picture."
+    scenes = load('scenes')
+    kw = dict(n=2, prior='diffusion', guidance_scale=3., steps=3, seed=0)
+    usual = scenes.sample('a red ship', **kw)
+    assert torch.equal(scenes.sample('a red ship', negative_prompt='', **kw), usual)
+    assert (scenes.sample('a red ship', negative_prompt='the sea', **kw)-usual).abs().max()>.05
+    with pytest.raises(ValueError, match='guidance only'):
+        scenes.sample('a ship', negative_prompt='the sea', **kw | dict(guidance_scale=1.))
+
+def test_guidance_moves_away_from_a_negative_condition(mnist):
+    "The equation, from two predictions of the network: x0 = x0(n) + w (x0(c) - x0(n))."
+    w = 3.
+    batch = {name: mnist.denoiser.conditioner.parse(2, **dict(label=label)) for name,label in dict(c=3, n=8).items()}
+    x, t = torch.randn(2, *mnist.shape), torch.tensor(.5)
+    with torch.no_grad():
+        guided = guide(mnist.denoiser, batch['c'], negative=batch['n'], label=w)(x, t)
+        c, n = (mnist.denoiser(x, t, mnist.denoiser.conditioner(batch[name])) for name in 'cn')
+    assert torch.allclose(guided, n+w*(c-n), atol=1e-4)
+
+def test_names_of_diffusers(mnist, tmp_path):
+    "Saving, loading and calling by their names; half precision; arguments that have another name here are named."
+    mnist.save_pretrained(tmp_path/'copy')
+    copy = LatentDiffusion.from_pretrained(tmp_path/'copy', 'cpu')
+    assert torch.equal(copy(2, label=3, steps=2, seed=0), mnist.sample(2, label=3, steps=2, seed=0))
+    assert (copy.half().sample(2, label=3, steps=2, seed=0)-mnist.sample(2, label=3, steps=2, seed=0)).abs().max()<.1
+    with pytest.raises(ValueError, match='did you mean steps'): mnist.sample(1, num_inference_steps=3)
+    with pytest.raises(ValueError, match=r"unknown setting 'num_inference_steps' \(did you mean steps"):
+        load('scenes').sample('a ship', prior='diffusion', num_inference_steps=3)
+    varied = [mnist.sample(1, constraint=vary(x), steps=2, seed=0) for x in pil_and_tensor()]
+    assert torch.equal(*varied)
+
+def pil_and_tensor():
+    "A picture as PIL has it, and as a tensor."
+    picture = Image.fromarray(np.arange(28*28, dtype=np.uint8).reshape(28,28))
+    return picture, from_image(picture)
+
+def test_help_shows_no_address(mnist):
+    "The signature of `sample` reads the same in each process."
+    assert ' at 0x' not in pydoc.render_doc(mnist.sample)
+
+# ---- grids
+
+def test_a_grid_has_the_names_of_its_rows(tmp_path):
+    "With names beside them, classes are rows: what stands right of the names is the pictures, in their order."
+    fashion = load('fashion')
+    sample_cli('fashion', n=20, steps=2, out=tmp_path/'rows.png')
+    grid = pixels(tmp_path/'rows.png')[...,0]
+    left = grid.shape[1]-2*57+1
+    assert (grid[:,:left-10]<128).any() and (grid[:,left-3:left]==255).all()
+    drawn = fashion.sample(20, label=[i%10 for i in range(20)], seed=0, steps=2)
+    expected = (drawn[13,0].clamp(0, 1)*255).round().byte().numpy()        # the second picture of the fourth row
+    assert (grid[3*57:3*57+56, left+57:left+57+56][::2,::2]==expected).all()

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 from tqdm.auto import tqdm
-from ..core.models import Module, whole_number
-from ..diffusion.ldm import LatentDiffusion, check_seed
+from ..core.models import Module, check_choice, whole_number
+from ..diffusion.ldm import OUTPUTS, LatentDiffusion, argument_hint, check_seed, to_output
 from .pixelsnail import sample_codes
 
 # %% ../../nbs/codes/05_text2image.ipynb #dd64cc09
@@ -117,9 +117,11 @@ def other_conditions(self:TextToImage)->list: # of names
 
 @patch
 def _by_diffusion(self:TextToImage, text, seed, first, batch_size, progress, *, steps=20, step=None, times=None,
-                  guidance_scale=1., interval=(0.,1.), precision=None, constraint=None, **conditions):
+                  guidance_scale=1., interval=(0.,1.), precision=None, constraint=None, watch=None, latents=False,
+                  negative_prompt=None, **conditions):
     settings = dict(steps=steps, step=step, times=times, guidance_scale=guidance_scale, interval=interval,
-                    precision=precision, constraint=constraint)
+                    precision=precision, constraint=constraint, watch=watch, latents=latents)
+    if negative_prompt is not None: settings['negative'] = dict(text=negative_prompt)
     return self.diffusion.sample(len(text), seed=seed, first=first, batch_size=batch_size, progress=progress, text=text,
                                  **settings, **conditions)
 
@@ -129,7 +131,7 @@ def prior_for(self:TextToImage,
     names, # of settings and conditions
 )->str: # 'codes' or 'diffusion'
     "The prior that can do what is asked; codes where both can."
-    for_diffusion = {'constraint', *self.other_conditions} & {*names}
+    for_diffusion = {'constraint', 'negative_prompt', 'watch', 'latents', *self.other_conditions} & {*names}
     return 'diffusion' if for_diffusion and self.denoiser is not None else self.kinds[0]
 
 # %% ../../nbs/codes/05_text2image.ipynb #7215b814
@@ -142,10 +144,13 @@ def _choose_prior(self:TextToImage, prior, settings):
     known = [name for name,p in params.items() if p.kind==p.KEYWORD_ONLY]
     if prior=='diffusion': known += self.other_conditions
     for name in settings:
-        if name not in known:
-            raise ValueError(f'unknown setting {name!r}: sampling by {prior} takes {", ".join(known)}')
+        if name in known: continue
+        others = [*inspect.signature(self.sample).parameters, *known]
+        hint = f' ({hint})' if (hint := argument_hint(name, others)) else ''
+        raise ValueError(f'unknown setting {name!r}{hint}: sampling by {prior} takes {", ".join(known)}')
     return draw
 
+# %% ../../nbs/codes/05_text2image.ipynb #71ff7b54
 @patch
 def check_settings(self:TextToImage):
     "Raises `ValueError` for a setting, given to the constructor, that there is not."
@@ -165,6 +170,22 @@ def _best(self:TextToImage, images, prompts, candidates):
     best = match.argmax(1).to(images.device)
     return images[torch.arange(len(best), device=images.device)*candidates + best]
 
+# %% ../../nbs/codes/05_text2image.ipynb #1e4ecb24
+@patch
+def _encode(self:TextToImage, prompts, settings):
+    "The features of the prompts, and settings in which a negative prompt is its features, of the same length."
+    settings = dict(settings)
+    negative = settings.pop('negative_prompt', None)
+    if not negative: return self._features(prompts), settings
+    both = self._features(prompts + _prompts(negative, len(prompts)))
+    text, negative = both.split(len(prompts))
+    return text, settings | dict(negative_prompt=negative)
+
+@patch
+def forward(self:TextToImage, *args, **kwargs):
+    "`sample`: so `model('a red house')` draws one."
+    return self.sample(*args, **kwargs)
+
 # %% ../../nbs/codes/05_text2image.ipynb #cccd6935
 @patch
 @torch.no_grad()
@@ -178,12 +199,15 @@ def sample(self:TextToImage,
     batch_size:int=64, # images at a time
     first:int=0, # index of the first of these images, to sample many in parts
     progress:bool=False, # show bars
+    output_type:str='pt', # as in `LatentDiffusion.sample`
     **how, # codes: temperature, top_k, top_p, guidance_scale (each a value, or one per level);
-           # diffusion: steps, step, times, guidance_scale, interval, precision, constraint, and `other_conditions`
-)->torch.Tensor: # (n,C,H,W) in [0,1]
+           # diffusion: steps, step, times, guidance_scale, interval, precision, constraint, latents, watch,
+           # negative_prompt (a text, or one an image, that guidance moves away from), and `other_conditions`
+)->torch.Tensor: # (n,C,H,W) in [0,1], or what `output_type` says
     """Sample images of a text.
     Raises `ValueError` for a text or a setting that makes no sense, before work starts."""
     prompts = _prompts(prompt, n)
+    check_choice(output_type, OUTPUTS, 'output_type')
     if prior is None: prior = self.prior_for(how)
     draw = self._choose_prior(prior, how)
     batch_size = whole_number(batch_size, 'batch_size', 1)
@@ -191,12 +215,13 @@ def sample(self:TextToImage,
     if candidates>1 and not hasattr(self.text_encoder, 'match'):
         raise ValueError(f'candidates={candidates}: expected 1, or a text encoder that can match (a `Blip`)')
     prompts = [p for p in prompts for _ in range(candidates)]
-    text = self._features(prompts)
     seed = check_seed(seed)
     settings = {**self.settings[prior], **how}
+    text, settings = self._encode(prompts, settings)
     first = whole_number(first, 'first', 0)*candidates
     images = draw(text, seed=seed, first=first, batch_size=batch_size, progress=progress, **settings)
-    return images if candidates==1 else self._best(images, prompts, candidates)
+    if candidates>1: images = self._best(images, prompts, candidates)
+    return to_output(images, output_type)
 
 # %% ../../nbs/codes/05_text2image.ipynb #8ad6c3ad
 class CodeLatents:

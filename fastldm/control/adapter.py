@@ -175,13 +175,14 @@ def _guided_with_features(guided, features, branch):
 
 # %% ../../nbs/control/00_adapter.ipynb #591e7437
 def check_planes(
-    x, # a control or region: (H,W) for one channel, (c,H,W), or (n,c,H,W)
+    x, # a control or region: (H,W) for one channel, (c,H,W), (n,c,H,W), or a PIL picture
     channels:int, # how many it should have
     name:str, # what it is, for the error message
 )->torch.Tensor: # (1 or n,c,H,W) floats in [0,1]
     """A control or a region as a batch.
 
     Raises `ValueError` for another shape, type or range."""
+    if isinstance(x, Image.Image): x = (from_image(plain_picture(x, min(channels, 3), ground='black'))+1)/2
     x = torch.as_tensor(x)
     if x.dtype==torch.bool: x = x.float()
     if x.ndim==2 and channels==1: x = x[None,None]
@@ -223,7 +224,8 @@ class ControlPart:
         size = tuple(side*self.adapter.factor for side in ldm.shape[1:])
         if self.adapter.widths not in widths or tuple(self.picture.shape[2:])!=size:
             raise ValueError(f'the adapter gives {self.adapter.widths} channels for a picture of '
-                             f'{tuple(self.picture.shape[2:])}: this model has {widths[0]} and takes {size}')
+                             f'{tuple(self.picture.shape[2:])}: this model has {widths[0]} and takes {size}. '
+                             "`fastldm.data.fit_to(picture, size, 'lines')` resizes a sketch, 'nearest' a region")
         for rows in (len(self.picture), len(self.region)):
             if rows not in (1,n):
                 raise ValueError(f'{rows} controls or regions were given for {n} samples: give one, or one per sample')

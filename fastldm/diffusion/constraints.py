@@ -11,6 +11,7 @@ import numpy as np, torch, torch.nn.functional as F
 from PIL import Image
 from ..core.models import real_number, whole_number
 from ..core.show import warn_unsigned
+from ..data.images import from_image
 from .denoiser import scales
 from .ldm import Constraint
 
@@ -73,9 +74,10 @@ def check_pictures(
     images:torch.Tensor, # (C,H,W), or (n,C,H,W), in [-1,1]
     caller:str, # the function that was called with them, for the message
 )->torch.Tensor: # (n,C,H,W)
-    """Pictures as a batch. Warns where nothing is below 0, as in what `sample` returns.
+    """Pictures as a batch, also those of PIL. Warns where nothing is below 0, as in what `sample` returns.
 
     Raises `ValueError` for anything else than pictures in [-1,1]."""
+    images = _of_pil(images)
     if torch.is_tensor(images) and images.ndim==3: images = images[None]
     is_batch = torch.is_tensor(images) and images.is_floating_point() and images.ndim==4 and images.numel()>0
     if is_batch and images.abs().amax()<=1.01:
@@ -85,7 +87,13 @@ def check_pictures(
     if torch.is_tensor(images) and images.numel():
         given = f'{images.dtype} {tuple(images.shape)}, {images.min():.4g} to {images.max():.4g}'
     raise ValueError(f'{caller} takes pictures (C,H,W) or (B,C,H,W) in [-1,1]; given {given}; '
-                     '`from_image` makes them of bytes and PIL pictures')
+                     '`from_image` makes them of bytes')
+
+def _of_pil(images):
+    "PIL pictures, one or a list, as floats; anything else as it is."
+    pictures = images if isinstance(images, (list,tuple)) else [images]
+    is_pil = len(pictures)>0 and all(isinstance(picture, Image.Image) for picture in pictures)
+    return from_image(list(pictures)) if is_pil else images
 
 # %% ../../nbs/diffusion/07_constraints.ipynb #6166a6cc
 def read_flags(
@@ -122,7 +130,7 @@ def check_region(
     one_each = region.ndim==4 and len(region) in (1,len(images))
     if region.shape[-2:]!=images.shape[-2:] or not (region.ndim==2 or one_each):
         raise ValueError(f'the {name} has shape {tuple(region.shape)}, the pictures {tuple(images.shape)}: '
-                         'give (H,W), or (n,1,H,W) with one per picture')
+                         'give (H,W), or (n,1,H,W) with one per picture; `fastldm.data.fit_to` resizes it')
     if not region.any(): raise ValueError(f'the {name} is empty: it must be true (or white) somewhere')
     return region.expand(len(images), 1, -1, -1)
 
@@ -147,8 +155,9 @@ class PictureConstraint(Constraint):
         try: fits = self.measure(blank, *(d[:1].cpu() for d in self.data)).shape[1:]==given.shape[1:]
         except RuntimeError: fits = False                       # shapes that cannot be combined
         if not fits:
-            raise ValueError(f'a picture of shape {tuple(given.shape[1:])} was given, which does not fit: '
-                             f'this model draws {tuple(blank.shape[1:])}')
+            raise ValueError(f'a picture of shape {tuple(given.shape[1:])} was given, which does not fit: this model '
+                             f'draws {tuple(blank.shape[1:])}; `fastldm.data.fit_to(picture, {blank.shape[-1]})` '
+                             'resizes it')
         return [d.to(ldm.device).expand(n, *d.shape[1:]) for d in self.data]
 
 # %% ../../nbs/diffusion/07_constraints.ipynb #4fda66ee

@@ -38,7 +38,7 @@ from .conditions import conditions_of_options, named_values, words_left
 from .evaluate import (evaluate_conditions, evaluate_control, evaluate_faces, evaluate_ldm,
                                       evaluate_pictures, evaluate_texts, picture_shape, print_scores,
                                       reconstruction_texts)
-from .pictures import (check_same_weights, constraint_of, constraint_settings, fit_control,
+from .pictures import (Film, check_same_weights, constraint_of, constraint_settings, fit_control,
                                       fit_region, open_masks, options_of, settings_of)
 from .stages import (RECIPES, captioned_set, diffusion_of, embedders_of, every_stage, full_path,
                                     picture_set, save_grid, training_set, with_article, write_card)
@@ -232,6 +232,7 @@ def _what_next(model, out):
     "What can be done with a model that was just trained: the commands that take it, and Python."
     lines = []
     if (out/'samples.png').exists(): lines.append(f"samples: {out/'samples.png'}")
+    if (out/'adapter.safetensors').exists(): lines.append(f"adapter: {out/'adapter.safetensors'}")
     for task,method in (('sample','sample_command'), ('eval','evaluate_command')):
         if hasattr(model, method): lines.append(f'{task}: fastldm_{task} {out}')
     if (out/'config.json').exists(): lines.append(f"in Python: model = fastldm.load('{out}')")
@@ -286,7 +287,14 @@ def read_conditions(
 )->dict: # {condition: value}, for `sample`, which refuses an unknown name
     "Conditions from the command line. Raises what `parse_text` raises."
     embedders = embedders_of(ldm)
-    return {name: embedders[name].parse_text(text) if name in embedders else text for name,text in texts.items()}
+    return {name: _read_text(embedders[name], name, text) if name in embedders else text for name,text in texts.items()}
+
+def _read_text(embedder, name, text):
+    "What an embedder reads of a text; an error says of which condition."
+    try: return embedder.parse_text(text)
+    except ValueError as error:
+        if name in str(error): raise
+        raise ValueError(f'{name}: {error}') from None
 
 # %% ../../nbs/recipes/06_commands.ipynb #e2dcba0c
 @patch
@@ -303,8 +311,9 @@ def sample_command(self:LatentDiffusion,
     step:str=None, # as in `sample`
     guidance_scale:float=None, # as in `sample`
     precision:str=None, # as in `sample`
+    watch=None, # as in `sample`
     seed:int=0, # as in `sample`
-)->tuple: # pictures (n,C,H,W) in [0,1], pictures in a row
+)->tuple: # pictures (n,C,H,W) in [0,1], pictures in a row or names of their classes
     """Draw by label, attributes, mask, and conditions of one's own. Raises `ValueError` for a condition that is given
     twice, and what `parse_text` and `sample` raise."""
     texts = _merged(given(label=label, attrs=attributes, mask=mask), condition or {})
@@ -314,9 +323,12 @@ def sample_command(self:LatentDiffusion,
     by_turns = n_labels>0 and name not in conditions
     if by_turns: conditions[name] = [i%n_labels for i in range(first, first+n)]
     options = given(constraint=constraint, steps=steps, calls=calls, step=step, guidance_scale=guidance_scale,
-                    precision=precision)
+                    precision=precision, watch=watch)
     pictures = self.sample(n, seed=seed, first=first, progress=True, **conditions, **options)
-    return pictures, n_labels if by_turns else 8
+    if not by_turns: return pictures, 8
+    names = list(embedders_of(self)[name].names)
+    begin = first%n_labels
+    return pictures, names[begin:]+names[:begin] or n_labels
 
 def _first_label(ldm):
     "The name of a model's first label and the number of its classes; (None, 0) without labels."
@@ -351,6 +363,8 @@ def sample_command(self:TextToImage,
     step:str=None, # as in `sample`
     guidance_scale:float=None, # as in `sample`
     precision:str=None, # as in `sample`
+    negative_prompt:str=None, # as in `sample`
+    watch=None, # as in `sample`
     seed:int=0, # as in `sample`
 )->tuple: # pictures (n,C,H,W) in [0,1], pictures in a row
     "Draw by text. Raises `ValueError` without a prompt, and what `sample` raises."
@@ -363,7 +377,7 @@ def sample_command(self:TextToImage,
             raise ValueError(f'--{name}: this model has no such condition; it takes {known}')
     conditions = read_conditions(self.diffusion, texts) if texts else {}
     options = given(prior=prior, candidates=candidates, constraint=constraint, steps=steps, step=step,
-                    guidance_scale=guidance_scale, precision=precision)
+                    guidance_scale=guidance_scale, precision=precision, negative_prompt=negative_prompt, watch=watch)
     return self.sample(prompt, n, seed=seed, first=first, progress=True, **conditions, **options), 8
 
 # %% ../../nbs/recipes/06_commands.ipynb #d8a93002
@@ -384,7 +398,7 @@ def command_method(
                          f'these models do: {_names_of(method, option)}')
     return getattr(model, method)
 
-_OPTIONS = dict(step='sampler') # parameter: its option, where that has another name
+_OPTIONS = dict(step='sampler', watch='animate') # parameter: its option, where that has another name
 
 def _names_of(method, option=None):
     "Names of the shipped models that have a method, and take an option there."
@@ -524,6 +538,7 @@ def sample_cli(
     model:Param('a shipped model, a folder, or user/name on the hub; with --like it can be left out', str, opt=False,
                 nargs='?')=None, # what draws
     prompt:str=None, # what to draw, for a text-to-image model ('': anything)
+    negative_prompt:str=None, # of such a model: what guidance moves away from
     n:int=None, # pictures (default: 16, or 8 of a text)
     label:str=None, # class of all of them, by number or name, for a model of labels (default: one after the other)
     attributes:str=None, # of a face: those present, and with =0 those absent, as in Smiling,Eyeglasses=0
@@ -542,6 +557,7 @@ def sample_cli(
     candidates:int=None, # of a model of texts: pictures drawn for each one kept (default: 1)
     seed:int=None, # of the pictures (default: 0)
     precision:str=None, # bf16: faster where the processor has it
+    animate:str=None, # also a .gif, .webp or .mp4 file of how the pictures come about
     like:str=None, # a picture that this command or the page made: draw it again, or with the options given here
     module:str=None, # a Python module or file to import first, which defines a model or condition of your own
     out:str='samples.png', # a picture file for a grid of all, or a new folder for a file each
@@ -551,7 +567,8 @@ def sample_cli(
     step = one_name(sampler, step)
     options = given(prompt=prompt, n=n, label=label, attributes=attributes, mask=mask, style=style, steps=steps,
                     calls=calls, step=step, guidance_scale=guidance_scale, prior=prior, candidates=candidates,
-                    seed=seed, precision=precision)
+                    seed=seed, precision=precision, negative_prompt=negative_prompt)
+    if animate is not None: options['watch'] = Film(animate)
     if condition: options['condition'] = _named(condition)
     past = {} if like is None else read_settings(like)
     name, net = _load_for(model, past, like)
@@ -575,7 +592,9 @@ def _draw_into(out, method, options, settings):
     if Path(out).suffix:
         pictures, columns = method(**options)
         save_grid(pictures, out, columns, settings)
+        if 'watch' in options: options['watch'].save(columns)
         return len(pictures)
+    if 'watch' in options: raise ValueError('--animate shows a grid: give a picture file as --out, too')
     part = PART if 'first' in parameters else n
     begin = options.get('first', 0)
     def draw(n, first):

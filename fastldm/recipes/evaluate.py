@@ -44,7 +44,7 @@ def check_count(
 )->int: # the same number
     """Raises `ValueError` for anything but a whole number of at least 1, or for more pictures than memory can hold,
     and `ImportError` for a package that is missing."""
-    for package in needs: require_package(package, 'scoring pictures', package.replace('_', '-'))
+    for package in needs: require_package(package, 'scoring pictures')
     n = whole_number(n, 'n', 1)
     needed = n*4*4*math.prod(picture_shape(ldm))                # four copies of four bytes a number
     memory = _memory()
@@ -84,8 +84,16 @@ def evaluate_ldm(
     test = _set_on_this_computer(data, root, 'test')
     for name,value in evaluate(pictures, labels, evaluator, ref, train).items():
         scores[name.replace(f'_{net_name(evaluator)}', '')] = value
+    if train is not None: scores |= _floor(ref, train, n, evaluator)
     if test is not None: scores |= reconstruction(ldm, test)
     return scores
+
+# %% ../../nbs/recipes/05_evaluate.ipynb #79b41e32
+def _floor(ref, train, n, evaluator):
+    "The FID of as many real pictures, drawn from the training set."
+    rows = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:n].tolist()
+    features = image_features((train.__getitems__(rows)['image']+1)/2, evaluator)
+    return dict(train_n=len(rows), train_fid=float(fid(ref, features, evaluator)))
 
 def _set_on_this_computer(data, root, split):
     "A data set; None where it would have to be fetched first."
@@ -109,9 +117,14 @@ def reconstruction(
 def print_scores(
     scores:dict, # numbers or texts by name
 )->None:
-    "One score a line."
+    "One score a line, and a hint where FID is of so few pictures that it is not comparable with published ones."
     for name,value in scores.items():
         print(f'{name:32s}{value:12.4f}' if isinstance(value, float) else f'{name:32s}{value!s:>12}')
+    n = scores.get('n')
+    if 'fid' not in scores or not isinstance(n, int) or n>=10_000: return
+    hint = f'fid falls with the number of pictures, here {n:,}: compare it with others of as many only'
+    if 'train_fid' in scores: hint += f'; {scores["train_n"]:,} real ones have {scores["train_fid"]:.4f}'
+    print(hint)
 
 # %% ../../nbs/recipes/05_evaluate.ipynb #66fc5cfd
 def held_out_pairs(
@@ -172,7 +185,7 @@ def evaluate_texts(
     """Draw held-out captions; BLEU to CIDEr of descriptions by the text encoder, retrieval, and the classifier's rates.
     Raises `ImportError` for a package that is missing, and what the set and `sample` raise, before work starts."""
     _check_describes(getattr(model, 'text_encoder', None))
-    for package in ('sacrebleu','rouge_score','nltk'): require_package(package, 'scoring captions', "'fastldm[text]'")
+    for package in ('sacrebleu','rouge_score','nltk'): require_package(package, 'scoring captions')
     images, prompts, references = held_out_pairs(model, data, n, root)
     name = f'{data}_classifier'
     classifier = load(name, model.device) if name in available('') else None
@@ -269,12 +282,13 @@ def _face_distances(classifier, pictures, train, held_out):
     distance to the nearest training face, over that of held-out faces."""
     real = image_features(held_out.pixels(range(len(held_out))), classifier)
     fake = image_features(pictures, classifier)
-    seen = image_features(train.pixels(range(len(train))), classifier)
+    n_seen = min(len(train), max(1000, 20*len(pictures)))              # few pictures are compared with fewer
+    seen = image_features(train.pixels(range(n_seen)), classifier)
     scores = dict(fid=float(fid(real, fake)), kid=float(kid(real, fake)))
     train_faces = seen[:len(pictures)]
     scores |= dict(train_n=len(train_faces), train_fid=float(fid(real, train_faces)),
                    train_kid=float(kid(real, train_faces)))
-    return scores | dict(memorisation=float(memorisation(fake[:1000], seen, real)))
+    return scores | dict(memorisation=float(memorisation(fake[:1000], seen, real)), memorisation_n=n_seen)
 
 def _face_diversity(ldm, conditions, each=4, seed=0, n=64, **sampling):
     "Mean perceptual distance between pictures of one condition, and by which network; empty where none is installed."
@@ -400,7 +414,7 @@ def _fid(real, drawn):
     "FID in EfficientNet-Lite0's features; empty where that network, or torch-fidelity, is not installed."
     try:
         net = EfficientNetLite()
-        require_package('torch_fidelity', 'the distance of sets of pictures', 'torch-fidelity')
+        require_package('torch_fidelity', 'the distance of sets of pictures')
     except (FileNotFoundError,ImportError) as e:
         print(f'fid is left out: {e}')
         return {}
@@ -463,7 +477,7 @@ def evaluate_pictures(
 def _photo_network():
     "EfficientNet-Lite0; None where it, or the package that computes distances, is not installed."
     try:
-        require_package('torch_fidelity', 'the distance of sets of pictures', 'torch-fidelity')
+        require_package('torch_fidelity', 'the distance of sets of pictures')
         return EfficientNetLite()
     except (FileNotFoundError,ImportError) as error:
         print(f'kid is left out: {error}')

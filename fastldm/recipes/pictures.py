@@ -5,27 +5,31 @@
 # %% auto #0
 __all__ = ['NUMBERS', 'CONDITIONS', 'pack', 'packed_file', 'unpack', 'say_fitted', 'fit_mask', 'fit_region', 'pack_control',
            'fit_control', 'open_masks', 'sampling_of', 'settings_of', 'options_of', 'constraint_of',
-           'constraint_settings', 'check_same_weights', 'command_line']
+           'constraint_settings', 'check_same_weights', 'command_line', 'Film', 'check_film']
 
 # %% ../../nbs/recipes/13_pictures.ipynb #14824f0e
+import math
 import numpy as np
+import shutil
+import subprocess
 import torch
 from base64 import b64decode, b64encode
 from inspect import signature
 from io import BytesIO
-from PIL import Image
+from pathlib import Path
+from PIL import Image, features
 from shlex import quote
 
 # %% ../../nbs/recipes/13_pictures.ipynb #e3040a44
 from ..control.adapter import Control, control, read_control, read_region
-from ..core.models import fingerprint
+from ..core.models import fingerprint, write_atomic
 from ..data.faces import read_mask, resize_mask
 from ..data.images import centre_square, fit_to, from_image
 from ..diffusion.cond import MaskEmbedder
 from ..diffusion.constraints import inpaint, upscale, vary
 from ..diffusion.edit import edit
 from ..diffusion.ldm import SAMPLER_NAMES, load
-from .stages import diffusion_of, embedders_of
+from .stages import diffusion_of, embedders_of, enlarged_grid
 
 # %% ../../nbs/recipes/13_pictures.ipynb #890f72ba
 def pack(
@@ -121,7 +125,8 @@ def open_masks(
     return options
 
 # %% ../../nbs/recipes/13_pictures.ipynb #e9c7f2ea
-NUMBERS = ('n','first','seed','steps','calls','step','guidance_scale','prior','candidates','precision')
+NUMBERS = ('n','first','seed','steps','calls','step','guidance_scale','prior','candidates','precision',
+           'negative_prompt')
 CONDITIONS = dict(prompt='text', attributes='attrs') # option: its condition, where that has another name
 
 def sampling_of(
@@ -172,7 +177,7 @@ def _names_of(options):
 
 def _conditions_of(options):
     "{condition: text, or the open file of a mask}"
-    others = {k: v for k,v in options.items() if k not in (*NUMBERS,'condition','constraint')}
+    others = {k: v for k,v in options.items() if k not in (*NUMBERS,'condition','constraint','watch')}
     return {CONDITIONS.get(k, k): v for k,v in others.items()} | dict(options.get('condition') or {})
 
 def _control_of(constraint, adapter):
@@ -262,3 +267,59 @@ def command_line(
         if name=='condition': words += [f'--condition {quote(f"{k}={v}")}' for k,v in value.items()]
         else: words.append(f"--{'sampler' if name=='step' else name} {quote(str(value))}")
     return ' '.join(words)
+
+# %% ../../nbs/recipes/13_pictures.ipynb #ab65ef84
+class Film:
+    "Collects the pictures of each step, for `sample(watch=film)`. Raises `ValueError` for a file it cannot write."
+    def __init__(self,
+        path, # a .gif, .webp or .mp4 file
+        most:int=120, # frames
+    ):
+        self.path = check_film(path)
+        self.most = most
+        self.frames = []
+
+    def __call__(self,
+        pictures:torch.Tensor, # (n,C,H,W) in [0,1]
+    ):
+        "Add a frame."
+        self.frames.append((pictures.float().clamp(0, 1)*255).round().byte().cpu())
+
+    def save(self,
+        ncol:int=8, # pictures in a row
+        seconds:float=4., # from the first frame to the last
+        hold:float=2., # seconds that the last frame stays
+    )->Path: # of the file
+        "Write the film, of evenly spread frames where there are many."
+        step = math.ceil(len(self.frames)/self.most)
+        chosen = self.frames[::-1][::step][::-1]                        # the last frame is among them
+        grids = [np.asarray(enlarged_grid(frame, ncol)) for frame in chosen]
+        pause = min(.2, seconds/len(grids))
+        with write_atomic(self.path) as file: _write_film(grids, file, pause, hold)
+        return self.path
+
+# %% ../../nbs/recipes/13_pictures.ipynb #9a4fd11d
+def check_film(
+    path, # of a file
+)->Path: # the same
+    "Raises `ValueError` for a kind of file in which no film can be written here."
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix=='.gif' or suffix=='.webp' and features.check('webp'): return path
+    if suffix=='.mp4' and shutil.which('ffmpeg'): return path
+    needs = {'.mp4': 'needs the program ffmpeg, which is not installed here', '.webp': 'needs a Pillow with WebP'}
+    raise ValueError(f'{path}: a film of this kind {needs.get(suffix, "is not known")}: give a .gif file')
+
+def _write_film(grids, file, pause, hold):
+    "Write frames (H,W,3), the last of which is held."
+    if file.suffix.lower()=='.mp4':
+        grids = [np.pad(grid, ((0,len(grid)%2),(0,grid.shape[1]%2),(0,0))) for grid in grids]    # even sides
+        height, width, _ = grids[0].shape
+        grids += [grids[-1]]*round(hold/pause)
+        raw = f'-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {1/pause} -i -'
+        command = f'ffmpeg -y -loglevel error {raw} -pix_fmt yuv420p'
+        subprocess.run([*command.split(), str(file)], input=b''.join(grid.tobytes() for grid in grids), check=True)
+        return
+    first, *others = map(Image.fromarray, grids)
+    durations = [round(1000*pause)]*len(others) + [round(1000*hold)]
+    first.save(file, save_all=True, append_images=others, duration=durations, loop=0)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RENAMED_STAGES', 'RECIPES', 'run_stage', 'every_stage', 'train_stage', 'ResumeCB', 'stage_folder',
            'train_autoencoder', 'reconstructions', 'train_denoiser', 'card_metadata', 'card_rows', 'write_card',
-           'licence_line', 'save_grid', 'PicturesCB', 'full_path', 'finish', 'digest_of', 'data_facts', 'check_free',
-           'check_same_run', 'begin', 'picture_set', 'captioned_set', 'training_set', 'with_article', 'diffusion_of',
-           'embedders_of', 'recipe']
+           'licence_line', 'enlarged_grid', 'save_grid', 'PicturesCB', 'full_path', 'finish', 'digest_of', 'data_facts',
+           'check_free', 'check_same_run', 'begin', 'picture_set', 'captioned_set', 'training_set', 'with_article',
+           'diffusion_of', 'embedders_of', 'recipe']
 
 # %% ../../nbs/recipes/00_stages.ipynb #cc247f72
 import json
@@ -24,12 +24,13 @@ from inspect import signature, unwrap
 from pathlib import Path
 from ..core.models import (check_folder, check_saveable, fingerprint, fits_half, json_text, load_model, n_params,
                                  real_number, save_model, set_seed, whole_number, write_atomic)
-from ..core.show import image_grid, write_picture
+from ..core.show import image_grid, labelled_grid, write_picture
 from ..core.train import Callback, Learner, name_of, steps_asked
 from ..core.watch import HeldOutCB, TrackCB
 from ..data.captioned import Captioned
 from ..data.images import DATASETS, get_dataset, licence_of, to_image
 from ..data.synthetic import SyntheticScenes
+from ..data.table import PictureTable
 from ..diffusion.autoencoder import Autoencoder, autoencoder_loss
 from ..diffusion.denoiser import diffusion_loss
 from ..diffusion.ldm import LatentDiffusion, available, load, save
@@ -303,16 +304,25 @@ def licence_line(
     restriction = ', so this model too' if 'research only' in data else ''
     return f'weights Apache-2.0; data {data}{restriction}'
 
+# %% ../../nbs/recipes/00_stages.ipynb #c7ad1904
+def enlarged_grid(
+    pictures:torch.Tensor, # (n,C,H,W), floats in [0,1] or bytes
+    ncol=8, # pictures in a row, or names of classes, as in `labelled_grid`
+): # a PIL picture
+    "Pictures as a grid, small ones enlarged to 56 pixels or more."
+    zoom = max(1, 56//pictures.shape[-1])
+    if not isinstance(ncol, int): return labelled_grid(pictures, ncol, zoom, lo=0)
+    grid = image_grid(pictures, ncol, lo=0).repeat(zoom, 0).repeat(zoom, 1)
+    return to_image(torch.from_numpy(grid).permute(2,0,1))
+
 def save_grid(
     pictures:torch.Tensor, # (n,C,H,W) in [0,1]
     path, # a PNG file
-    ncol:int=8, # pictures in a row
+    ncol=8, # pictures in a row, or names of classes, as in `labelled_grid`
     settings:dict=None, # what made them, for `write_picture`; only a PNG file can carry it
 )->None:
     "Write pictures as a grid, small ones enlarged to 56 pixels or more."
-    zoom = max(1, 56//pictures.shape[-1])
-    grid = image_grid(pictures, ncol, lo=0).repeat(zoom, 0).repeat(zoom, 1)
-    picture = to_image(torch.from_numpy(grid).permute(2,0,1))
+    picture = enlarged_grid(pictures, ncol)
     with write_atomic(path) as f:
         if settings is None or f.suffix.lower()!='.png': picture.save(f)
         else: write_picture(picture, f, settings)
@@ -564,8 +574,10 @@ def picture_set(
     size:int=None, # side of the pictures; None: the set's own
     needs=(), # attributes that the set must have, e.g. ('attributes','mask_classes')
     test:float=0., # share of a folder's pictures that is the part `test`, where it has none
+    conditions=None, # columns of the table beside the pictures, as `PictureTable` takes them
 ): # the data set
     "A set of pictures. Raises `ValueError` for a set that has not what is needed, or one size only."
+    if conditions is not None: return _tabled(data, split, size, test, conditions)
     maker = DATASETS.get(str(data).lower().replace('-', '').replace('_', ''))
     parameters = signature(maker or get_dataset).parameters.values()
     takes_size = any(p.name=='size' or p.kind==p.VAR_KEYWORD for p in parameters)
@@ -577,6 +589,17 @@ def picture_set(
         raise ValueError(f'{data} is a set without {" and ".join(missing).replace("_", " ")}: give one that has them')
     if size is not None and not takes_size:
         raise ValueError(f'the pictures of {data} have one size only, so none can be given: leave it out')
+    return ds
+
+# %% ../../nbs/recipes/00_stages.ipynb #58108d67
+def _tabled(data, split, size, test, conditions):
+    "A folder with a table. Raises `ValueError` for the name of a set, and for conditions that `sample` could not take."
+    if str(data) in DATASETS: raise ValueError(f'{data} has no table: conditions are columns beside pictures of your own')
+    options = {name: value for name,value in dict(size=size, test=test).items() if value}
+    ds = PictureTable(data, conditions, split, **options)
+    taken = {*signature(LatentDiffusion.sample).parameters, 'model', 'batch', 'drop', 'drop_all', 'device', 'augment'}
+    for name in ds.conditions:
+        if name in taken: raise ValueError(f'{ds.table}: `sample` has an argument {name!r} of its own: rename the column')
     return ds
 
 # %% ../../nbs/recipes/00_stages.ipynb #e1ef5bab
@@ -602,6 +625,8 @@ def training_set(
     if data is None: raise ValueError('the card of this model does not say what it was trained on')
     if data=='scenes': return SyntheticScenes(n, split, size)
     kept_aside = dict(test=model.meta['test']) if model.meta.get('test') else {}
+    columns = model.meta.get('columns')
+    if columns: return PictureTable(data, columns, split, size, **kept_aside)
     if hasattr(model, 'text_encoder'): return captioned_set(data, root, split, size)
     has_one_size = data in DATASETS and 'size' not in signature(DATASETS[data]).parameters      # mnist, digits, ...
     if has_one_size: return get_dataset(data, root, split=split)

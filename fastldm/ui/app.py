@@ -31,7 +31,7 @@ from queue import SimpleQueue
 # %% ../../nbs/ui/01_app.ipynb #6c48c313
 from ..core.models import check_choice, fingerprint, require_package
 from ..core.show import image_grid, read_settings, write_picture
-from ..data.images import from_image, open_image, to_image
+from ..data.images import open_image, to_image
 from ..diffusion.ldm import available, load, model_folder, weights_folders
 from ..diffusion.samplers import watched
 from ..recipes.commands import USER_ERRORS, command, command_method
@@ -143,6 +143,7 @@ def _widget_of(embedder, classes):
     if embedder['cls']=='MaskEmbedder': return 'mask', arguments['classes']
     if embedder['cls']!='LabelEmbedder': return None, []
     n = arguments['n_classes']
+    classes = arguments.get('names') or classes                          # of a table, or of the card
     return 'label', [str(name) for name in classes] if len(classes)==n else [str(i) for i in range(n)]
 
 # %% ../../nbs/ui/01_app.ipynb #e9626d19
@@ -616,18 +617,8 @@ def restore(self:Page,
 # %% ../../nbs/ui/01_app.ipynb #0ab4ce47
 def _check_has_widgets(settings, path):
     "`ValueError` for a picture that a command made in a way for which the page has no widgets."
-    others = [name for name in ('calls','candidates','precision','first') if settings.get(name)]
-    most = dict(n=16, steps=100)
-    others += [f'{name}={settings[name]}' for name in most if settings.get(name, 0)>most[name]]
-    if settings.get('tab') not in TABS: others.append(settings.get('tab'))
-    if not others: return
-    raise ValueError(f'{Path(path).name} was made with {", ".join(map(str, others))}, for which this page has no '
-                     'button: `fastldm_sample --like` draws it again')
-
-# %% ../../nbs/ui/01_app.ipynb #85c3a620
-def _check_has_widgets(settings, path):
-    "`ValueError` for a picture that a command made in a way for which the page has no widgets."
-    others = [name for name in ('calls','candidates','precision','first') if settings.get(name)]
+    numbers = ('calls','candidates','precision','first','negative_prompt')
+    others = [name for name in numbers if settings.get(name)]
     most = dict(n=16, steps=100)
     others += [f'{name}={settings[name]}' for name in most if settings.get(name, 0)>most[name]]
     if settings.get('tab') not in TABS: others.append(settings.get('tab'))
