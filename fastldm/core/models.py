@@ -504,7 +504,8 @@ def check_choice(
     if name in names: return name
     nearest = difflib.get_close_matches(str(name), names, 1)
     hint = f'did you mean {nearest[0]!r}? ' if nearest else ''
-    raise ValueError(f"unknown {what} {name!r}: {hint}There are {', '.join(sorted(names))}")
+    more = f' and {len(names)-60} more' if len(names)>60 else ''
+    raise ValueError(f"unknown {what} {name!r}: {hint}There are {', '.join(sorted(names)[:60])}{more}")
 
 def check_flags(
     given:dict, # {name: true or false}

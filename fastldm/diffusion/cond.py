@@ -157,7 +157,8 @@ def parse(self:LabelEmbedder,
     if raw.is_floating_point() or raw.dtype==torch.bool or raw.ndim>1:
         raise ValueError(f'{name}={value!r}: expected {self.expects}')
     if raw.ndim==1 and len(raw)!=n: self.reject(f'{name}: got {len(raw)} labels for {n} samples')
-    last = self.n_classes if isinstance(value, (list,tuple)) else self.n_classes-1    # in a list, None is one more
+    has_none = isinstance(value, (list,tuple)) or self.by_name and raw.ndim==1         # None, or as a table has it
+    last = self.n_classes if has_none else self.n_classes-1
     unknown = raw[(raw<0)|(raw>last)].flatten()
     if len(unknown): self.reject(f'{name}={unknown[0].item()} is out of range')
     return raw.long().expand(n)
