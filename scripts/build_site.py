@@ -27,8 +27,8 @@ import notebooks
 from links import Links
 
 # The order in the navigation. A folder that is not named here comes last, so that nothing gets lost.
-ORDER = ['core', 'data', 'diffusion', 'codes', 'control', 'metrics', 'recipes', 'ui', 'howto', 'figures']
-TITLES = dict(howto='How to', ui='User interface', figures='Figures')
+ORDER = ['core', 'data', 'diffusion', 'codes', 'control', 'metrics', 'recipes', 'ui', 'cli', 'howto', 'figures']
+TITLES = dict(howto='How to', ui='User interface', cli='Commands', figures='Figures')
 # Extras that are not for the reader of a notebook.
 NOT_FOR_COLAB = {'dev', 'docs'}
 

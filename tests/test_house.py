@@ -30,7 +30,7 @@ PYS = sorted(f for f in (ROOT/'fastldm').rglob('*.py') if f.name!='_modidx.py')
 def module_name(f): return '.'.join(f.relative_to(ROOT/'fastldm').with_suffix('').parts)
 
 MODULES = {module_name(f): f for f in PYS if f.name!='__init__.py'}            # 'diffusion.samplers': its file
-PARTS = 'core data diffusion codes control metrics recipes ui'.split()         # each uses only those before it
+PARTS = 'core data diffusion codes control metrics recipes ui cli'.split()     # each uses only those before it
 NUMBERED = [f for f in NBS if f.stem[:2].isdigit()]                                      # the notebooks that export
 
 def fresh(program, **env):

@@ -1,18 +1,24 @@
 "The words that people know, in Python and in the commands: names of samplers, settings in pictures, sizes, frames."
+import argparse
+import os
 import pydoc
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from fastldm import load
+from fastcore.script import anno_parser
+from fastldm import available, load
+from fastldm.cli import COMMANDS, list_models, list_recipes
 from fastldm.core.show import read_settings, write_picture
 from fastldm.data import from_image, get_dataset
 from fastldm.diffusion.constraints import vary
 from fastldm.diffusion.denoiser import guide
 from fastldm.diffusion.ldm import LatentDiffusion
+from fastldm.recipes import RECIPES
 from fastldm.recipes.commands import command_method, sample_cli
 from fastldm.recipes.pictures import Film, unpack
 
@@ -217,3 +223,39 @@ def test_a_grid_has_the_names_of_its_rows(tmp_path):
     drawn = fashion.sample(20, label=[i%10 for i in range(20)], seed=0, steps=2)
     expected = (drawn[13,0].clamp(0, 1)*255).round().byte().numpy()        # the second picture of the fourth row
     assert (grid[3*57:3*57+56, left+57:left+57+56][::2,::2]==expected).all()
+
+# ---- help
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_help_is_quick_and_whole(command):
+    "Less than two seconds of processor time, without torch, and the options that the command itself has."
+    program = f'''import sys
+sys.argv = ['fastldm_{command}', '--help']
+from fastldm.cli.start import {command}_cli
+{command}_cli()
+assert 'torch' not in sys.modules'''
+    before = os.times()
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
+    after = os.times()
+    assert done.returncode==0, done.stderr
+    assert sum(after[2:4])-sum(before[2:4])<2
+    itself = getattr(import_module(f'fastldm.{COMMANDS[command]}'), f'{command}_cli')
+    options = {action.dest for action in anno_parser(itself)._actions if action.help!=argparse.SUPPRESS}
+    assert options<={word.strip('-,') for word in done.stdout.split()} | {'help'}
+
+def test_help_lists_what_there_is():
+    "Recipes and models with their sizes and steps, as the library has them."
+    assert {*list_recipes()}=={*RECIPES}
+    models = list_models()
+    assert {*available()}<={*models}
+    assert models['flowers']==dict(size=64, steps=20)
+
+def test_names_of_the_package_come_when_they_are_used():
+    "`import fastldm` imports no torch; its names and its parts are there all the same."
+    program = '''import sys, fastldm
+assert 'torch' not in sys.modules
+assert fastldm.core.__name__=='fastldm.core' and 'torch' in sys.modules
+from fastldm import load, images
+assert fastldm.load is load and 'load' in dir(fastldm)
+assert not hasattr(fastldm, 'lode')'''
+    assert subprocess.run([sys.executable, '-c', program], capture_output=True, text=True).returncode==0

@@ -1,0 +1,3 @@
+"The start of every command: help at once, the rest when it is needed."
+
+from .start import *
