@@ -142,7 +142,8 @@ def choose(self:FromModel, arguments, n):
         raise ValueError(f'channels={asked}: the network is that of {self.name}, with {own}: leave them out')
     chosen = FromNothing.choose(self, arguments, n)
     if arguments.get('copies') is None and chosen['copies']>1:
-        print(f'{n} pictures are few: each is trained on in {chosen["copies"]} views, and the network is conditioned on the view')
+        views = chosen['copies']
+        print(f'{n} pictures are few: each is trained on in {views} views, and the network is conditioned on the view')
     return chosen | dict(channels=own)
 
 # %% ../../nbs/recipes/14_finetune.ipynb #ec23a7f6
@@ -255,7 +256,11 @@ def _check_conditions(self:FromModel, model, ds):
     batch = fetch_batch(ds, [0])
     latent = torch.zeros(1, *self.ldm.autoencoder.latent_shape(*batch['image'].shape[2:]), device=self.ldm.device)
     batch = {name: v.to(latent.device) if torch.is_tensor(v) else v for name,v in batch.items()}
-    try: model.eval()(latent, .5, model.conditioner(batch) if model.conditioner is not None else None)
+    cond = None if model.conditioner is None else model.eval().conditioner(batch)
+    if cond is not None and cond.context is not None and model.net.config()['kwargs'].get('d_context') is None:
+        raise ValueError(f'the network of {self.name} attends to no tokens, so it has no place for a text: leave that '
+                         'condition out, or train without a start')
+    try: model.eval()(latent, .5, cond)
     except RuntimeError as error:
         names = ', '.join(model.conditioner.embedders) if model.conditioner is not None else 'none'
         raise ValueError(f'the network of {self.name} has no place for these conditions ({names}): {error}') from error
