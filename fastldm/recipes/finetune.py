@@ -256,11 +256,7 @@ def _check_conditions(self:FromModel, model, ds):
     batch = fetch_batch(ds, [0])
     latent = torch.zeros(1, *self.ldm.autoencoder.latent_shape(*batch['image'].shape[2:]), device=self.ldm.device)
     batch = {name: v.to(latent.device) if torch.is_tensor(v) else v for name,v in batch.items()}
-    cond = None if model.conditioner is None else model.eval().conditioner(batch)
-    if cond is not None and cond.context is not None and model.net.config()['kwargs'].get('d_context') is None:
-        raise ValueError(f'the network of {self.name} attends to no tokens, so it has no place for a text: leave that '
-                         'condition out, or train without a start')
-    try: model.eval()(latent, .5, cond)
+    try: model.eval()(latent, .5, model.conditioner(batch) if model.conditioner is not None else None)
     except RuntimeError as error:
         names = ', '.join(model.conditioner.embedders) if model.conditioner is not None else 'none'
         raise ValueError(f'the network of {self.name} has no place for these conditions ({names}): {error}') from error
