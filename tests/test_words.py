@@ -1,5 +1,6 @@
 "The words that people know, in Python and in the commands: names of samplers, settings in pictures, sizes, frames."
 import argparse
+import json
 import os
 import pydoc
 import subprocess
@@ -19,7 +20,7 @@ from fastldm.diffusion.constraints import vary
 from fastldm.diffusion.denoiser import guide
 from fastldm.diffusion.ldm import LatentDiffusion
 from fastldm.recipes import RECIPES
-from fastldm.recipes.commands import command_method, sample_cli
+from fastldm.recipes.commands import adapter_of, command_method, sample_cli, train_cli
 from fastldm.recipes.pictures import Film, unpack
 
 BIN = Path(sys.executable).parent
@@ -197,8 +198,11 @@ def test_names_of_diffusers(mnist, tmp_path):
     assert torch.equal(copy(2, label=3, steps=2, seed=0), mnist.sample(2, label=3, steps=2, seed=0))
     assert (copy.half().sample(2, label=3, steps=2, seed=0)-mnist.sample(2, label=3, steps=2, seed=0)).abs().max()<.1
     with pytest.raises(ValueError, match='did you mean steps'): mnist.sample(1, num_inference_steps=3)
-    with pytest.raises(ValueError, match=r"unknown setting 'num_inference_steps' \(did you mean steps"):
-        load('scenes').sample('a ship', prior='diffusion', num_inference_steps=3)
+    scenes = load('scenes')
+    with pytest.raises(ValueError, match="unknown setting 'num_inference_steps': .*did you mean steps"):
+        scenes.sample('a ship', prior='diffusion', num_inference_steps=3)
+    with pytest.raises(ValueError, match="sampling by codes takes temperature.* the prior 'diffusion' has it"):
+        scenes.sample('a ship', prior='codes', steps=3)
     varied = [mnist.sample(1, constraint=vary(x), steps=2, seed=0) for x in pil_and_tensor()]
     assert torch.equal(*varied)
 
@@ -259,3 +263,26 @@ from fastldm import load, images
 assert fastldm.load is load and 'load' in dir(fastldm)
 assert not hasattr(fastldm, 'lode')'''
     assert subprocess.run([sys.executable, '-c', program], capture_output=True, text=True).returncode==0
+
+# ---- adapters and advice
+
+def test_an_own_adapter_is_found_beside_its_base(tmp_path, monkeypatch):
+    "The only one in `runs` for a model is taken; of two, or none, the message says how to choose or train one."
+    monkeypatch.chdir(tmp_path)
+    assert adapter_of('scenes')=='local_scenes'
+    with pytest.raises(ValueError, match='--adapter FOLDER: there is none in runs; `fastldm_train local --model mnist'):
+        adapter_of('mnist')
+    card = dict(config=dict(cls='ControlAdapter'), base='mnist')
+    for name in ('first','second'):
+        folder = tmp_path/'runs'/name
+        folder.mkdir(parents=True)
+        (folder/'config.json').write_text(json.dumps(card | (dict(base='flowers') if name=='second' else {})))
+    assert adapter_of('mnist')==str(Path('runs/first'))
+    (tmp_path/'runs/second/config.json').write_text(json.dumps(card))
+    with pytest.raises(ValueError, match='there are runs/first, runs/second: choose one'): adapter_of('mnist')
+
+def test_advice_after_training_can_be_followed(tmp_path, capsys):
+    "A classifier draws nothing, so nothing is said of samples."
+    train_cli('digits_evaluator', out=tmp_path/'run', epochs=1)
+    said = capsys.readouterr().out.partition('done')[2]
+    assert f"fastldm.load('{tmp_path}/run')" in said and 'sample' not in said

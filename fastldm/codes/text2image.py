@@ -139,18 +139,25 @@ def prior_for(self:TextToImage,
 def _choose_prior(self:TextToImage, prior, settings):
     "The function that samples by a prior; `ValueError` for a prior or a setting that there is not."
     if prior not in self.kinds: raise ValueError(f'prior={prior!r}: this model has {" and ".join(self.kinds)}')
-    draw = self._by_codes if prior=='codes' else self._by_diffusion
-    params = inspect.signature(draw).parameters
-    known = [name for name,p in params.items() if p.kind==p.KEYWORD_ONLY]
-    if prior=='diffusion': known += self.other_conditions
+    known = self._settings_of(prior)
     for name in settings:
         if name in known: continue
-        others = [*inspect.signature(self.sample).parameters, *known]
-        hint = f' ({hint})' if (hint := argument_hint(name, others)) else ''
-        raise ValueError(f'unknown setting {name!r}{hint}: sampling by {prior} takes {", ".join(known)}')
-    return draw
+        hint = argument_hint(name, [*inspect.signature(self.sample).parameters, *known])
+        others = [kind for kind in self.kinds if name in self._settings_of(kind)]
+        if others: hint = f'the prior {others[0]!r} has it'
+        raise ValueError(f'unknown setting {name!r}: sampling by {prior} takes {", ".join(known)}'
+                         f'{"; " if hint else ""}{hint}')
+    return self._by_codes if prior=='codes' else self._by_diffusion
 
-# %% ../../nbs/codes/05_text2image.ipynb #71ff7b54
+@patch
+def _settings_of(self:TextToImage, prior):
+    "Names of the settings of a prior."
+    draw = self._by_codes if prior=='codes' else self._by_diffusion
+    parameters = inspect.signature(draw).parameters
+    own = [name for name,p in parameters.items() if p.kind==p.KEYWORD_ONLY]
+    return own + (self.other_conditions if prior=='diffusion' else [])
+
+# %% ../../nbs/codes/05_text2image.ipynb #6e962d44
 @patch
 def check_settings(self:TextToImage):
     "Raises `ValueError` for a setting, given to the constructor, that there is not."
