@@ -273,6 +273,13 @@ def _debian_rows(root):
     return _with_captions([r for r in rows if r])
 
 # %% ../../nbs/data/05_sources.ipynb #ad6ff764
+def _clipart_of_the_repository():
+    "The file in a clone; it is no part of the wheel."
+    file = Path(__file__).parent.parent/'assets'/'clipart.zip'
+    if file.exists(): return file
+    raise FileNotFoundError(f'{file} is in the repository, but not in the installed package: unpack it into a folder '
+                            "~/.cache/fastldm/openclipart64, or use source='debian' where openclipart-svg is installed")
+
 class ClipArt(Captioned):
     """Public-domain drawings with titles: 512 that come with the library, a folder openclipart64, or Debian's
     packages; the label is the category."""
@@ -296,14 +303,13 @@ class ClipArt(Captioned):
         self.set_rows(rows, size, channels, cache, test, classes=classes, pad=source=='debian')
 
     def _find(self, root, source):
-        shipped = Path(__file__).parent.parent/'assets'/'clipart.zip'
-        if source=='shipped': return shipped
+        if source=='shipped': return _clipart_of_the_repository()
         advice = ("it is a choice of Debian's openclipart-svg and openclipart-png: "
                   "use source='debian' where these are installed, or source='shipped'")
         try: return _find_table_folder('openclipart64', root, advice)
         except FileNotFoundError:
             if source=='folder': raise
-            return shipped
+            return _clipart_of_the_repository()
 
 DATASETS['clipart'] = ClipArt
 
