@@ -10,7 +10,6 @@ import math, time
 import torch
 from copy import deepcopy
 from pathlib import Path
-from accelerate.utils import send_to_device
 from safetensors.torch import load_file, save_file
 from fastcore.basics import patch
 from .models import *
@@ -24,6 +23,7 @@ def held_out_loss(
     n:int=1024, # how many of them, at most
 )->float: # the mean of the learner's loss
     "The loss of the averaged weights; two calls use the same noise."
+    from accelerate.utils import send_to_device
     n = min(n, len(data))
     model = learn.ema_model.eval()
     total = 0.
