@@ -32,7 +32,8 @@ from ..core.train import Interrupted, sigterm_as_interrupt
 from ..core.watch import DeadlineCB, TrackCB
 from ..data.faces import read_mask
 from ..data.images import to_image
-from ..diffusion.cond import AttributeEmbedder, Embedder, LabelEmbedder, MaskEmbedder, NumberEmbedder, WordEmbedder
+from ..diffusion.cond import (AttributeEmbedder, Embedder, LabelEmbedder, MaskEmbedder, NumberEmbedder,
+                                    WordEmbedder)
 from ..diffusion.ldm import LatentDiffusion, available, load, weights_folders
 from .conditions import conditions_of_options, named_values, words_left
 from .evaluate import (evaluate_conditions, evaluate_control, evaluate_faces, evaluate_ldm,
@@ -124,7 +125,7 @@ def train_cli(
     recipe:str, # a recipe by name; `folder` for pictures of your own
     out:str=None, # where the model goes (default: runs/RECIPE)
     data:str=None, # for `folder`: pictures, one folder per class, or flat; for `captioned`: a folder, table or zip file
-    start:str=None, # a trained model to begin with, shipped or a folder, for `folder` and sets by label
+    start:str=None, # for `folder`: a trained model to begin with, shipped or a folder, such as flowers
     lora:int=None, # with --start: train changes of this rank and no weights, and save them alone, too
     tune_autoencoder:store_true=False, # with --start: train its autoencoder, too
     model:str=None, # for `local` and `distil`: the base, a shipped model or a folder
@@ -187,6 +188,7 @@ def use_device(
     if found.type=='cuda' and found.index is not None: torch.cuda.set_device(found)
     os.environ['FASTLDM_DEVICE'] = device
 
+# %% ../../nbs/recipes/06_commands.ipynb #70be7bf9
 def _check_options(recipe, options):
     "`ValueError` for an option that a recipe needs and was not given, or that it does not take."
     train = RECIPES[recipe]
@@ -204,6 +206,7 @@ def _quick_options(train):
         if name=='n' and isinstance(parameter.default, int): options[name] = min(parameter.default, 500)
     return options
 
+# %% ../../nbs/recipes/06_commands.ipynb #6c80b80b
 def _train(train, out, deadline, **options):
     "Run a recipe, and print what was done and what to do next."
     try:
@@ -216,6 +219,7 @@ def _train(train, out, deadline, **options):
         sys.exit(f'train: interrupted between two stages: the same command goes on with what is saved in {out}')
     print(f'done, in {out}', *_what_was_done(model), *_what_next(model, out), sep='\n')
 
+# %% ../../nbs/recipes/06_commands.ipynb #195c5439
 def _what_was_done(model):
     "A line for each stage of a trained model, as its card has it."
     card = getattr(model, 'meta', {})
@@ -330,6 +334,7 @@ def sample_command(self:LatentDiffusion,
     begin = first%n_labels
     return pictures, names[begin:]+names[:begin] or n_labels
 
+# %% ../../nbs/recipes/06_commands.ipynb #d0141da7
 def _first_label(ldm):
     "The name of a model's first label and the number of its classes; (None, 0) without labels."
     for name,embedder in embedders_of(ldm).items():
@@ -662,6 +667,7 @@ def data_of(
     if not data: raise ValueError('the card of this model does not say what it was trained on: give --data')
     return data
 
+# %% ../../nbs/recipes/06_commands.ipynb #a3a462e8
 @patch
 def evaluate_command(self:LatentDiffusion,
     data:str=None, # data set to compare with; None: the one of the card
@@ -685,6 +691,7 @@ def evaluate_command(self:LatentDiffusion,
     train, test = _parts_of(self, data, options.pop('root', None))
     return evaluate_pictures(self, train, test, **options)
 
+# %% ../../nbs/recipes/06_commands.ipynb #fbb4d552
 def _trained_for(data, what, kind):
     "The shipped network that scores pictures of a set, or one that was trained for it in `runs`; None without any."
     if f'{data}_{what}' in available(kind, details=True).names: return f'{data}_{what}'

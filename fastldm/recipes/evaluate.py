@@ -485,7 +485,7 @@ def _photo_network():
 
 # %% ../../nbs/recipes/05_evaluate.ipynb #cce8c9b0
 def _own_distances(drawn, train, test, net, most=2000):
-    "How far drawn pictures are from real ones, and from the nearest training picture, beside the same of real pictures."
+    "How far drawn pictures are from real ones, and from the nearest training picture, and the same of real pictures."
     known = _some_pictures(train, most)
     unseen = None if test is None else _some_pictures(test, most)
     scores = dict(memorisation_pixels=_newness(drawn, known, unseen))
@@ -503,8 +503,9 @@ def _some_pictures(ds, most):
     indices = [i*len(ds)//min(most, len(ds)) for i in range(min(most, len(ds)))]
     return (fetch_batch(ds, indices)['image']+1)/2
 
+# %% ../../nbs/recipes/05_evaluate.ipynb #c161bb81
 def _newness(drawn, known, unseen):
-    "`memorisation` of pictures or features; without unseen pictures, relative to the distances among those of training."
+    "`memorisation` of pictures or features; without unseen pictures, relative to distances among those of training."
     if unseen is not None: return float(memorisation(drawn, known, unseen))
     flat = known.flatten(1).float()
     among = torch.cdist(flat, flat).fill_diagonal_(math.inf).min(1).values.mean().item()

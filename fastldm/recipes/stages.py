@@ -116,7 +116,7 @@ def train_stage(
 def _watching(folder, steps, draw, held_out, patience):
     "The callbacks of a stage that look how far it is. `ValueError` for a patience without anything to measure."
     if patience is not None and held_out is None:
-        raise ValueError(f'patience={patience}: give held-out data, too, or pictures enough that some can be kept aside')
+        raise ValueError(f'patience={patience}: give held-out data, too, or so many pictures that some are kept aside')
     cbs = [] if draw is None else [PicturesCB(folder.parent/'pictures', folder.name, draw)]
     if held_out is not None:
         every = max(50, steps//2500*50)                                         # rows of the log, fifty in a long run
@@ -332,6 +332,7 @@ def _pixels_of(file):
     "The pixels of a picture file, (H,W,3) bytes."
     with Image.open(file) as picture: return np.asarray(picture.convert('RGB'))
 
+# %% ../../nbs/recipes/00_stages.ipynb #240a61a6
 class PicturesCB(Callback):
     "Every few minutes, a grid of what the averaged weights make: `denoiser_001000.png` after 1,000 steps."
     def __init__(self,
@@ -594,12 +595,14 @@ def picture_set(
 # %% ../../nbs/recipes/00_stages.ipynb #58108d67
 def _tabled(data, split, size, test, conditions):
     "A folder with a table. Raises `ValueError` for the name of a set, and for conditions that `sample` could not take."
-    if str(data) in DATASETS: raise ValueError(f'{data} has no table: conditions are columns beside pictures of your own')
+    if str(data) in DATASETS:
+        raise ValueError(f'{data} has no table: conditions are columns beside pictures of your own')
     options = {name: value for name,value in dict(size=size, test=test).items() if value}
     ds = PictureTable(data, conditions, split, **options)
     taken = {*signature(LatentDiffusion.sample).parameters, 'model', 'batch', 'drop', 'drop_all', 'device', 'augment'}
     for name in ds.conditions:
-        if name in taken: raise ValueError(f'{ds.table}: `sample` has an argument {name!r} of its own: rename the column')
+        if name in taken:
+            raise ValueError(f'{ds.table}: `sample` has an argument {name!r} of its own: rename the column')
     return ds
 
 # %% ../../nbs/recipes/00_stages.ipynb #e1ef5bab
