@@ -382,6 +382,7 @@ def check_device(
                          "as far as this computer has them") from None
     return found
 
+# %% ../../nbs/core/00_models.ipynb #57b47f22
 def load_model(
     folder, # as `save_model` made it
     device=None, # `default_device()` if not given
