@@ -7,7 +7,7 @@ from fastldm.core import Callback, SaveCB, fingerprint, set_seed
 from fastldm.data.augment import Augmented
 from fastldm.data.images import DATASETS, Pictures, get_dataset
 from fastldm.diffusion import LatentDataset, adapters_of, diffusion_loss, edm_weight, load, merge_lora
-from fastldm.recipes import copying, label_ldm, train_cli, with_adapter
+from fastldm.recipes import copying, own_ldm, train_cli, with_adapter
 from fastldm.recipes.stages import card_metadata, embedders_of
 
 TINY = dict(steps=3, batch_size=8, progress=False)
@@ -27,7 +27,7 @@ def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp('start')/'model'
     DATASETS['three'] = some_digits((0,1,2), 60)
     sizes = dict(c_latent=2, ae_channels=(8,8), ae_steps=150, channels=(8,16), copies=2)
-    try: label_ldm('three', folder, **sizes, **TINY | dict(steps=30))
+    try: own_ldm('three', folder, **sizes, **TINY | dict(steps=30))
     finally: del DATASETS['three']
     return folder
 
@@ -48,7 +48,7 @@ def test_new_classes(start, tmp_path, capsys):
     """Autoencoder, network and the embedder of views are the start's; the labels begin anew, under their own names,
     and one printed line says so."""
     was = load(start)
-    ldm = label_ldm('two', tmp_path/'m', start=start, lr=0., **TINY)
+    ldm = own_ldm('two', tmp_path/'m', start=start, lr=0., **TINY)
     printed = capsys.readouterr().out
     assert 'autoencoder kept' in printed and 'conditions copied: augment; new: label; left out: none' in printed
     assert '40 pictures are few: each is trained on in 25 views' in printed
@@ -63,19 +63,19 @@ def test_new_classes(start, tmp_path, capsys):
 
 def test_known_classes(start, tmp_path, capsys):
     "Labels of the same names are copied."
-    ldm = label_ldm('three', tmp_path/'m', start=start, lr=0., **TINY)
+    ldm = own_ldm('three', tmp_path/'m', start=start, lr=0., **TINY)
     assert 'conditions copied: label, augment; new: none' in capsys.readouterr().out
     assert torch.equal(label_table(ldm), label_table(load(start)))
 
 def test_a_condition_that_is_gone(start, tmp_path, capsys):
     "Without augmentation, the embedder of views is left out."
-    ldm = label_ldm('two', tmp_path/'m', start=start, copies=1, **TINY)
+    ldm = own_ldm('two', tmp_path/'m', start=start, copies=1, **TINY)
     assert 'new: label; left out: augment' in capsys.readouterr().out
     assert [*embedders_of(ldm)]==['label']
 
 def test_the_autoencoder_can_be_tuned(start, tmp_path):
     "It is trained on from the start's weights, with the start's scale, in a stage of its own."
-    ldm = label_ldm('two', tmp_path/'m', start=start, tune_autoencoder=True, ae_steps=2, **TINY)
+    ldm = own_ldm('two', tmp_path/'m', start=start, tune_autoencoder=True, ae_steps=2, **TINY)
     was = load(start).autoencoder
     assert fingerprint(ldm.autoencoder)!=fingerprint(was) and torch.equal(ldm.autoencoder.scale, was.scale)
     weights = zip(ldm.autoencoder.parameters(), was.parameters())
@@ -88,7 +88,7 @@ def test_learns(start, tmp_path, lora):
     ds = Augmented(DATASETS['two'](), 1)
     batch = LatentDataset(ds, load(start).autoencoder, progress=False).__getitems__(list(range(len(ds)))*8)
     def loss(folder, **settings):
-        ldm = label_ldm('two', tmp_path/folder, start=start, lora=lora, **TINY | settings)
+        ldm = own_ldm('two', tmp_path/folder, start=start, lora=lora, **TINY | settings)
         set_seed(0)
         with torch.no_grad(): return diffusion_loss(ldm.denoiser, batch, edm_weight)['loss'].item()
     assert loss('after', steps=60, lr=.03, batch_size=32)<.97*loss('before', lr=0.)
@@ -98,7 +98,7 @@ def test_card(start, tmp_path):
     info = card(start)
     info['licence'] = 'weights Apache-2.0; data for research only, so this model too'
     (start/'config.json').write_text(json.dumps(info))
-    label_ldm('two', tmp_path/'m', start=start, **TINY)
+    own_ldm('two', tmp_path/'m', start=start, **TINY)
     found = card(tmp_path/'m')
     assert found['start']==str(start) and found['start_data']=='three' and found['new_conditions']==['label']
     assert found['start_fingerprint']==info['fingerprint'] and 'lora' not in found
@@ -112,7 +112,7 @@ def test_card(start, tmp_path):
 def test_lora(start, tmp_path):
     """Only the adapter and the new embedder are trained; the adapter is a small file, which makes the same model of
     the start; the model in the folder is an ordinary one."""
-    ldm = label_ldm('two', tmp_path/'m', start=start, lora=2, lr=.05, **TINY)
+    ldm = own_ldm('two', tmp_path/'m', start=start, lora=2, lr=.05, **TINY)
     was = load(start)
     assert adapters_of(ldm)==[] and fingerprint(ldm.denoiser.net)!=fingerprint(was.denoiser.net)
     assert torch.equal(embedders_of(ldm)['augment'].proj.weight, embedders_of(was)['augment'].proj.weight)
@@ -130,7 +130,7 @@ def test_several_adapters(start, tmp_path):
     "Two adapters on one model add up, each with its scale; at scale 0 only the conditions are left."
     files = []
     for seed in (0,1):
-        label_ldm('two', tmp_path/f'{seed}', start=start, lora=2, lr=.05, seed=seed, **TINY)
+        own_ldm('two', tmp_path/f'{seed}', start=start, lora=2, lr=.05, seed=seed, **TINY)
         files.append(tmp_path/f'{seed}'/'adapter.safetensors')
     base = load(start)
     both = with_adapter(with_adapter(base, files[0], .5, 'one'), files[1], .25, 'two')
@@ -145,7 +145,7 @@ def test_several_adapters(start, tmp_path):
 
 def test_an_adapter_of_another_base(start, tmp_path):
     "An adapter refuses weights that it was not trained from."
-    label_ldm('two', tmp_path/'m', start=start, lora=2, **TINY)
+    own_ldm('two', tmp_path/'m', start=start, lora=2, **TINY)
     file = tmp_path/'m'/'adapter.safetensors'
     with pytest.raises(ValueError, match='give the model that it was trained from'):
         with_adapter(load(tmp_path/'m'), file)
@@ -164,17 +164,17 @@ def test_interrupted(start, tmp_path, capsys, monkeypatch, lora):
             if learn.step==2: raise KeyboardInterrupt
     monkeypatch.setattr(SaveCB, 'after_step', lambda self, learn: learn.save())       # a checkpoint every step
     settings = dict(TINY, start=start, lora=lora, lr=.01)
-    with pytest.raises(KeyboardInterrupt): label_ldm('two', tmp_path/'b', cbs=[Interrupt()], **settings)
-    resumed = label_ldm('two', tmp_path/'b', **settings)
+    with pytest.raises(KeyboardInterrupt): own_ldm('two', tmp_path/'b', cbs=[Interrupt()], **settings)
+    resumed = own_ldm('two', tmp_path/'b', **settings)
     assert 'going on from step 1 of 3' in capsys.readouterr().out
-    assert torch.equal(draw(resumed), draw(label_ldm('two', tmp_path/'a', **settings)))
+    assert torch.equal(draw(resumed), draw(own_ldm('two', tmp_path/'a', **settings)))
     monkeypatch.setattr('fastldm.recipes.finetune.copying', None)                     # may not be called
-    assert torch.equal(draw(resumed), draw(label_ldm('two', tmp_path/'b', **settings)))
+    assert torch.equal(draw(resumed), draw(own_ldm('two', tmp_path/'b', **settings)))
 
 def test_another_start_is_another_run(start, tmp_path):
-    label_ldm('two', tmp_path/'m', start=start, **TINY)
+    own_ldm('two', tmp_path/'m', start=start, **TINY)
     with pytest.raises(ValueError, match='start was .*, is None'):
-        label_ldm('two', tmp_path/'m', c_latent=2, ae_channels=(8,8), channels=(8,16), copies=25, **TINY)
+        own_ldm('two', tmp_path/'m', c_latent=2, ae_channels=(8,8), channels=(8,16), copies=25, **TINY)
 
 
 # ---- copies
@@ -183,7 +183,7 @@ def test_a_model_that_copies_is_found(start, tmp_path, capsys, monkeypatch):
     "A WARNING on the screen and on the card, where samples are training pictures."
     def copies(self, ldm, pictures): return pictures[:64]['image'][:,:]/2+.5
     monkeypatch.setattr('fastldm.recipes.finetune.FromModel._draw_like', copies)
-    label_ldm('two', tmp_path/'m', start=start, **TINY)
+    own_ldm('two', tmp_path/'m', start=start, **TINY)
     assert 'WARNING, the model copies: 40 of 40 samples' in capsys.readouterr().out
     assert card(tmp_path/'m')['copying'].startswith('WARNING')
 
@@ -209,7 +209,7 @@ def test_copying_in_numbers():
     (dict(size=12), 'one size only'),
 ])
 def test_refused(start, tmp_path, settings, message):
-    with pytest.raises(ValueError, match=message): label_ldm('two', tmp_path/'m', **dict(TINY, start=start) | settings)
+    with pytest.raises(ValueError, match=message): own_ldm('two', tmp_path/'m', **dict(TINY, start=start) | settings)
     assert not (tmp_path/'m').exists()
 
 def test_other_pictures_are_refused(start, tmp_path):
@@ -219,14 +219,14 @@ def test_other_pictures_are_refused(start, tmp_path):
         (tmp_path/'pictures').mkdir(exist_ok=True)
         picture.save(tmp_path/'pictures'/f'{i}.png')
     with pytest.raises(ValueError, match='colour pictures, and .* was trained on grey ones'):
-        label_ldm(tmp_path/'pictures', tmp_path/'m', start=start, **TINY)
+        own_ldm(tmp_path/'pictures', tmp_path/'m', start=start, **TINY)
     with pytest.raises(ValueError, match='pictures of 30×30: flowers was trained on 64×64, and takes sides'):
-        label_ldm(tmp_path/'pictures', tmp_path/'m', start='flowers', size=30, **TINY)
+        own_ldm(tmp_path/'pictures', tmp_path/'m', start='flowers', size=30, **TINY)
     assert not (tmp_path/'m').exists()
 
 def test_no_such_start(tmp_path):
     with pytest.raises(FileNotFoundError, match="did you mean 'flowers'"):
-        label_ldm('two', tmp_path/'m', start='flower', **TINY)
+        own_ldm('two', tmp_path/'m', start='flower', **TINY)
 
 def test_the_command(start, tmp_path):
     "It hands its options on, and ends in one line where they cannot be followed."

@@ -13,7 +13,7 @@ from PIL import Image
 from fastldm import load
 from fastldm.data import Augmented, PictureTable
 from fastldm.diffusion.cond import Conditioner, LabelEmbedder, NumberEmbedder
-from fastldm.recipes import label_ldm
+from fastldm.recipes import own_ldm
 from fastldm.recipes.commands import read_conditions
 from fastldm.ui.app import draw_settings, form_of, read_config
 
@@ -57,7 +57,7 @@ def leaves(tmp_path_factory):
 @pytest.fixture(scope='module')
 def model(leaves):
     "A model of a few steps, trained by the recipe."
-    return label_ldm(leaves, leaves.parent/'tiny', conditions=CONDITIONS, **TINY)
+    return own_ldm(leaves, leaves.parent/'tiny', conditions=CONDITIONS, **TINY)
 
 def table(leaves, rows, name='table.csv'):
     "A table beside the pictures, in place of the one that is there."
@@ -112,7 +112,7 @@ def test_each_condition_in_python(model, leaves):
 def test_other_values_are_another_run(leaves, model, tmp_path):
     "The same table in another form goes on; another value, or other conditions, are named."
     def train(rows, conditions=CONDITIONS):
-        return label_ldm(table(leaves, rows, 'other.csv'), tmp_path/'run', conditions=conditions, **TINY)
+        return own_ldm(table(leaves, rows, 'other.csv'), tmp_path/'run', conditions=conditions, **TINY)
     rows = [leaf(i) for i in range(40)]
     first = train(rows)
     again = train([dict(reversed(row.items())) for row in rows])
@@ -166,7 +166,7 @@ def test_mistakes(leaves, problem, change, conditions, said):
     change(rows)
     path = table(leaves, rows)
     with pytest.raises((ValueError,FileNotFoundError)) as error:
-        label_ldm(path, leaves.parent/'never', conditions=conditions, **TINY)
+        own_ldm(path, leaves.parent/'never', conditions=conditions, **TINY)
     assert said in str(error.value)
     assert not (leaves.parent/'never').exists()
     path.unlink()
@@ -176,12 +176,12 @@ def test_names_that_sample_has(leaves, tmp_path):
     rows = [dict(file=row['file'], seed=row['length'], type=row['species']) for row in map(leaf, range(40))]
     path = table(leaves, rows)
     with pytest.raises(ValueError, match="argument 'seed' of its own: rename"):
-        label_ldm(path, tmp_path/'never', conditions='seed:number', **TINY)
-    ldm = label_ldm(path, tmp_path/'types', conditions='type:label', **TINY)
+        own_ldm(path, tmp_path/'never', conditions='seed:number', **TINY)
+    ldm = own_ldm(path, tmp_path/'types', conditions='type:label', **TINY)
     assert load(tmp_path/'types').sample(2, steps=1, type='oak').shape==ldm.sample(2, steps=1, type=1).shape
     path.unlink()
-    with pytest.raises(FileNotFoundError, match='has no table'): label_ldm(leaves/'a', tmp_path/'none', conditions='x')
-    with pytest.raises(ValueError, match='digits has no table'): label_ldm('digits', tmp_path/'none', conditions='x')
+    with pytest.raises(FileNotFoundError, match='has no table'): own_ldm(leaves/'a', tmp_path/'none', conditions='x')
+    with pytest.raises(ValueError, match='digits has no table'): own_ldm('digits', tmp_path/'none', conditions='x')
 
 @pytest.mark.parametrize('form', ['csv','tsv','jsonl'])
 def test_every_form_of_table(leaves, form):
@@ -209,7 +209,7 @@ def test_masks_and_views(leaves, tmp_path):
     for i in range(1, 80):
         picture, mask = views[i]['image'].mean(0), views[i]['bright']
         if i%40>9: assert picture[mask==1].mean()>picture[mask==0].mean()
-    ldm = label_ldm(path, tmp_path/'masks', conditions='bright:mask', copies=2, **TINY)
+    ldm = own_ldm(path, tmp_path/'masks', conditions='bright:mask', copies=2, **TINY)
     for weights in ldm.denoiser.net.parameters():                       # some begin as zeros, and would hide the mask
         if not weights.any(): torch.nn.init.normal_(weights, std=.1)
     drawn = [ldm.sample(1, steps=1, seed=0, bright=mask) for mask in (ds.fields['bright'][20].long(), None)]

@@ -16,3 +16,4 @@ from .text_probes import *
 from .pictures import *
 from .finetune import *
 from .conditions import *
+from .own import *

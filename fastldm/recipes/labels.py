@@ -21,9 +21,6 @@ from ..diffusion.ldm import LatentDiffusion, available, load
 from ..diffusion.schedules import VE, Cosine
 from ..diffusion.unet import TutorialUNet, UNet
 from ..metrics.images import Evaluator, PhotoEvaluator, Reference, evaluator_loss, fid, label_accuracy
-from .conditions import (draw_conditions, print_conditions, table_arguments, table_card, table_drops,
-                                        table_embedders, table_marks, table_slots)
-from .finetune import beginning
 from .stages import (begin, embedders_of, finish, licence_line, picture_set, recipe, run_stage,
                                     train_autoencoder, train_denoiser, train_stage)
 
@@ -35,19 +32,15 @@ def label_denoiser(
     n_blocks:int=1, # residual blocks per level
     drop:float=.1, # rate at which the label is left out in training
     views:bool=False, # whether the set is `Augmented`
-    factor:int=4, # pixels to one of the latent, for masks
 )->Denoiser: # to be trained
-    "A U-Net that is conditioned on the labels of a set, if it has any, or on the columns of a table."
+    "A U-Net that is conditioned on the labels of a set, if it has any."
     d_emb = 4*channels[0]
-    conditions = getattr(ds, 'conditions', {})
-    embedders = table_embedders(conditions, d_emb, factor)
+    embedders = {}
     if 'label' in ds[0] and _classes(ds): embedders['label'] = LabelEmbedder(len(_classes(ds)), d_emb)
     if views: embedders['augment'] = VectorEmbedder(4, d_emb)
-    drops = table_drops(conditions, drop) or dict(drop=dict(label=drop))
-    conditioner = Conditioner(**drops, **embedders) if embedders else None
+    conditioner = Conditioner(drop=dict(label=drop), **embedders) if embedders else None
     attention = [level>0 for level in range(len(channels))]
-    net = UNet(c_latent, channels, n_blocks, attention=attention, d_emb=d_emb, **table_slots(embedders, d_emb))
-    return Denoiser(net, Cosine(), conditioner)
+    return Denoiser(UNet(c_latent, channels, n_blocks, attention=attention, d_emb=d_emb), Cosine(), conditioner)
 
 def _classes(ds): return list(getattr(ds, 'classes', None) or [])
 
@@ -85,18 +78,14 @@ def label_ldm(
     size:int=None, # side of the pictures, for a folder of them
     c_latent:int=8, # channels of the latent
     ae_channels=(48,64), # of the autoencoder
-    ae_steps:int=None, # of the autoencoder's training; None: 6,000, or 1,000 of a start's
-    channels=None, # of the U-Net, one number per level; None: (64,128), or those of the start
+    ae_steps:int=6000, # of the autoencoder's training
+    channels=(64,128), # of the U-Net
     n_blocks:int=1, # residual blocks per level
-    steps:int=None, # of the denoiser's training; None: 20,000, or 2,000 from a start
+    steps:int=20000, # of the denoiser's training
     batch_size:int=64, # pictures per step, at most
     lr:float=1e-3, # highest learning rate of the denoiser
     drop:float=.1, # rate at which the label is left out in training
-    copies:int=None, # augmented views of each picture, see `Augmented`; None: 1, or more of few from a start
-    conditions=None, # columns of the table beside the pictures, as in 'species:label, length:number'
-    start=None, # a trained model to begin with, see `FromModel`; None: begin with random weights
-    lora:int=None, # with `start`: rank of the changes; None: all weights are trained
-    tune_autoencoder:bool=False, # with `start`: train its autoencoder, too
+    copies:int=1, # augmented views of each picture, more than 1 for small sets: see `Augmented`
     weight=edm_weight, # of the loss
     seed:int=0, # of everything
     precision:str=None, # 'bf16' where the processor has it
@@ -106,42 +95,35 @@ def label_ldm(
 )->LatentDiffusion: # saved in `folder`
     "Train a latent diffusion on pictures, with or without labels. Raises what the data set raises, before work starts."
     arguments = dict(locals())
-    base = beginning(start, lora, tune_autoencoder)
-    pictures = picture_set(data, root, size=base.size(data, size), conditions=conditions)
-    base.check(pictures)
-    arguments |= base.choose(arguments, len(pictures))
-    steps, ae_steps, copies, channels = (arguments[k] for k in ('steps','ae_steps','copies','channels'))
-    folder = begin(folder, label_ldm, arguments | table_arguments(pictures), pictures,
-                   multiple=base.multiple(ae_channels), stages=[*base.stages], **base.marks, **table_marks(pictures))
-    print_conditions(pictures, progress)
+    pictures = picture_set(data, root, size=size)
+    folder = begin(folder, label_ldm, arguments, pictures, multiple=2**len(ae_channels),
+                   stages=['autoencoder','denoiser'])
     ds = Augmented(pictures, copies, seed) if copies>1 else pictures
     training = dict(seed=seed, precision=precision, progress=progress, batch_size=batch_size)
     set_seed(seed)
-    new = label_denoiser(ds, c_latent, channels, n_blocks, drop, copies>1, base.multiple(ae_channels))
-    denoiser = base.denoiser(new, ds)
-    ae = base.autoencoder(ds, folder, c_latent=c_latent, channels=ae_channels, steps=ae_steps, **training)
+    denoiser = label_denoiser(ds, c_latent, channels, n_blocks, drop, views=copies>1)
+    ae = train_autoencoder(ds, folder, c_latent=c_latent, channels=ae_channels, steps=ae_steps, **training)
     latents = LatentDataset(ds, ae, cache=folder/'cache', progress=progress)
     shape = tuple(latents[0]['latent'].shape)
     scores = score_cb(data, ae, shape, max(1, steps//8))
     loss_fn = partial(diffusion_loss, weight=weight)
     def draw(denoiser): return _draw_labels(LatentDiffusion(ae, denoiser, shape), ds)
     denoiser = train_denoiser(latents, folder, denoiser, loss_fn, steps, lr=lr, draw=draw, cbs=[*cbs, *scores],
-                              **base.hooks(folder), **training)
-    ldm = LatentDiffusion(ae, denoiser, shape)
+                              **training)
     about = dict(n_pictures=len(pictures), views=copies) if copies>1 else {}
-    about |= base.card(ldm, folder, pictures) | (card or {})
-    return _finish_labels(folder, ldm, data, ds, base.licence(licence_line(pictures)), base.stages, seed=seed, **about)
+    return _finish_labels(folder, LatentDiffusion(ae, denoiser, shape), data, ds, licence_line(pictures), seed=seed,
+                          **about | (card or {}))
 
 # %% ../../nbs/recipes/01_labels.ipynb #58057355
 def _finish_labels(folder, ldm, data, ds, licence, stages=('autoencoder','denoiser'), **card):
     "Save the model, with pictures by label."
-    about = dict(n_pictures=len(ds), classes=_classes(ds)) | table_card(getattr(ds, 'conditions', {})) | card
+    about = dict(n_pictures=len(ds), classes=_classes(ds)) | card
     return finish(folder, ldm, stages, partial(_draw_labels, ds=ds), data, licence, **about)
 
 def _draw_labels(ldm, ds):
-    "Eight pictures of each label, of sixteen labels at most; of other models, what shows their conditions."
+    "Eight pictures of each label, of sixteen labels at most."
     n_labels = min(len(_classes(ds)), 16) if 'label' in embedders_of(ldm) else 0
-    if not n_labels: return draw_conditions(ldm)
+    if not n_labels: return ldm.sample(64, seed=0)
     return ldm.sample(8*n_labels, seed=0, label=[i//8 for i in range(8*n_labels)])
 
 # %% ../../nbs/recipes/01_labels.ipynb #b1d79451
@@ -331,7 +313,6 @@ recipe('digits', label_ldm, 'digits', c_latent=4, ae_channels=(32,48), ae_steps=
 recipe('mnist', label_ldm, 'mnist', c_latent=4, ae_steps=6000, steps=14000)
 recipe('fashion', label_ldm, 'fashion', c_latent=8, ae_steps=5000, steps=20000)
 recipe('flowers', label_ldm, 'flowers5', size=64, c_latent=8, ae_steps=8000, steps=12000, drop=.2, copies=4)
-recipe('folder', label_ldm, needs=dict(data='a folder of pictures'))
 recipe('mnist_tutorial', tutorial_ldm, 'mnist')
 recipe('fashion_tutorial', tutorial_ldm, 'fashion', ae_epochs=5, ae_batch_size=128, epochs=5)
 recipe('mnist_tutorial_as_written', tutorial_ldm, 'mnist', **TUTORIAL_AS_WRITTEN)
