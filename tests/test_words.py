@@ -286,3 +286,15 @@ def test_advice_after_training_can_be_followed(tmp_path, capsys):
     train_cli('digits_evaluator', out=tmp_path/'run', epochs=1)
     said = capsys.readouterr().out.partition('done')[2]
     assert f"fastldm.load('{tmp_path}/run')" in said and 'sample' not in said
+
+def test_an_inpainting_warns_of_nothing():
+    "Torch's rules for Jacobians are imported without the warnings that are meant for its authors."
+    program = '''import torch, warnings
+warnings.simplefilter('error', FutureWarning)
+from fastldm import load
+from fastldm.diffusion.constraints import inpaint
+hole = torch.zeros(28, 28, dtype=bool)
+hole[5:9] = True
+load('mnist').sample(1, label=3, constraint=inpaint(torch.rand(1, 28, 28)*2-1, hole), steps=1)'''
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True)
+    assert done.returncode==0 and 'FutureWarning' not in done.stderr, done.stderr

@@ -7,7 +7,8 @@ __all__ = ['least_squares', 'PosteriorDenoiser', 'check_pictures', 'read_flags',
            'LinearInverse', 'inpaint', 'upscale', 'Variation', 'vary']
 
 # %% ../../nbs/diffusion/07_constraints.ipynb #dfd6b756
-import numpy as np, torch, torch.nn.functional as F
+import numpy as np, torch, torch.nn.functional as F, warnings
+from functools import cache
 from PIL import Image
 from ..core.models import real_number, whole_number
 from ..core.show import warn_unsigned
@@ -16,6 +17,13 @@ from .denoiser import scales
 from .ldm import Constraint
 
 # %% ../../nbs/diffusion/07_constraints.ipynb #4b5af2e1
+@cache
+def _import_jvp():
+    "Let torch import its rules for Jacobians, once, without the warnings that are meant for its own authors."
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', FutureWarning)
+        torch.func.jvp(torch.nn.functional.silu, (torch.zeros(1),), (torch.ones(1),))
+
 def _dot(a, b): return (a*b).flatten(1).sum(1).view(-1, *[1]*(a.ndim-1))
 
 def least_squares(
@@ -26,6 +34,7 @@ def least_squares(
     iters:int=4, # conjugate gradients
 )->torch.Tensor: # the change `δ` of `z` that solves `(JᵀJ + w) δ = Jᵀ(y - f(z))`, where J is the Jacobian of `f`
     "One damped Gauss-Newton step, for each row by itself."
+    _import_jvp()
     with torch.enable_grad(): out, times_Jᵀ = torch.func.vjp(f, z)
     def times_J(v): return torch.func.jvp(f, (z,), (v,))[1]
     r = times_Jᵀ(y-out)[0].detach()                             # what is left to explain
@@ -165,6 +174,7 @@ class LinearInverse(PictureConstraint):
     "`measure(pictures, *data)` gives `data[0]`; made by `inpaint` and `upscale`."
     step = 'ddpm_step'
     steps = 50
+    is_slow = True
     def __init__(self,
         data, # tensors with one row, or one per sample; what was measured comes first
         measure, # `(pictures in [-1,1], *data) -> what was measured`, differentiable
