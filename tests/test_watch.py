@@ -134,7 +134,8 @@ def test_options_that_cannot_work(tmp_path):
     "A device, a tracker or a time that cannot be used is refused before anything is written."
     out = tmp_path/'mine'
     assert "device 'gpu'" in run('fastldm_train', 'digits', '--out', out, '--device', 'gpu', ok=False)
-    assert "unknown tracker 'tensorbord'" in run('fastldm_train', 'digits', '--out', out, '--track', 'tensorbord', ok=False)
+    said = run('fastldm_train', 'digits', '--out', out, '--track', 'tensorbord', ok=False)
+    assert "unknown tracker 'tensorbord'" in said
     assert 'above 0' in run('fastldm_train', 'digits', '--out', out, '--max_minutes', 0, ok=False)
     assert not out.exists()
 

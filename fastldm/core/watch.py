@@ -6,7 +6,7 @@
 __all__ = ['held_out_loss', 'HeldOutCB', 'DeadlineCB', 'tracker_class', 'TrackCB', 'Rates', 'find_lr']
 
 # %% ../../nbs/core/06_watch.ipynb #fa1f697c
-import math, time
+import time
 import torch
 from copy import deepcopy
 from pathlib import Path
@@ -65,11 +65,6 @@ class HeldOutCB(Callback):
         if best_step==learn.step: self.keep(learn)
         if self.patience and learn.step-best_step>=self.patience: raise StopTraining
 
-    def after_fit(self, learn):
-        if self.best is None or _best_row(learn)['step']==learn.step: return
-        learn.ema_model.load_state_dict(self.best)
-        learn.ema_model.to(learn.acc.device)
-
 # %% ../../nbs/core/06_watch.ipynb #c97adb5f
 def _best_row(learn):
     "The row of the log with the least held-out loss."
@@ -83,6 +78,12 @@ def keep(self:HeldOutCB, learn):
     self.best = {name: value.detach().cpu().clone() for name, value in learn.ema_model.state_dict().items()}
     if not learn.folder or not learn.acc.is_main_process: return
     with write_atomic(_best_file(learn)) as file: save_file(self.best, file)
+
+@patch
+def after_fit(self:HeldOutCB, learn):
+    "Put the weights with the least loss in place of the last ones."
+    if self.best is None or _best_row(learn)['step']==learn.step: return
+    learn.ema_model.load_state_dict(self.best)
 
 # %% ../../nbs/core/06_watch.ipynb #48a480fd
 class DeadlineCB(Callback):
@@ -135,14 +136,6 @@ class TrackCB(Callback):
         self.tracker = self.cls(_run_name(learn), **options)
         if hasattr(self.tracker, 'start'): self.tracker.start()
 
-    def after_step(self, learn):
-        has_row = learn.log and learn.log[-1]['step']==learn.step
-        if self.tracker is None or not has_row: return
-        values = {name: value for name, value in learn.log[-1].items() if name!='step' and value is not None}
-        self.tracker.log(values, step=learn.step)
-
-    def after_fit(self, learn):
-        if self.tracker is not None: self.tracker.finish()
 
 def _run_name(learn):
     "The folders of a stage as a name, such as `mine-denoiser`."
@@ -150,6 +143,19 @@ def _run_name(learn):
     return '-'.join(parts[-2:]) if learn.folder else 'run'
 
 # %% ../../nbs/core/06_watch.ipynb #06965b5c
+@patch
+def after_step(self:TrackCB, learn):
+    "Send the row of this step, where there is one."
+    has_row = learn.log and learn.log[-1]['step']==learn.step
+    if self.tracker is None or not has_row: return
+    values = {name: value for name, value in learn.log[-1].items() if name!='step' and value is not None}
+    self.tracker.log(values, step=learn.step)
+
+@patch
+def after_fit(self:TrackCB, learn):
+    "Close the tracker."
+    if self.tracker is not None: self.tracker.finish()
+
 @patch
 def picture(self:TrackCB,
     learn, # the `Learner`

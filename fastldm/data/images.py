@@ -424,6 +424,12 @@ def _part_by_hash(files, folder, split, test):
     raise ValueError(f"test={test} of the {len(files)} pictures in {folder} leaves none for split={split!r}: "
                      "give more pictures, or another share")
 
+def _no_part(root, split):
+    "What is said of a folder without a part."
+    advice = "put its pictures there, or ask for split='train'"
+    if split=='train': advice = "put what is for training there, and rename a folder `test` or `val` that is a class"
+    return FileNotFoundError(f"{root} has no folder `{split}` with pictures; {advice}")
+
 def _divided(root, parts, test):
     "The parts of a set whose training pictures are divided. Raises ValueError where there is a part for testing."
     if 'test' in parts:
@@ -449,7 +455,7 @@ class ImageFolder(Pictures):
         parts = _find_parts(root)
         test = real_number(test, 'test', 0, 1)
         if test: parts = _divided(root, parts, test)
-        if split not in parts: raise self._no_part(root)
+        if split not in parts: raise _no_part(root, split)
         train = parts.get('train')
         folder = parts[split]
         files = find_pictures(folder)
@@ -462,11 +468,6 @@ class ImageFolder(Pictures):
         if label and len(good)<len(files): label = [l for f,l in zip(files,label) if f in good]
         self.hold_files([*good], label, classes, size, channels, cache)
 
-    def _no_part(self, root):
-        if self.split!='train':
-            advice = "put its pictures there, or ask for split='train'"
-        else: advice = "put what is for training there, and rename a folder `test` or `val` that is a class"
-        return FileNotFoundError(f"{root} has no folder `{self.split}` with pictures; {advice}")
 
 # %% ../../nbs/data/00_images.ipynb #cdc76dae
 def find_damaged(

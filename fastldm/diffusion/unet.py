@@ -262,6 +262,7 @@ def run_block(self:UNet, level, *inputs):
     if not (self.gradient_checkpointing and torch.is_grad_enabled()): return level.block(*inputs)
     return checkpoint(level.block, *inputs, use_reentrant=False)
 
+# %% ../../nbs/diffusion/02_unet.ipynb #b3564089
 @patch
 def forward(self:UNet,
     x:torch.Tensor, # noisy latent, (B,c_in,H,W)

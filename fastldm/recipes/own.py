@@ -33,7 +33,7 @@ def own_pictures(
     root=None, # where a public set is looked for first
     size:int=None, # side of the pictures
     conditions=None, # columns of the table, as `PictureTable` takes them
-    test:float=None, # share that is kept aside; None: a tenth from `KEPT_FROM` pictures on, where there is no part `test`
+    test:float=None, # share that is kept aside; None: a tenth of `KEPT_FROM` or more without a part `test`
 )->tuple: # pictures to train on; those that are kept aside, or None; the share that was taken, or 0
     "Two sets. Raises what the set raises, and `ValueError` for a share where the set has a part `test`."
     load = partial(picture_set, data, root, size=size, conditions=conditions)
@@ -108,38 +108,40 @@ def own_ldm(
     and the start raise, before work starts."""
     arguments = dict(locals())
     base = beginning(start, lora, tune_autoencoder)
-    if test is None and _is_of_earlier_version(folder): test = 0.
-    pictures, kept, share = own_pictures(data, root, base.size(data, size), conditions, test)
+    pictures, kept, share = own_pictures(data, root, base.size(data, size), conditions, _asked_share(folder, test))
     _check_patience(patience, kept)
     base.check(pictures)
     arguments |= base.choose(arguments, len(pictures)) | dict(test=share)
     folder = begin(folder, label_ldm, arguments | table_arguments(pictures), pictures,   # its name in earlier versions
                    multiple=base.multiple(ae_channels), stages=[*base.stages], **base.marks, **table_marks(pictures))
     print_conditions(pictures, progress)
-    views = arguments['copies']
+    views, steps = arguments['copies'], arguments['steps']
     training = dict(seed=seed, precision=precision, progress=progress, batch_size=batch_size)
-    sizes = dict(c_latent=c_latent, channels=arguments['channels'], n_blocks=n_blocks)
 
     ds = Augmented(pictures, views, seed) if views>1 else pictures
     set_seed(seed)
-    denoiser = base.denoiser(own_denoiser(ds, **sizes, drop=drop, views=views>1, factor=base.multiple(ae_channels)), ds)
+    new = own_denoiser(ds, c_latent, arguments['channels'], n_blocks, drop, views>1, base.multiple(ae_channels))
+    denoiser = base.denoiser(new, ds)
     ae = base.autoencoder(ds, folder, c_latent=c_latent, channels=ae_channels, steps=arguments['ae_steps'], **training)
     encoded = partial(LatentDataset, autoencoder=ae, cache=folder/'cache', progress=progress)
     held_out = encoded(Augmented(kept, 1) if views>1 else kept) if kept else None          # a single view is as it is
     shape = ae.latent_shape(*pictures[0]['image'].shape[1:])
-    def draw(denoiser): return draw_conditions(LatentDiffusion(ae, denoiser, shape))
-    denoiser = train_denoiser(encoded(ds), folder, denoiser, partial(diffusion_loss, weight=weight), arguments['steps'],
-                              lr=lr, draw=draw, cbs=cbs, held_out=held_out, patience=patience, **base.hooks(folder),
-                              **training)
+    draw = partial(_draw, ae, shape)
+    loss_fn = partial(diffusion_loss, weight=weight)
+    denoiser = train_denoiser(encoded(ds), folder, denoiser, loss_fn, steps, lr=lr, draw=draw, cbs=cbs,
+                              held_out=held_out, patience=patience, **base.hooks(folder), **training)
     ldm = LatentDiffusion(ae, denoiser, shape)
     about = _facts(pictures, kept, share, views) | base.card(ldm, folder, pictures) | dict(seed=seed) | (card or {})
     return finish(folder, ldm, base.stages, draw_conditions, data, base.licence(licence_line(pictures)), **about)
 
 # %% ../../nbs/recipes/16_own.ipynb #e5306c21
-def _is_of_earlier_version(folder):
-    "Whether a run was begun before pictures were kept aside."
+def _asked_share(folder, test):
+    "The share to keep aside; 0 where a run of an earlier version goes on, which kept nothing."
     file = Path(folder)/'recipe.json'
-    return file.exists() and 'test' not in json.loads(file.read_text(encoding='utf-8'))
+    if test is not None or not file.exists(): return test
+    return None if 'test' in json.loads(file.read_text(encoding='utf-8')) else 0.
+
+def _draw(ae, shape, denoiser): return draw_conditions(LatentDiffusion(ae, denoiser, shape))
 
 def _check_patience(patience, kept):
     "Raises `ValueError` for a patience without pictures to measure by."

@@ -217,6 +217,7 @@ def move(self:Painter, x, y):
         self.show(0, 0, self.size, self.size)
     self.last = here
 
+# %% ../../nbs/ui/00_paint.ipynb #263b0727
 @patch
 def paint(self:Painter, a, b):
     "What the tool makes between two places; gives its box."
