@@ -4,12 +4,13 @@ import importlib, sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .core.help import show_parameters
     from .core.show import images
     from .diffusion.ldm import LatentDiffusion, available, load, save
 
 _PARTS = ('cli','core','data','diffusion','codes','control','metrics','recipes','ui')
 _HOMES = dict(LatentDiffusion='diffusion.ldm', available='diffusion.ldm', load='diffusion.ldm', save='diffusion.ldm',
-              images='core.show') # name: its module, which is imported with torch when the name is first used
+              images='core.show', show_parameters='core.help') # name: its module, imported when it is first used
 __all__ = [*_HOMES, '__version__']
 
 def __getattr__(name):

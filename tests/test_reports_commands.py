@@ -90,7 +90,7 @@ EVAL = [
     ('avatars', dict(n=2*10**9), 'need about 393,216 GB of memory'),
     ('local_scenes', dict(n=2*10**9), 'need about 393,216 GB of memory'),
     ('mnist', dict(data='digits'), 'this model draws pictures of (1, 28, 28), those of digits are (1, 16, 16)'),
-    ('mnist', dict(data='pics'), 'no evaluator knows pics'),
+    ('mnist', dict(data='pics'), "no data set 'pics'"),
     ('mnist', dict(out='.'), '. is a folder: give the name of a file'),
 ]
 
