@@ -5,7 +5,7 @@ from fastldm import available, load
 from fastldm.diffusion import samplers
 
 STEPS = [name for name in samplers.__all__ if name.endswith('_step')]
-SOLVERS = [name for name in samplers.__all__ if isinstance(getattr(samplers, name), type)]
+SOLVERS = [name for name in samplers.__all__ if isinstance(getattr(samplers, name), type) and name!='WatchedDenoiser']
 GRIDS = dict(heun_step='karras_times', euler_maruyama_step='uniform_times', pc_step='uniform_times')    # else angle
 WITHIN = 1e-4
 loaded = {}

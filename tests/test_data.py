@@ -130,7 +130,7 @@ def test_a_missing_set_says_what_was_tried_and_how_to_get_it(tmp_path, monkeypat
     monkeypatch.setenv('FASTLDM_DATA', '/no/such/place')
     with pytest.raises(FileNotFoundError) as e: get_dataset(name, tmp_path/'mine', download=False)
     for s in (advice, str(tmp_path/'mine'), 'FASTLDM_DATA is /no/such/place', str(tmp_path/'system'), 'download=False',
-              'torchvision'):
+              'fastldm[data]'):
         assert s in str(e.value)
 
 def test_a_download_that_fails_is_told(tmp_path, monkeypatch):

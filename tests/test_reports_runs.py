@@ -22,8 +22,8 @@ from fastldm.data import (DATASETS, Captioned, Described, Digits, ImageFolder, P
                           SyntheticScenes, files_digest, write_shards)
 from fastldm.diffusion import LatentDiffusion, load
 from fastldm.metrics import Reference
-from fastldm.recipes import (RECIPES, begin, check_free, control, data_facts, distil, faces, labels, sample_cli, stages,
-                             text, train_cli, write_card)
+from fastldm.recipes import (RECIPES, begin, check_free, control, data_facts, distil, faces, labels, own, sample_cli,
+                             stages, text, train_cli, write_card)
 
 # ---- files that others can read
 
@@ -285,6 +285,7 @@ SETS = dict(mnist=Grey28, fashion=Grey28, flowers5=Photos5, drawnfaces=drawn, av
 
 SMALL = { # arguments that make a recipe quick, by its function
     labels.label_ldm: dict(steps=2, ae_steps=2, channels=(8,8), ae_channels=(8,8)),
+    own.own_ldm: dict(steps=2, ae_steps=2, channels=(8,8), ae_channels=(8,8)),
     labels.tutorial_ldm: dict(epochs=1, ae_epochs=1),
     labels.train_evaluator: dict(epochs=1),
     labels.photo_evaluator: {},

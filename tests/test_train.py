@@ -8,6 +8,7 @@ from safetensors import safe_open
 import fastldm.core.train as train
 from fastldm.core import set_seed
 from fastldm.core.train import *
+from fastldm.core.watch import TrackCB
 
 HERE = Path(__file__).parent
 

@@ -563,7 +563,8 @@ def load(
     if name.count('/')==1 and not name.startswith(('.','/','~')):
         return _load_named(hub_snapshot(name, MODEL_FILES), device)
     shipped = available('')
-    raise FileNotFoundError(f"no model {name!r}: {_hint(name, published())}Shipped are {', '.join(shipped)}; "
+    hint = _hint(name, [*published(), *shipped])
+    raise FileNotFoundError(f"no model {name!r}: {hint}Shipped are {', '.join(shipped)}; "
                             'otherwise give a folder that `save` wrote, or `user/name` on the hub')
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #707b3314
