@@ -255,7 +255,7 @@ def accelerator(self:Learner):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     AcceleratorState._reset_state() # it refuses a second precision in one process
-    on_cpu = default_device().type=='cpu'
+    on_cpu = os.environ.get('FASTLDM_DEVICE')=='cpu'                    # else Accelerate's choice: CUDA, MPS, ...
     return Accelerator(cpu=on_cpu, mixed_precision=self.precision or 'no', gradient_accumulation_steps=self.accumulate)
 
 @patch

@@ -689,6 +689,9 @@ def evaluate_command(self:LatentDiffusion,
     evaluator = _trained_for(data, 'evaluator', 'Evaluator') if 'label' in embedders else None
     if evaluator: return evaluate_ldm(self, load(evaluator), data, **options)
     train, test = _parts_of(self, data, options.pop('root', None))
+    if 'held_out_loss' in self.meta.get('stages', {}).get('denoiser', {}):
+        print('the weights were chosen by the loss on the pictures that were kept aside, which are also scored here: '
+              'compare with pictures that neither has seen (--data) for numbers to report')
     return evaluate_pictures(self, train, test, **options)
 
 # %% ../../nbs/recipes/06_commands.ipynb #fbb4d552

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from ..core.models import set_seed
 from ..data.augment import Augmented
-from ..data.images import find_pictures
+from ..data.images import DATASETS, find_pictures
 from ..diffusion.autoencoder import LatentDataset
 from ..diffusion.cond import Conditioner, VectorEmbedder
 from ..diffusion.denoiser import Denoiser, diffusion_loss, edm_weight
@@ -44,7 +44,8 @@ def own_pictures(
 
 def _share_of(data, conditions):
     "The share that is kept aside where none was asked for."
-    if conditions is not None or not Path(data).is_dir(): return 0.              # it has a split of its own, or none
+    is_folder = Path(data).is_dir() and str(data) not in DATASETS
+    if conditions is not None or not is_folder: return 0.                        # it has a split of its own, or none
     return .1 if len(find_pictures(Path(data)))>=KEPT_FROM and not _is_divided(data) else 0.
 
 def _is_divided(data): return any(entry.name.lower()=='test' for entry in Path(data).iterdir())

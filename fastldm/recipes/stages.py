@@ -583,6 +583,8 @@ def picture_set(
     parameters = signature(maker or get_dataset).parameters.values()
     takes_size = any(p.name=='size' or p.kind==p.VAR_KEYWORD for p in parameters)
     options = dict(size=size) if takes_size and size is not None else {}
+    if test and maker is not None and 'test' not in signature(maker).parameters:
+        raise ValueError(f'{data} has parts of its own, so no share (test={test}) can be kept aside: leave it out')
     if test: options['test'] = test
     ds = get_dataset(data, root, split=split, **options)
     missing = [name for name in needs if getattr(ds, name, None) is None]
