@@ -20,8 +20,15 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         for name,why in no.items():
             if item.get_closest_marker(name): item.add_marker(pytest.mark.skip(reason=why))
-        # the tests of a file share what they made, so they stay together; each notebook stands alone
-        if item.path.stem!='test_notebooks': item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+@pytest.hookimpl(optionalhook=True)                 # of pytest-xdist
+def pytest_xdist_make_scheduler(config, log):
+    "The tests of a file share what they made, so one process runs them all; each notebook stands alone."
+    from xdist.scheduler import LoadFileScheduling
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return nodeid if 'test_notebooks.py' in nodeid else super()._split_scope(nodeid)
+    return Scheduling(config, log)
 
 @pytest.fixture(autouse=True)
 def seeded():
