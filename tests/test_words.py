@@ -20,7 +20,8 @@ from fastldm.diffusion.constraints import vary
 from fastldm.diffusion.denoiser import guide
 from fastldm.diffusion.ldm import LatentDiffusion
 from fastldm.recipes import RECIPES
-from fastldm.recipes.commands import adapter_of, command_method, sample_cli, train_cli
+from fastldm.recipes import commands
+from fastldm.recipes.commands import adapter_of, command_method, eval_cli, sample_cli, train_cli
 from fastldm.recipes.pictures import Film, unpack
 
 BIN = Path(sys.executable).parent
@@ -263,6 +264,26 @@ from fastldm import load, images
 assert fastldm.load is load and 'load' in dir(fastldm)
 assert not hasattr(fastldm, 'lode')'''
     assert subprocess.run([sys.executable, '-c', program], capture_output=True, text=True).returncode==0
+
+# ---- devices
+
+def test_a_device_for_sampling_and_scoring(monkeypatch, tmp_path):
+    "The one that is named is used; one that is not here is refused in a sentence, before a model is loaded."
+    monkeypatch.setenv('FASTLDM_DEVICE', '')                            # put back after the test
+    for device in (None, 'cpu'): sample_cli('mnist', n=1, steps=2, device=device, out=tmp_path/f'{device}.png')
+    assert os.environ['FASTLDM_DEVICE']=='cpu'
+    if not torch.cuda.is_available(): assert (pixels(tmp_path/'cpu.png')==pixels(tmp_path/'None.png')).all()
+    monkeypatch.setattr(commands, 'load', lambda name: pytest.fail('a model was loaded'))
+    for device in ('gpu', 'cuda:99', 'meta', ''):
+        for command in (sample_cli, eval_cli):
+            with pytest.raises(SystemExit, match=f"^(sample|eval): device '{device}' cannot be used here: [^.]*$"):
+                command('mnist', device=device)
+
+@pytest.mark.parametrize('command', ['train','sample','eval','app'])
+def test_the_help_of_device_is_one(command):
+    "Wherever there is the option `--device`, its help has the same words."
+    assert ' '.join(run(f'fastldm_{command}', '--help').split()).count(
+        '--device DEVICE cpu, cuda, cuda:1, mps (default: a GPU where there is one)')==1
 
 # ---- adapters and advice
 

@@ -375,12 +375,17 @@ def check_device(
     "Raises `ValueError` for the name of a device that is not here."
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError,AssertionError,NotImplementedError) as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(f"device {device!r} cannot be used here ({first}): give 'cpu', 'cuda', 'cuda:1' or 'mps', "
-                         "as far as this computer has them") from None
+        torch.zeros(1, device=found).item()
+    except (RuntimeError,AssertionError,ImportError,TypeError):
+        raise ValueError(f'device {device!r} cannot be used here: '
+                         f'PyTorch finds {" and ".join(_devices_here())} on this computer') from None
     return found
+
+def _devices_here():
+    "Names of the devices that there are, for a message."
+    names = ['cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available(): names.append('mps')
+    return names if len(names)>1 else ['only cpu']
 
 # %% ../../nbs/core/00_models.ipynb #57b47f22
 def load_model(

@@ -236,6 +236,7 @@ def _what_next(model, out):
     "What can be done with a model that was just trained: the commands that take it, and Python."
     lines = []
     if (out/'samples.png').exists(): lines.append(f"samples: {out/'samples.png'}")
+    if (out/'nearest.png').exists(): lines.append(f"samples and their nearest training pictures: {out/'nearest.png'}")
     if (out/'adapter.safetensors').exists(): lines.append(f"adapter: {out/'adapter.safetensors'}")
     for task,method in (('sample','sample_command'), ('eval','evaluate_command')):
         if hasattr(model, method): lines.append(f'{task}: fastldm_{task} {out}')
@@ -562,6 +563,7 @@ def sample_cli(
     candidates:int=None, # of a model of texts: pictures drawn for each one kept (default: 1)
     seed:int=None, # of the pictures (default: 0)
     precision:str=None, # bf16: faster where the processor has it
+    device:str=None, # cpu, cuda, cuda:1, mps (default: a GPU where there is one)
     animate:str=None, # also a .gif, .webp or .mp4 file of how the pictures come about
     like:str=None, # a picture that this command or the page made: draw it again, or with the options given here
     module:str=None, # a Python module or file to import first, which defines a model or condition of your own
@@ -569,6 +571,7 @@ def sample_cli(
 ):
     "Draw pictures into a grid, or into a file each. A condition of the model is an option, too, as in --species oak."
     import_module_of(module)
+    use_device(device)
     step = one_name(sampler, step)
     options = given(prompt=prompt, n=n, label=label, attributes=attributes, mask=mask, style=style, steps=steps,
                     calls=calls, step=step, guidance_scale=guidance_scale, prior=prior, candidates=candidates,
@@ -689,9 +692,6 @@ def evaluate_command(self:LatentDiffusion,
     evaluator = _trained_for(data, 'evaluator', 'Evaluator') if 'label' in embedders else None
     if evaluator: return evaluate_ldm(self, load(evaluator), data, **options)
     train, test = _parts_of(self, data, options.pop('root', None))
-    if 'held_out_loss' in self.meta.get('stages', {}).get('denoiser', {}):
-        print('the weights were chosen by the loss on the pictures that were kept aside, which are also scored here: '
-              'compare with pictures that neither has seen (--data) for numbers to report')
     return evaluate_pictures(self, train, test, **options)
 
 # %% ../../nbs/recipes/06_commands.ipynb #fbb4d552
@@ -756,6 +756,7 @@ def eval_cli(
     candidates:int=None, # of a model of texts: pictures drawn for each one kept (default: 1)
     root:str=None, # where the real pictures are looked for first
     seed:int=0, # of the pictures
+    device:str=None, # cpu, cuda, cuda:1, mps (default: a GPU where there is one)
     module:str=None, # a Python module or file to import first, which defines a model or condition of your own
     out:str=None, # a JSON file for the numbers
     card:store_true=False, # keep the numbers in the model's card
@@ -763,6 +764,7 @@ def eval_cli(
     """Score a model: of labels by the evaluator of its data set, of texts by held-out captions, of faces by their
     classifier, an adapter by the edges in its region."""
     import_module_of(module)
+    use_device(device)
     net = load(model)
     if out: check_output(out)
     if card: check_output(_record_of(model))

@@ -34,7 +34,7 @@ from ..core.show import image_grid, read_settings, write_picture
 from ..data.images import open_image, to_image
 from ..diffusion.ldm import available, load, model_folder, weights_folders
 from ..diffusion.samplers import watched
-from ..recipes.commands import USER_ERRORS, command, command_method
+from ..recipes.commands import USER_ERRORS, command, command_method, use_device
 from ..recipes.pictures import command_line, constraint_of, options_of, pack, sampling_of, unpack
 from ..recipes.stages import diffusion_of
 from .paint import class_colours
@@ -799,9 +799,11 @@ def app_cli(
     host:str='127.0.0.1', # address; 0.0.0.0 lets in everybody who can reach this machine
     port:int=7860, # of the address
     out:str=None, # folder where the pictures are kept (default: a temporary one)
+    device:str=None, # cpu, cuda, cuda:1, mps (default: a GPU where there is one)
     browser:store_true=False, # open the page in the browser
 ):
     "Open a page to draw with: every shipped model, and those in the folder `runs`."
+    use_device(device)
     names = list_models()
     if model is not None: names = [model, *(name for name in names if name!=model)]
     page = Page(names, out)
