@@ -9,10 +9,13 @@ __all__ = ['TextToImage', 'CodeLatents', 'TextLatents']
 import inspect
 import math
 import torch
+import warnings
+from pathlib import Path
 from torch import nn
 from fastcore.basics import patch
 from tqdm.auto import tqdm
-from ..core.models import Module, check_choice, whole_number
+from ..core.models import Module, check_choice, fingerprint, whole_number
+from ..core.rows import digest_of_list, read_rows, write_rows
 from ..diffusion.ldm import OUTPUTS, LatentDiffusion, argument_hint, check_seed, to_output
 from .pixelsnail import sample_codes
 
@@ -118,10 +121,10 @@ def other_conditions(self:TextToImage)->list: # of names
 @patch
 def _by_diffusion(self:TextToImage, text, seed, first, batch_size, progress, *, steps=20, step=None, times=None,
                   guidance_scale=1., interval=(0.,1.), precision=None, constraint=None, watch=None, latents=False,
-                  negative_prompt=None, **conditions):
+                  negative_prompt=None, negative=None, **conditions):
+    if negative_prompt is not None: negative = (negative or {}) | dict(text=negative_prompt)
     settings = dict(steps=steps, step=step, times=times, guidance_scale=guidance_scale, interval=interval,
-                    precision=precision, constraint=constraint, watch=watch, latents=latents)
-    if negative_prompt is not None: settings['negative'] = dict(text=negative_prompt)
+                    precision=precision, constraint=constraint, watch=watch, latents=latents, negative=negative)
     return self.diffusion.sample(len(text), seed=seed, first=first, batch_size=batch_size, progress=progress, text=text,
                                  **settings, **conditions)
 
@@ -131,8 +134,8 @@ def prior_for(self:TextToImage,
     names, # of settings and conditions
 )->str: # 'codes' or 'diffusion'
     "The prior that can do what is asked; codes where both can."
-    for_diffusion = {'constraint', 'negative_prompt', 'watch', 'latents', *self.other_conditions} & {*names}
-    return 'diffusion' if for_diffusion and self.denoiser is not None else self.kinds[0]
+    for_diffusion = {'constraint', 'negative_prompt', 'negative', 'watch', 'latents', *self.other_conditions}
+    return 'diffusion' if for_diffusion & {*names} and self.denoiser is not None else self.kinds[0]
 
 # %% ../../nbs/codes/05_text2image.ipynb #7215b814
 @patch
@@ -182,6 +185,8 @@ def _best(self:TextToImage, images, prompts, candidates):
 def _encode(self:TextToImage, prompts, settings):
     "The features of the prompts, and settings in which a negative prompt is its features, of the same length."
     settings = dict(settings)
+    if 'text' in (settings.get('negative') or ()):
+        raise ValueError('negative=dict(text=...): give the text as negative_prompt')
     negative = settings.pop('negative_prompt', None)
     if not negative: return self._features(prompts), settings
     both = self._features(prompts + _prompts(negative, len(prompts)))
@@ -209,7 +214,8 @@ def sample(self:TextToImage,
     output_type:str='pt', # as in `LatentDiffusion.sample`
     **how, # codes: temperature, top_k, top_p, guidance_scale (each a value, or one per level);
            # diffusion: steps, step, times, guidance_scale, interval, precision, constraint, latents, watch,
-           # negative_prompt (a text, or one an image, that guidance moves away from), and `other_conditions`
+           # negative_prompt (a text, or one an image, that guidance moves away from), `other_conditions`, and
+           # negative (values of these that guidance moves away from, as in `LatentDiffusion.sample`)
 )->torch.Tensor: # (n,C,H,W) in [0,1], or what `output_type` says
     """Sample images of a text.
     Raises `ValueError` for a text or a setting that makes no sense, before work starts."""
@@ -257,12 +263,13 @@ class TextLatents:
         latents, # data set with `latent` and `caption`, e.g. a `LatentDataset`
         captions, # of all its items, in their order
         text_encoder, # with `text_features(captions)`
+        cache=None, # folder to keep the features in; None: in memory only
     ):
-        unique = list(dict.fromkeys(captions))
-        number = {caption:i for i,caption in enumerate(unique)}
         self.latents = latents
-        self.row = torch.tensor([number[caption] for caption in captions])
-        self.features = text_encoder.text_features(unique).half().cpu()
+        if cache is None:
+            unique, self.row = _unique(captions)
+            self.features = text_encoder.text_features(unique).half().cpu()
+        else: self.row, self.features = _kept_features(captions, text_encoder, Path(cache).expanduser())
 
     def __len__(self): return len(self.latents)
 
@@ -271,3 +278,24 @@ class TextLatents:
         batch = self.latents.__getitems__(idxs)
         text = self.features[self.row[list(idxs)]].float()
         return dict({k:v for k,v in batch.items() if torch.is_tensor(v)}, text=text)
+
+# %% ../../nbs/codes/05_text2image.ipynb #f136ab1b
+def _unique(captions):
+    "Each caption once, and which of them each item has."
+    unique = list(dict.fromkeys(captions))
+    number = {caption:i for i,caption in enumerate(unique)}
+    return unique, torch.tensor([number[caption] for caption in captions])
+
+def _kept_features(captions, text_encoder, folder, batch_size=1024):
+    "Which features each item has, and the features, both in files; encoded where the files are not there."
+    name = f'texts-{fingerprint(text_encoder)}-{digest_of_list(captions)}'
+    files = folder/f'{name}-rows.safetensors', folder/f'{name}.safetensors'
+    if all(file.exists() for file in files):
+        try: return [read_rows(file)[field] for file,field in zip(files, ('row','text'))]
+        except Exception as error: warnings.warn(f'{files[1]} is damaged ({error}) and is made again')
+    unique, row = _unique(captions)
+    parts = (unique[start:start+batch_size] for start in range(0, len(unique), batch_size))
+    encoded = (dict(text=text_encoder.text_features(part).half().cpu()) for part in parts)
+    write_rows(files[1], len(unique), encoded)
+    write_rows(files[0], len(row), [dict(row=row)])
+    return read_rows(files[0])['row'], read_rows(files[1])['text']

@@ -424,7 +424,9 @@ class Together(Captioned):
         self.caption = [c for ds in sets for c in ds.caption]
         self.name = self.files = [f'{type(ds).__name__.lower()}/{n}' for ds in sets for n in ds.name]
 
-    def digest(self): return tensor_digest([ds.digest() for ds in self.sets])
+    def digest(self):
+        digests = [ds.digest() for ds in self.sets]
+        return None if None in digests else tensor_digest(digests)
 
     def __getitems__(self, idxs)->dict: # image (B,C,H,W) in [-1,1], caption and name
         "A batch at once."

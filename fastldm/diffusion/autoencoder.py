@@ -8,6 +8,7 @@ __all__ = ['FirstStage', 'latent_stats', 'group_norm', 'conv3x3', 'Residual', 'E
 
 # %% ../../nbs/diffusion/00_autoencoder.ipynb #ba8e61f5
 import json, math, warnings
+from functools import partial
 from itertools import chain
 from pathlib import Path
 import torch, torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from fastcore.basics import patch
 from ..core.models import *
+from ..core.rows import read_rows, write_rows
 from ..core.show import warn_unsigned
 
 # %% ../../nbs/diffusion/00_autoencoder.ipynb #97bf4484
@@ -330,17 +332,22 @@ def _by_name(fields):
     "Names and values in one list, in the order of the names."
     return list(chain.from_iterable(sorted(fields.items())))
 
+_MANY = 20_000 # items that are read at every start
+
 def data_fingerprint(
     ds, # a data set of dicts
     batch_size:int=256, # items to fetch at a time
 )->str: # 16 hexadecimal digits
-    "A digest of the images, labels and other fields of a data set, in their order. Paths do not count."
+    """A digest of the images, labels and other fields of a data set, in their order. Paths do not count.
+    Of a large set that is not in memory and has a `digest`, as files have: that, and some of its items."""
     if torch.is_tensor(getattr(ds,'image',None)):                        # all is in memory: no need to fetch it
         fields = {name:value for name,value in vars(ds).items() if not _is_path(value)}
         fields |= {f'fields {name}':value for name,value in fields.pop('fields', {}).items()}
         return tensor_digest(type(ds).__name__, *_by_name(fields))
-    digests = []
-    for start in range(0, len(ds), batch_size):
+    own = ds.digest() if len(ds)>_MANY and hasattr(ds, 'digest') else None
+    digests = [] if own is None else [own, type(ds).__name__, len(ds)]
+    starts = range(0, len(ds), batch_size) if own is None else [i*(len(ds)-batch_size)//3 for i in range(4)]
+    for start in starts:
         indices = list(range(start, min(start+batch_size, len(ds))))
         digests.append(tensor_digest(*_by_name(fetch_batch(ds, indices))))
     return tensor_digest(*digests)
@@ -358,14 +365,14 @@ class LatentDataset:
     ):
         self.classes = getattr(ds, 'classes', None)
         self.flip = flip
+        self.mapped = 0                                    # rows of a file; 0: all is in memory
         self.cache = None
         if cache is not None:
             name = f"latents-{fingerprint(autoencoder)}-{data_fingerprint(ds)}{'-flip' if flip else ''}.safetensors"
             self.cache = Path(cache).expanduser()/name
         if not self._load(len(ds)):
-            self._encode(ds, autoencoder, batch_size, progress)
-            self._keep()
-        for name,value in self.fields.items(): setattr(self, name, value)
+            batches = partial(_encoded, ds, autoencoder, batch_size, flip, progress)
+            if not self._write(len(ds), batches): self._hold(_joined(batches()))
 
     def __len__(self): return self.latent.shape[1]
 
@@ -376,7 +383,7 @@ class LatentDataset:
 # %% ../../nbs/diffusion/00_autoencoder.ipynb #838c3531
 def _select(values, indices, mirrored):
     "Rows of a field; where it has a width (a mask, say), it is mirrored together with its image."
-    if not torch.is_tensor(values): return [values[i] for i in indices]
+    if not torch.is_tensor(values): return [values[i] for i in indices.tolist()]
     rows = values[indices]
     if rows.dim()<3 or not mirrored.any(): return rows
     mirrored = mirrored.bool().view(-1, *[1]*(rows.dim()-1))
@@ -396,79 +403,87 @@ def __getitems__(self:LatentDataset,
     return dict(latent=latent, **fields)
 
 # %% ../../nbs/diffusion/00_autoencoder.ipynb #8774021b
-def _concatenate(parts):
-    "Batches of one field as a whole: tensors, or lists."
-    return torch.cat(parts) if torch.is_tensor(parts[0]) else list(chain.from_iterable(parts))
-
-@patch
 @torch.no_grad()
-def _encode(self:LatentDataset, ds, ae, batch_size, progress):
-    "Fill `latent` (1 or 2,N,c,h,w; the second are mirrored), `std` (the same, or None) and `fields`."
-    latents = []
-    stds = []
-    fields = {}
+def _encode(image, ae, flip):
+    "`latent` (B,1 or 2,c,h,w; the second are of mirrored images), and where there is one `std` of the same shape."
+    ae.check(image)
+    views = [image,image.flip(-1)] if flip else [image]
+    with evaluating(ae): means,logvars = zip(*[ae.encode_params(view.to(ae.shift)) for view in views])
+    found = dict(latent=(torch.stack(means)-ae.shift)/ae.scale)
+    if logvars[0] is not None: found['std'] = (torch.stack(logvars)/2).exp()/ae.scale
+    return {name:values.movedim(1, 0).float().cpu() for name,values in found.items()}
+
+def _encoded(ds, ae, batch_size, flip, progress):
+    "All images, a batch at a time: `latent` and `std` of `_encode`, and the other fields as `field.NAME`."
     for start in tqdm(range(0, len(ds), batch_size), desc='encoding', disable=not progress, leave=False):
         batch = fetch_batch(ds, list(range(start, min(start+batch_size, len(ds)))))
-        image = batch.pop('image')
-        ae.check(image)
-        views = [image,image.flip(-1)] if self.flip else [image]
-        with evaluating(ae): means,logvars = zip(*[ae.encode_params(view.to(ae.shift)) for view in views])
-        latents.append(((torch.stack(means)-ae.shift)/ae.scale).cpu())
-        if logvars[0] is not None: stds.append(((torch.stack(logvars)/2).exp()/ae.scale).cpu())
-        for name,value in batch.items(): fields.setdefault(name, []).append(value)
-    self.latent = torch.cat(latents, 1).float()
-    self.std = torch.cat(stds, 1).float() if stds else None
-    self.fields = {name:_concatenate(parts) for name,parts in fields.items()}
+        encoded = _encode(batch.pop('image'), ae, flip)
+        yield encoded | {f'field.{name}':values for name,values in batch.items()}
+
+def _joined(batches):
+    "Batches as a whole, in memory."
+    parts = {}
+    for batch in batches:
+        for name,values in batch.items(): parts.setdefault(name, []).append(values)
+    def join(values): return torch.cat(values) if torch.is_tensor(values[0]) else list(chain.from_iterable(values))
+    return {name:join(values) for name,values in parts.items()}
 
 # %% ../../nbs/diffusion/00_autoencoder.ipynb #722b138b
-def _content_digest(tensors, lists):
-    "A digest of all that a cache holds."
-    return tensor_digest(*(tensors[name] for name in sorted(tensors)), lists)
+@patch
+def _hold(self:LatentDataset, rows):
+    "Take rows as `_encoded` gives them: `latent` and `std` become (1 or 2,N,c,h,w), the rest are the other fields."
+    self.latent = rows['latent'].movedim(1, 0)
+    self.std = rows['std'].movedim(1, 0) if 'std' in rows else None
+    self.fields = {name.removeprefix('field.'):values for name,values in rows.items() if name.startswith('field.')}
+    for name,values in self.fields.items(): setattr(self, name, values)
 
 @patch
-def _save(self:LatentDataset):
-    "Write the cache."
-    from safetensors.torch import save_file
-    tensors = dict(latent=self.latent)
-    if self.std is not None: tensors['std'] = self.std
-    lists = {}
-    for name,values in self.fields.items():
-        if torch.is_tensor(values): tensors[f'field.{name}'] = values
-        else: lists[name] = values
-    tensors = {name:tensor.contiguous() for name,tensor in tensors.items()}
-    metadata = dict(lists=json.dumps(lists), digest=_content_digest(tensors, lists))
-    with write_atomic(self.cache) as path: save_file(tensors, path, metadata=metadata)
-
-@patch
-def _keep(self:LatentDataset):
-    "Write the cache, where there is to be one; where that is not possible, warn, and do without."
-    if self.cache is None: return
-    try: self._save()
+def _write(self:LatentDataset, n, batches)->bool: # whether it worked
+    "Write the cache, where there is to be one, and map it; where that is not possible, warn."
+    if self.cache is None: return False
+    try: write_rows(self.cache, n, batches())
     except OSError as e:
         warnings.warn(f"the latents cannot be kept in {self.cache.parent} ({e}); "
                       "this run goes on with those in memory, the next will encode again")
+        return False
+    return self._load(n)
 
 # %% ../../nbs/diffusion/00_autoencoder.ipynb #9d713b6d
-def _read_cache(path, shape):
-    "Tensors and lists of a cache. Raises an error unless they are as they were written, `shape` in front."
+def _read_earlier(path):
+    "The rows of a cache of version 0.1, all of whose lists are in its metadata; None for one of today."
     from safetensors import safe_open
     with safe_open(path, 'pt') as f:
-        tensors = {name:f.get_tensor(name) for name in f.keys()}
         metadata = f.metadata()
+        if 'lists' not in metadata: return None
+        tensors = {name:f.get_tensor(name) for name in f.keys()}
     lists = json.loads(metadata['lists'])
-    same = _content_digest(tensors, lists)==metadata['digest']
-    if not same or tensors['latent'].shape[:2]!=shape: raise ValueError('its content was altered')
-    return tensors, lists
+    digest = tensor_digest(*(tensors[name] for name in sorted(tensors)), lists)
+    if digest!=metadata['digest']: raise ValueError('its content was altered')
+    whole = {name:tensors.pop(name).movedim(1, 0) for name in ('latent','std') if name in tensors}
+    return whole | tensors | {f'field.{name}':values for name,values in lists.items()}
 
 @patch
 def _load(self:LatentDataset, n)->bool: # whether it worked
-    "Read the cache, where there is one; warn where it is damaged."
+    "Map the cache, where there is one; warn where it is damaged."
     if self.cache is None or not self.cache.exists(): return False
-    try: tensors,lists = _read_cache(self.cache, shape=(1+self.flip, n))
+    try:
+        rows = _read_earlier(self.cache) or read_rows(self.cache)
+        if rows['latent'].shape[:2]!=(n, 1+self.flip): raise ValueError('it is of another set')
+        self._hold(rows)
     except Exception as e:
         warnings.warn(f'{self.cache} is damaged ({type(e).__name__}: {str(e)[:80]}) and is made again')
         return False
-    self.latent = tensors.pop('latent')
-    self.std = tensors.pop('std', None)
-    self.fields = {name.removeprefix('field.'):tensor for name,tensor in tensors.items()} | lists
+    self.mapped = n
     return True
+
+# %% ../../nbs/diffusion/00_autoencoder.ipynb #cd8b5cab
+@patch
+def __getstate__(self:LatentDataset):
+    if not self.mapped: return self.__dict__
+    of_file = {'latent', 'std', 'fields', *self.fields}
+    return {name:value for name,value in self.__dict__.items() if name not in of_file}
+
+@patch
+def __setstate__(self:LatentDataset, state):
+    self.__dict__.update(state)
+    if self.mapped: self._load(self.mapped)

@@ -187,7 +187,7 @@ def text_to_image(
 def _own_latents(ds, autoencoder, text_encoder, folder, progress):
     "The set as latents of an autoencoder, with the features of its captions."
     latents = LatentDataset(ds, autoencoder, cache=Path(folder)/'cache', progress=progress)
-    return TextLatents(latents, ds.caption, text_encoder)
+    return TextLatents(latents, latents.caption, text_encoder, cache=Path(folder)/'cache')
 
 def _train_text_denoiser(latents, parts, ds, folder, channels, class_field, steps, draw, training):
     "The diffusion prior of the latents of an autoencoder of its own, or of the VQ-VAE."
