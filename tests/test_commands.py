@@ -1,21 +1,11 @@
 "The commands as a user types them: what they do, and the one line they print when they cannot."
 import json
-import subprocess
-import sys
-from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from commands import run
 from fastldm import load
 
-BIN = Path(sys.executable).parent
-
-def run(command, *args, cwd=None, ok=True):
-    "What a command prints; it has to succeed, or with `ok=False` to fail without a traceback."
-    done = subprocess.run([BIN/command, *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=1200)
-    assert (done.returncode==0)==ok, done.stdout+done.stderr
-    if not ok: assert 'Traceback' not in done.stderr, done.stderr
-    return done.stdout+done.stderr
 
 def drawing(kind, size, rng):
     "A white square somewhere in the middle, or stripes."

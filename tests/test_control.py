@@ -2,9 +2,9 @@
 import subprocess, sys, time
 from copy import copy
 from functools import partial
-from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
+from commands import run
 from fastldm import load
 from fastldm.control import ControlAdapter, control, control_loss, picture_control, random_region
 from fastldm.core import set_seed
@@ -13,13 +13,6 @@ from fastldm.diffusion import Cond
 from fastldm.metrics import edge_f1, leakage
 from fastldm.recipes import control_data, evaluate_control, sample_cli, train_adapter, train_cli
 
-BIN = Path(sys.executable).parent
-
-def run(command, *args):
-    "What a command prints, as a user types it."
-    p = subprocess.run([BIN/command, *map(str,args)], capture_output=True, text=True, timeout=1200)
-    assert p.returncode==0, p.stdout+p.stderr
-    return p.stdout+p.stderr
 
 @pytest.fixture(scope='module')
 def model(): return load('scenes')

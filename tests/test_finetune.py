@@ -181,8 +181,8 @@ def test_another_start_is_another_run(start, tmp_path):
 
 def test_a_model_that_copies_is_found(start, tmp_path, capsys, monkeypatch):
     "A WARNING on the screen and on the card, where samples are training pictures."
-    def copies(self, ldm, pictures): return pictures[:64]['image'][:,:]/2+.5
-    monkeypatch.setattr('fastldm.recipes.finetune.FromModel._draw_like', copies)
+    def copies(ldm, pictures): return pictures[:64]['image'][:,:]/2+.5
+    monkeypatch.setattr('fastldm.recipes.finetune.draw_like', copies)
     own_ldm('two', tmp_path/'m', start=start, **TINY)
     assert 'WARNING, the model copies: 40 of 40 samples' in capsys.readouterr().out
     assert card(tmp_path/'m')['copying'].startswith('WARNING')

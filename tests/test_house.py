@@ -322,3 +322,22 @@ def test_one_version():
     cff = yaml.safe_load((ROOT/'CITATION.cff').read_text(encoding='utf-8'))
     assert settings['version']==fastldm.__version__==cff['version']
     assert f"## {settings['version']}" in (ROOT/'CHANGELOG.md').read_text(encoding='utf-8')
+
+# ---- the tests themselves
+
+@pytest.mark.slow
+def test_the_tests_of_a_file_share_a_process(tmp_path):
+    "They share what they made; each notebook is on its own, so that both processes have work to the end."
+    shutil.copy(ROOT/'tests/conftest.py', tmp_path)
+    count = """import os, time
+from pathlib import Path
+import pytest
+@pytest.mark.parametrize('i', range(4))
+def test_where(i):
+    time.sleep(.1)
+    with open(Path(__file__).with_suffix('.txt'), 'a') as file: file.write(os.environ['PYTEST_XDIST_WORKER']+' ')"""
+    for name in ('one','two','notebooks'): (tmp_path/f'test_{name}.py').write_text(count)
+    call = [sys.executable, '-m', 'pytest', '-q', '-n', '2', '--dist', 'loadfile', '-p', 'no:cacheprovider', tmp_path]
+    subprocess.run([*map(str, call)], cwd=tmp_path, check=True, capture_output=True)
+    places = {name: set((tmp_path/f'test_{name}.txt').read_text().split()) for name in ('one','two','notebooks')}
+    assert [len(places[name]) for name in ('one','two','notebooks')]==[1, 1, 2]

@@ -1,21 +1,20 @@
 """From a folder of forty mixed photographs and a spreadsheet to pictures: train, interrupt, resume, look, score, sample
-by each condition, fine-tune, export, open the page; every step by its command, at the first try."""
+by each condition, fine-tune, export, open the page; every step by its command, at the first try. Each test can be run
+alone: what it needs is trained for it."""
 import csv
 import json
 import subprocess
-import sys
 import time
 import urllib.request
-from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
 from browser import free_port
+from commands import BIN, run
 from fastldm import load
 from fastldm.core import read_checkpoint
 from fastldm.diffusion import export_onnx
 
-BIN = Path(sys.executable).parent
 pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope='module')
@@ -45,51 +44,66 @@ def draw_row(folder, i, thing, picture, rng):
     facts = dict(thing=thing, brightness=round(grey, 1), small=int(side<200), notes=f'a {thing} in a crop')
     return dict(file_name=name, **facts)
 
-def run(here, *args, seconds=240, ok=True):
-    "What a command prints; it ends well, within the time that is stated for two cores (ten times for busy ones)."
-    done = subprocess.run([BIN/args[0], *map(str, args[1:])], capture_output=True, text=True, cwd=here,
-                          timeout=10*seconds)
-    assert (done.returncode==0)==ok, done.stdout+done.stderr
-    return done.stdout+done.stderr
-
 TRAIN = ('fastldm_train', 'folder', '--data', 'mine', '--size', 32, '--out', 'runs/mine', '--ae_steps', 40,
          '--steps', 60, '--channels', '32,64', '--batch_size', 16,
          '--conditions', 'thing:label, brightness:number, small:attribute, notes:text')
 
-def test_the_whole_road(place):
-    "One step after the other, as the steps need each other."
-    stopped = run(place, *TRAIN, '--max_minutes', .02)
-    assert 'minutes are over' in stopped and 'the same command goes on' in stopped
-    done = run(place, *TRAIN, '--resume')
-    assert 'going on from step' in done and 'done, in runs/mine' in done
-    assert Image.open(place/'runs/mine/samples.png').width>100
-    assert len((place/'runs/mine/denoiser/run/log.csv').read_text().splitlines())>1
-    scores = run(place, 'fastldm_eval', 'runs/mine', '--n', 12, '--steps', 4, '--out', 'scores.json')
-    assert 'memorisation_pixels' in scores
-    assert json.loads((place/'scores.json').read_text())['n']==12
-    for i,asked in enumerate((['--thing','cat'], ['--brightness','40'], ['--small'], ['--notes','a cat in a crop'])):
-        run(place, 'fastldm_sample', 'runs/mine', *asked, '--n', 2, '--steps', 2, '--out', f'{i}.png')
-        assert Image.open(place/f'{i}.png').width>60
-    run(place, 'fastldm_sample', '--like', '0.png', '--out', 'again.png')
-    assert (np.asarray(Image.open(place/'again.png'))==np.asarray(Image.open(place/'0.png'))).all()
+@pytest.fixture(scope='module')
+def trained(place):
+    "What the first command printed before its time was over, and what the second one did, which goes on."
+    stopped = run(*TRAIN, '--max_minutes', .02, cwd=place)
+    return stopped, run(*TRAIN, '--resume', cwd=place)
 
-def test_fine_tuning(place):
-    "The shipped flowers learn the forty photographs; the card says whether they were copied."
+@pytest.fixture(scope='module')
+def tuned(place):
+    "What fine-tuning prints: the shipped flowers learn twelve of the photographs."
     (place/'cats').mkdir()
     for file in list((place/'mine').glob('*.png'))[:12]: Image.open(file).convert('RGB').save(place/'cats'/file.name)
-    said = run(place, 'fastldm_train', 'folder', '--data', 'cats', '--start', 'flowers', '--steps', 3, '--copies', 2,
-               '--batch_size', 8, '--out', 'runs/tuned')
-    assert 'start flowers' in said and 'copies' in said
+    return run('fastldm_train', 'folder', '--data', 'cats', '--start', 'flowers', '--steps', 3, '--copies', 2,
+               '--batch_size', 8, '--out', 'runs/tuned', cwd=place)
+
+def test_training(place, trained):
+    "A run that was interrupted goes on; at the end there are samples, their nearest pictures, and a log."
+    stopped, done = trained
+    assert 'minutes are over' in stopped and 'the same command goes on' in stopped
+    assert 'going on from step' in done and 'done, in runs/mine' in done
+    assert 'runs/mine/nearest.png' in done and 'samples are copies of a training picture' in done
+    for name in ('samples','nearest'): assert Image.open(place/f'runs/mine/{name}.png').width>100
+    assert len((place/'runs/mine/denoiser/run/log.csv').read_text().splitlines())>1
+
+def test_scores(place, trained):
+    "How far samples are from photographs, and from those that were trained on."
+    scores = run('fastldm_eval', 'runs/mine', '--n', 12, '--steps', 4, '--out', 'scores.json', cwd=place)
+    assert 'memorisation_pixels' in scores
+    assert json.loads((place/'scores.json').read_text())['n']==12
+
+@pytest.mark.parametrize('asked', (['--thing','cat'], ['--brightness','40'], ['--small'],
+                                   ['--notes','a cat in a crop']), ids=lambda asked: asked[0][2:])
+def test_each_condition(place, trained, asked):
+    "Pictures by each column of the table."
+    file = f'{asked[0][2:]}.png'
+    run('fastldm_sample', 'runs/mine', *asked, '--n', 2, '--steps', 2, '--out', file, cwd=place)
+    assert Image.open(place/file).width>60
+
+def test_the_same_picture_again(place, trained):
+    "A picture has the settings that made it, and is drawn again from them."
+    run('fastldm_sample', 'runs/mine', '--thing', 'cat', '--n', 2, '--steps', 2, '--out', 'first.png', cwd=place)
+    run('fastldm_sample', '--like', 'first.png', '--out', 'again.png', cwd=place)
+    assert (np.asarray(Image.open(place/'again.png'))==np.asarray(Image.open(place/'first.png'))).all()
+
+def test_fine_tuning(place, tuned):
+    "The card says what the model began with, and the report whether the photographs were copied."
+    assert 'start flowers' in tuned and 'copies' in tuned
     assert 'start' in load(place/'runs/tuned').meta
     assert read_checkpoint(place/'runs/tuned/denoiser/run/checkpoint.safetensors')[0]['step']==3
 
-def test_export(place):
+def test_export(place, tuned):
     "The model as ONNX, where its packages are."
     for package in ('onnx','onnxruntime','onnxscript'): pytest.importorskip(package)
     files = export_onnx(load(place/'runs/tuned'), place/'onnx')
     assert files and any((place/'onnx').glob('*.onnx'))
 
-def test_the_page(place):
+def test_the_page(place, trained):
     "The page opens with the model that was just trained."
     pytest.importorskip('gradio')
     port = free_port()

@@ -2,14 +2,12 @@
 condition; every mistake in the table ends in one sentence before any work."""
 import csv
 import json
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from commands import run
 from fastldm import load
 from fastldm.data import Augmented, PictureTable
 from fastldm.diffusion.cond import Conditioner, LabelEmbedder, NumberEmbedder
@@ -17,16 +15,8 @@ from fastldm.recipes import own_ldm
 from fastldm.recipes.commands import read_conditions
 from fastldm.ui.app import draw_settings, form_of, read_config
 
-BIN = Path(sys.executable).parent
 CONDITIONS = 'species:label, length:number, notes:text, wet:attribute, fallen:attribute'
 TINY = dict(size=16, c_latent=2, ae_channels=(8,8), ae_steps=2, channels=(8,16), steps=2, progress=False)
-
-def run(command, *args, ok=True):
-    "What a command prints; it has to succeed, or with `ok=False` to fail without a traceback."
-    done = subprocess.run([BIN/command, *map(str, args)], capture_output=True, text=True, timeout=1200)
-    assert (done.returncode==0)==ok, done.stdout+done.stderr
-    if not ok: assert 'Traceback' not in done.stderr, done.stderr
-    return done.stdout+done.stderr
 
 def leaf(i):
     "The row of a picture; some cells are empty."

@@ -1,24 +1,14 @@
 "Runs that are watched, limited and tried: the options of `fastldm_train` that hold for every recipe."
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from commands import run
 from fastldm import load
 from fastldm.core import *
 from fastldm.diffusion import UNet
 from fastldm.recipes.stages import RECIPES, every_stage
 
-BIN = Path(sys.executable).parent
-
-def run(command, *args, ok=True):
-    "What a command prints; it has to succeed, or with `ok=False` to fail with one line."
-    done = subprocess.run([BIN/command, *map(str, args)], capture_output=True, text=True, timeout=1200)
-    assert (done.returncode==0)==ok, done.stdout+done.stderr
-    if not ok: assert 'Traceback' not in done.stderr, done.stderr
-    return done.stdout+done.stderr
 
 # ---- a small problem
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'DATASETS', 'upright', 'plain_picture', 'from_image', 'to_uint8', 'to_image', 'check_split',
-           'escape_text', 'Pictures', 'licence_of', 'collate', 'dataloader', 'Digits', 'open_image', 'centre_square',
-           'fit_to', 'open_zip', 'ZippedFile', 'find_pictures', 'hash01', 'ImageFolder', 'find_damaged', 'first_few',
-           'check_skip', 'size_and_checksum', 'files_digest', 'get_dataset', 'edges']
+           'escape_text', 'Pictures', 'licence_of', 'Part', 'collate', 'dataloader', 'Digits', 'open_image',
+           'centre_square', 'fit_to', 'open_zip', 'ZippedFile', 'find_pictures', 'hash01', 'ImageFolder',
+           'find_damaged', 'first_few', 'check_skip', 'size_and_checksum', 'files_digest', 'get_dataset', 'edges']
 
 # %% ../../nbs/data/00_images.ipynb #9dfeb8dc
 import difflib,hashlib,io,math,os,re,warnings,zipfile,zlib
@@ -217,6 +217,28 @@ def licence_of(
     "What the pictures of these sets may be used for; a set that does not say is the user's own."
     licences = dict.fromkeys(getattr(ds, 'licence', Pictures.licence) for ds in sets)
     return ', and '.join(licences)
+
+# %% ../../nbs/data/00_images.ipynb #1f5f8794
+class Part(Pictures):
+    "Some of the pictures of a set."
+    def __init__(self,
+        ds:Pictures, # the set
+        indices, # of the pictures, whole numbers
+    ):
+        self.ds = ds
+        self.indices = [int(i) for i in indices]
+        self.split = ds.split
+        self.classes = ds.classes
+        self.licence = licence_of(ds)
+        if ds.label is not None: self.label = ds.label[self.indices]
+        if ds.image is not None: self.image = ds.image[self.indices]
+        if ds.fields: self.fields = {name: values[self.indices] for name,values in ds.fields.items()}
+        if hasattr(ds, 'caption'): self.caption = [ds.caption[i] for i in self.indices]
+        if hasattr(ds, 'conditions'): self.conditions = ds.conditions
+
+    def __len__(self): return len(self.indices)
+    def pixels(self, idxs): return self.ds.pixels([self.indices[i] for i in idxs])
+    def __getitems__(self, idxs): return self.ds.__getitems__([self.indices[int(i)] for i in idxs])
 
 # %% ../../nbs/data/00_images.ipynb #b956c2de
 def collate(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEW', 'N_COMPARED', 'FromNothing', 'FromModel', 'beginning', 'copy_embedders', 'with_slots', 'with_adapter',
-           'copying']
+           'copying', 'draw_like', 'copying_line']
 
 # %% ../../nbs/recipes/14_finetune.ipynb #90867672
 import json
@@ -53,7 +53,7 @@ class FromNothing:
     def autoencoder(self, ds, folder, **settings): return train_autoencoder(ds, folder, **settings) # a trained one
     def hooks(self, folder): return {} # for `train_stage`
     def licence(self, line): return line # of the model
-    def card(self, ldm, folder, pictures): return {} # what else the card says
+    def card(self): return {} # what else the card says
 
 # %% ../../nbs/recipes/14_finetune.ipynb #96e1917b
 FEW = 500 # pictures; for fewer, augmentation is the default, and the result is compared with them
@@ -328,17 +328,18 @@ def copying(
 # %% ../../nbs/recipes/14_finetune.ipynb #b0c9b13d
 N_COMPARED = 64 # samples that are compared with the training pictures
 
-@patch
-@torch.no_grad()
-def _draw_like(self:FromModel, ldm, pictures, n=N_COMPARED):
-    "Samples with the conditions of training pictures, spread over the set."
+def draw_like(
+    ldm:LatentDiffusion, # any
+    pictures, # a set with its conditions
+    n:int=N_COMPARED, # samples
+)->torch.Tensor: # (n,C,H,W) in [0,1]
+    "Samples with the conditions of pictures that are spread over a set."
     rows = fetch_batch(pictures, [i*len(pictures)//n for i in range(n)])
     conditions = {name: rows[name] for name in embedders_of(ldm) if name in rows}
     return ldm.sample(n, seed=0, **conditions)
 
-@patch
-def _copying_line(self:FromModel, found):
-    "What was found, in words; the first one is WARNING where the model copies."
+def _in_words(found):
+    "What `copying` found; the first word is WARNING where the model copies."
     n, copies, distance = (found[k] for k in ('n','copies','distance'))
     line = (f'{copies} of {n} samples are copies of a training picture; the nearest is {distance:.2f} times as far as '
             'training pictures are from each other')
@@ -354,17 +355,22 @@ def _card_of(folder, ldm):
     mark = card.get('stages', {}).get('denoiser', {}).get('fingerprint')
     return card if mark==getattr(ldm.denoiser, 'meta', {}).get('fingerprint') else {}
 
+def copying_line(
+    ldm:LatentDiffusion, # trained on them
+    pictures, # the training set
+    folder, # of the model: where it was found out before, that is repeated
+)->str: # a sentence; None for `FEW` pictures or more, and for less than three
+    "Whether a model copies its few training pictures, in words."
+    if not 2<len(pictures)<FEW: return None
+    known = _card_of(folder, ldm).get('copying')
+    return known or _in_words(copying(draw_like(ldm, pictures), pictures))
+
 @patch
-def card(self:FromModel, ldm, folder, pictures):
-    "What the model began with, and for few pictures whether it copies them, which is printed, too."
+def card(self:FromModel):
+    "What the model began with."
     about = dict(start=full_path(self.name), start_data=self.ldm.meta.get('data'), lora=self.lora,
                  tuned_autoencoder=self.tune_autoencoder, new_conditions=self.new, **self.marks)
-    about = {name: value for name,value in about.items() if value is not None}
-    if not 2<len(pictures)<FEW: return about
-    line = _card_of(folder, ldm).get('copying')                         # of a finished run
-    if line is None: line = self._copying_line(copying(self._draw_like(ldm, pictures), pictures))
-    print(line)
-    return about | dict(copying=line)
+    return {name: value for name,value in about.items() if value is not None}
 
 @patch
 def licence(self:FromModel, line):

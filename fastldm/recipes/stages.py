@@ -6,8 +6,8 @@
 __all__ = ['RENAMED_STAGES', 'RECIPES', 'run_stage', 'every_stage', 'train_stage', 'ResumeCB', 'stage_folder',
            'train_autoencoder', 'reconstructions', 'train_denoiser', 'card_metadata', 'card_rows', 'write_card',
            'licence_line', 'enlarged_grid', 'save_grid', 'PicturesCB', 'full_path', 'finish', 'digest_of', 'data_facts',
-           'check_free', 'check_same_run', 'begin', 'picture_set', 'captioned_set', 'training_set', 'with_article',
-           'diffusion_of', 'embedders_of', 'recipe']
+           'check_free', 'check_same_run', 'begin', 'picture_set', 'captioned_set', 'validation_and_test',
+           'training_set', 'with_article', 'diffusion_of', 'embedders_of', 'recipe']
 
 # %% ../../nbs/recipes/00_stages.ipynb #cc247f72
 import json
@@ -28,7 +28,7 @@ from ..core.show import image_grid, labelled_grid, write_picture
 from ..core.train import Callback, Learner, name_of, steps_asked
 from ..core.watch import HeldOutCB, TrackCB
 from ..data.captioned import Captioned
-from ..data.images import DATASETS, get_dataset, licence_of, to_image
+from ..data.images import DATASETS, Part, get_dataset, licence_of, to_image
 from ..data.synthetic import SyntheticScenes
 from ..data.table import PictureTable
 from ..diffusion.autoencoder import Autoencoder, autoencoder_loss
@@ -618,16 +618,9 @@ def captioned_set(
     if data not in DATASETS: return Captioned(data, split, size=size)
     return picture_set(data, root, split, size, needs=('caption',))
 
-def training_set(
-    model, # whose card names its set
-    split:str='train', # or 'test'
-    size:int=64, # side of the pictures
-    root=None, # where a public set is looked for first
-    n:int=None, # pictures, of a set that draws as many as it is asked for
-): # the data set
-    "The set that a model was trained on. Raises what the set raises."
-    data = getattr(model, 'meta', {}).get('data')
-    if data is None: raise ValueError('the card of this model does not say what it was trained on')
+def _set_of_card(model, split, size, root, n):
+    "The whole set that the card of a model names."
+    data = model.meta['data']
     if data=='scenes': return SyntheticScenes(n, split, size)
     kept_aside = dict(test=model.meta['test']) if model.meta.get('test') else {}
     columns = model.meta.get('columns')
@@ -636,6 +629,29 @@ def training_set(
     has_one_size = data in DATASETS and 'size' not in signature(DATASETS[data]).parameters      # mnist, digits, ...
     if has_one_size: return get_dataset(data, root, split=split)
     return get_dataset(data, root, split=split, size=size, **kept_aside)
+
+# %% ../../nbs/recipes/00_stages.ipynb #f03e2f61
+def validation_and_test(
+    kept, # pictures that were kept aside in training
+)->tuple: # two sets
+    "Every second picture, to choose weights by; and the others, for scores. Raises `ValueError` for fewer than two."
+    if len(kept)<2:
+        raise ValueError(f'{len(kept)} picture is kept aside; at least two are needed, one to choose the weights by '
+                         'and one for scores: give a larger share as test (--test)')
+    return Part(kept, range(0, len(kept), 2)), Part(kept, range(1, len(kept), 2))
+
+def training_set(
+    model, # whose card names its set
+    split:str='train', # or 'test'
+    size:int=64, # side of the pictures
+    root=None, # where a public set is looked for first
+    n:int=None, # pictures, of a set that draws as many as it is asked for
+): # the data set
+    "The set that a model was trained on; of its part `test`, what chose no weights. Raises what the set raises."
+    card = getattr(model, 'meta', {})
+    if card.get('data') is None: raise ValueError('the card of this model does not say what it was trained on')
+    ds = _set_of_card(model, split, size, root, n)
+    return validation_and_test(ds)[1] if split=='test' and card.get('n_validation') else ds
 
 # %% ../../nbs/recipes/00_stages.ipynb #8114e12e
 def with_article(
