@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from fastcore.script import anno_parser
+from commands import run
 from fastldm import available, load
 from fastldm.cli import COMMANDS, list_models, list_recipes
 from fastldm.core.show import read_settings, write_picture
@@ -24,14 +25,6 @@ from fastldm.recipes import commands
 from fastldm.recipes.commands import adapter_of, command_method, eval_cli, sample_cli, train_cli
 from fastldm.recipes.pictures import Film, unpack
 
-BIN = Path(sys.executable).parent
-
-def run(command, *args, cwd=None, ok=True):
-    "What a command prints; it has to succeed, or with `ok=False` to fail without a traceback."
-    done = subprocess.run([BIN/command, *map(str, args)], capture_output=True, text=True, cwd=cwd, timeout=600)
-    assert (done.returncode==0)==ok, done.stdout+done.stderr
-    assert 'Traceback' not in done.stderr, done.stderr
-    return done.stdout+done.stderr
 
 def pixels(path): return np.asarray(Image.open(path))
 
@@ -191,6 +184,56 @@ def test_guidance_moves_away_from_a_negative_condition(mnist):
         guided = guide(mnist.denoiser, batch['c'], negative=batch['n'], label=w)(x, t)
         c, n = (mnist.denoiser(x, t, mnist.denoiser.conditioner(batch[name])) for name in 'cn')
     assert torch.allclose(guided, n+w*(c-n), atol=1e-4)
+
+def test_a_negative_label(monkeypatch, tmp_path):
+    "The command moves away from it as Python does, by each of its options; `--like` draws the same, or without it."
+    kw = dict(n=2, label='coat', guidance_scale=3., steps=3)
+    sample_cli('fashion', negative=['label=shirt'], out=tmp_path/'a.png', **kw)
+    sample_cli(like=tmp_path/'a.png', out=tmp_path/'like.png')
+    sample_cli(like=tmp_path/'a.png', negative=['label='], out=tmp_path/'without.png')
+    sample_cli('fashion', out=tmp_path/'plain.png', **kw)
+    monkeypatch.setattr(sys, 'argv', ['fastldm_sample', '--negative_label=shirt'])
+    sample_cli('fashion', out=tmp_path/'b.png', **kw)
+    drawn = {name: pixels(tmp_path/f'{name}.png') for name in ('a','b','like','without','plain')}
+    for one,other in (('a','b'), ('a','like'), ('plain','without')): assert (drawn[one]==drawn[other]).all()
+    assert (drawn['a']!=drawn['plain']).any()
+    assert read_settings(tmp_path/'a.png')['negative']==dict(label='shirt')
+    x = load('fashion').sample(2, label='coat', negative=dict(label='shirt'), guidance_scale=3., steps=3, seed=0)
+    grid = (x[1,0].clamp(0, 1)*255).round().byte().numpy()
+    assert (drawn['a'][::2,58::2,0]==grid).all()
+
+def test_anything_but(mnist):
+    "Without a label, guidance moves from the negative one: x0 = x0(n) + w (x0() - x0(n)); it draws fewer of it."
+    guided = mnist.sample(40, negative=dict(label=1), guidance_scale=4., steps=6, seed=0)
+    for_all = mnist.sample(40, negative=dict(label=[1]*40), guidance_scale=dict(label=4.), steps=6, seed=0)
+    assert torch.equal(guided, for_all)
+    classes = load('mnist_evaluator')(torch.cat([guided, mnist.sample(40, steps=6, seed=0)])*2-1).argmax(1)
+    assert (classes[:40]==1).sum()<(classes[40:]==1).sum()
+
+def test_negative_attributes_and_masks_travel(tmp_path):
+    "A negative mask is in the picture, as text: it is drawn again where the file is gone."
+    face = get_dataset('avatars', split='test')[0]
+    Image.fromarray(face['mask'].numpy().astype(np.uint8)).save(tmp_path/'mask.png')
+    negative = [f"mask={tmp_path/'mask.png'}", 'attributes=Smiling']
+    sample_cli('avatars', negative=negative, guidance_scale=2., n=1, steps=2, out=tmp_path/'face.png')
+    (tmp_path/'mask.png').unlink()
+    sample_cli(like=tmp_path/'face.png', out=tmp_path/'again.png')
+    assert (pixels(tmp_path/'face.png')==pixels(tmp_path/'again.png')).all()
+    avatars = load('avatars')
+    kw = dict(guidance_scale=2., steps=2, seed=0)
+    by_dict = avatars.sample(1, negative=dict(attrs=dict(Smiling=1)), **kw)
+    assert torch.equal(avatars.sample(1, negative=dict(Smiling=True), **kw), by_dict)
+
+@pytest.mark.parametrize('negative, message', [
+    (['label=8','label=9'], 'given twice'), (['the sea'], 'expected NAME=VALUE, as in label=5'), (['=8'], 'NAME=VALUE'),
+    (['label=18'], 'negative: label=18 is out of range'), (['lable=8'], 'did you mean --negative_label'),
+    (['label=8'], 'counts with guidance only: give a guidance_scale above 1'),
+])
+def test_what_is_wrong_with_a_negative_condition(idle, monkeypatch, tmp_path, negative, message):
+    "One line, before the network is called and a file is written."
+    monkeypatch.setattr(commands, 'load', lambda name: idle)
+    with pytest.raises(SystemExit, match=message): sample_cli('mnist', negative=negative, out=tmp_path/'x.png')
+    assert not any(tmp_path.iterdir())
 
 def test_names_of_diffusers(mnist, tmp_path):
     "Saving, loading and calling by their names; half precision; arguments that have another name here are named."

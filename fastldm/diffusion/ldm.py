@@ -136,6 +136,8 @@ def argument_hint(
     expected, # names of those that are
 )->str: # for an error message; '' where nothing is near
     "Say what an argument of another library, or a misspelt one, is called here."
+    positive = name.removeprefix('negative_')
+    if positive!=name and positive in expected: return f'did you mean negative=dict({positive}=...)?'
     for here,elsewhere in NAMES_ELSEWHERE.items():
         group = [here, *elsewhere.split()]
         if name not in group: continue
@@ -182,6 +184,11 @@ def _step_and_times(ldm, constraint, step, times, steps, calls):
 def _condition_names(ldm):
     conditioner = ldm.denoiser.conditioner
     return [] if conditioner is None else list(conditioner.embedders)
+
+def _by_condition(ldm, values):
+    "Values by condition, where some may be given by the name of an attribute."
+    conditioner = ldm.denoiser.conditioner
+    return values if conditioner is None else conditioner.by_condition(values)
 
 def _parse_conditions(ldm, n, conditions):
     "Make a batch with one field per condition."
@@ -257,11 +264,11 @@ def _ask_student(ldm, n, calls, batch, guidance_scale, conditions, interval, ord
     if batch: batch = batch | dict(guidance=torch.full((n,1), scale-1., device=ldm.device))
     return student, with_calls(batch, calls, n, ldm.device)
 
-def _model_and_batch(ldm, calls, n, guidance_scale, conditions, interval, order):
+def _model_and_batch(ldm, calls, n, guidance_scale, conditions, negative, interval, order):
     "The denoiser, a batch with a field for each condition, and guidance scales: of the model, or of its student."
-    if ldm.denoiser.conditioner is not None: conditions = ldm.denoiser.conditioner.by_condition(conditions)
+    conditions = _by_condition(ldm, conditions)
     batch = _parse_conditions(ldm, n, conditions)
-    if calls is None: return ldm.denoiser.eval(), batch, _guidance_scales(ldm, guidance_scale, conditions)
+    if calls is None: return ldm.denoiser.eval(), batch, _guidance_scales(ldm, guidance_scale, conditions | negative)
     return *_ask_student(ldm, n, int(calls), batch, guidance_scale, conditions, interval, order), {}
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #cdcd175e
@@ -345,16 +352,27 @@ def _check_noise(ldm, latents, n):
     raise ValueError(f'latents={given}: expected True, to get the latents back, or unit noise to start from, a tensor '
                      f'of shape {shape}')
 
-def _negative_batch(ldm, calls, n, negative, scales):
-    "The fields to guide away from. Raises `ValueError` where guidance would not use them."
-    negative = {name: value for name,value in (negative or {}).items() if value is not None}
-    if not negative: return {}
-    if calls is not None: raise ValueError('a negative condition takes `steps`: leave out `calls`')
-    batch = _parse_conditions(ldm, n, negative)
+# %% ../../nbs/diffusion/06_ldm.ipynb #801e2a0c
+def _check_negative(ldm, negative, calls):
+    "{condition: value} of what is given. Raises `ValueError` for what is no dict, and together with `calls`."
+    if negative is None: return {}
+    if not isinstance(negative, dict):
+        names = _condition_names(ldm)
+        example = f', as in negative=dict({names[0]}=...)' if names else ''
+        raise ValueError(f'negative={negative!r:.60}: expected a dict with a value for a condition{example}')
+    given = {name: value for name,value in _by_condition(ldm, negative).items() if value is not None}
+    if given and calls is not None: raise ValueError('a negative condition takes `steps`: leave out `calls`')
+    return given
+
+def _negative_batch(ldm, n, negative, scales):
+    "The fields to guide away from. Raises `ValueError` where guidance would not move away from them."
+    try: batch = _parse_conditions(ldm, n, negative) if negative else {}
+    except ValueError as error: raise ValueError(f'negative: {error}') from None
     for name in negative:
-        if scales.get(name, 1)==1:
-            raise ValueError(f'a negative condition of {name!r} counts with guidance only: give {name}=... and a '
-                             'guidance_scale above 1, too')
+        scale = scales.get(name, 1.)
+        if scale<=1:
+            raise ValueError(f'a negative {name} counts with guidance only: give a guidance_scale above 1, '
+                             f'such as 3 (here it is {scale:g})')
     return {name: batch[name] for name in negative}
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #a9c34ab0
@@ -425,8 +443,9 @@ def sample(self:LatentDiffusion,
     seed = check_seed(seed, n)
     constraint = _check_constraint(constraint)
     step, ts = _step_and_times(self, constraint, step, times, steps, calls)
-    model, batch, scales = _model_and_batch(self, calls, n, guidance_scale, conditions, interval, order)
-    away = _negative_batch(self, calls, n, negative, scales)
+    negative = _check_negative(self, negative, calls)
+    model, batch, scales = _model_and_batch(self, calls, n, guidance_scale, conditions, negative, interval, order)
+    away = _negative_batch(self, n, negative, scales)
     noise = _check_noise(self, latents, n)
     data = constraint.prepare(self, n)
     show, step, callback = _watched(self, watch, step, callback)

@@ -35,12 +35,13 @@ from ..data.images import to_image
 from ..diffusion.cond import (AttributeEmbedder, Embedder, LabelEmbedder, MaskEmbedder, NumberEmbedder,
                                     WordEmbedder)
 from ..diffusion.ldm import LatentDiffusion, available, load, weights_folders
-from .conditions import conditions_of_options, named_values, words_left
+from .conditions import (conditions_of_options, known_conditions, named_values, split_negative,
+                                        words_left)
 from .evaluate import (evaluate_conditions, evaluate_control, evaluate_faces, evaluate_ldm,
                                       evaluate_pictures, evaluate_texts, picture_shape, print_scores,
                                       reconstruction_texts)
-from .pictures import (Film, check_same_weights, constraint_of, constraint_settings, fit_control,
-                                      fit_region, open_masks, options_of, settings_of)
+from .pictures import (CONDITIONS, Film, check_same_weights, constraint_of, constraint_settings,
+                                      fit_control, fit_region, open_masks, options_of, settings_of)
 from .stages import (RECIPES, captioned_set, diffusion_of, embedders_of, every_stage, full_path,
                                     picture_set, save_grid, training_set, with_article, write_card)
 
@@ -294,6 +295,12 @@ def read_conditions(
     embedders = embedders_of(ldm)
     return {name: _read_text(embedders[name], name, text) if name in embedders else text for name,text in texts.items()}
 
+def _read_negative(ldm, texts):
+    "Conditions that guidance moves away from; None where there are none."
+    given_texts = {name: text for name,text in (texts or {}).items() if text!=''}
+    try: return read_conditions(ldm, given_texts) or None
+    except ValueError as error: raise ValueError(f'negative: {error}') from None
+
 def _read_text(embedder, name, text):
     "What an embedder reads of a text; an error says of which condition."
     try: return embedder.parse_text(text)
@@ -310,6 +317,7 @@ def sample_command(self:LatentDiffusion,
     attributes:str=None, # of a face, as `AttributeEmbedder.parse_text` reads them
     mask:str=None, # PNG file of class ids
     condition:dict=None, # {name: text} of any condition
+    negative:dict=None, # {name: text} of conditions that guidance moves away from; '': none
     constraint=None, # local control
     steps:int=None, # as in `sample`
     calls:int=None, # as in `sample`
@@ -328,7 +336,7 @@ def sample_command(self:LatentDiffusion,
     by_turns = n_labels>0 and name not in conditions
     if by_turns: conditions[name] = [i%n_labels for i in range(first, first+n)]
     options = given(constraint=constraint, steps=steps, calls=calls, step=step, guidance_scale=guidance_scale,
-                    precision=precision, watch=watch)
+                    precision=precision, watch=watch, negative=_read_negative(self, negative))
     pictures = self.sample(n, seed=seed, first=first, progress=True, **conditions, **options)
     if not by_turns: return pictures, 8
     names = list(embedders_of(self)[name].names)
@@ -362,6 +370,7 @@ def sample_command(self:TextToImage,
     first:int=0, # index of the first of them, as in `sample`
     style:str=None, # by number or name, for a model that is conditioned on one
     condition:dict=None, # {name: text} of any condition besides the text
+    negative:dict=None, # {name: text} of such conditions that guidance moves away from; '': none
     prior:str=None, # codes or diffusion
     candidates:int=None, # pictures drawn for each one kept
     constraint=None, # local control
@@ -377,13 +386,15 @@ def sample_command(self:TextToImage,
     if prompt is None:
         raise ValueError("this model draws what a text says: give --prompt 'a text', or --prompt '' to draw anything")
     texts = _merged(given(style=style), condition or {})
-    for name in texts:
+    for name in [*texts, *(negative or {})]:
         if name not in self.other_conditions:
-            known = ' and '.join(f'--prompt and --{other}' for other in self.other_conditions) or '--prompt'
-            raise ValueError(f'--{name}: this model has no such condition; it takes {known}')
+            known = ' and '.join(f'--{other}' for other in ['prompt', *self.other_conditions])
+            away = '; what guidance moves away from is --negative_prompt' if name in ('text','prompt') else ''
+            raise ValueError(f'--{name}: this model has no such condition; it takes {known}{away}')
     conditions = read_conditions(self.diffusion, texts) if texts else {}
     options = given(prior=prior, candidates=candidates, constraint=constraint, steps=steps, step=step,
                     guidance_scale=guidance_scale, precision=precision, negative_prompt=negative_prompt, watch=watch)
+    if negative: options |= given(negative=_read_negative(self.diffusion, negative))
     return self.sample(prompt, n, seed=seed, first=first, progress=True, **conditions, **options), 8
 
 # %% ../../nbs/recipes/06_commands.ipynb #d8a93002
@@ -551,6 +562,8 @@ def sample_cli(
     mask:str=None, # for a model of faces: a PNG file whose pixels are class ids
     style:str=None, # for a model of texts in several styles: one of them, by name or number
     condition:Param('any condition, as NAME=VALUE; as often as you like', str, action='append')=None, # e.g. ink=1,0,0
+    negative:Param('a condition that guidance moves away from, as NAME=VALUE; as often as you like', str,
+                   action='append')=None, # e.g. label=5
     steps:int=None, # of sampling
     calls:int=None, # in place of --steps: calls of the model's student, such as 1, 2 or 4
     sampler:str=None, # ddim, euler_a, heun, dpmpp_2m, unipc and others (default: the model's own)
@@ -569,7 +582,8 @@ def sample_cli(
     module:str=None, # a Python module or file to import first, which defines a model or condition of your own
     out:str='samples.png', # a picture file for a grid of all, or a new folder for a file each
 ):
-    "Draw pictures into a grid, or into a file each. A condition of the model is an option, too, as in --species oak."
+    """Draw pictures into a grid, or into a file each. A condition of the model is an option, too, as in --species oak;
+    guidance moves away from another one by --negative_species pine."""
     import_module_of(module)
     use_device(device)
     step = one_name(sampler, step)
@@ -577,7 +591,8 @@ def sample_cli(
                     calls=calls, step=step, guidance_scale=guidance_scale, prior=prior, candidates=candidates,
                     seed=seed, precision=precision, negative_prompt=negative_prompt)
     if animate is not None: options['watch'] = Film(animate)
-    if condition: options['condition'] = _named(condition)
+    if condition: options['condition'] = _named(condition, '--condition', 'ink=1,0,0')
+    if negative: options['negative'] = _named(negative, '--negative', 'label=5')
     past = {} if like is None else read_settings(like)
     name, net = _load_for(model, past, like)
     options = _with_names(options, words_left('sample'), net)
@@ -637,28 +652,42 @@ def _as_before(past, model, options):
     kept = {name: value for name,value in past.items() if name not in replaced}
     kept['conditions'] = {name: text for name,text in past.get('conditions', {}).items() if name not in now}
     before = options_of(kept, getattr(model, 'sample_command', None))
-    conditions = before.get('condition', {}) | now
-    return before | options | (dict(condition=conditions) if conditions else {})
+    groups = {name: before.get(name, {}) | options.get(name, {}) for name in ('condition','negative')}
+    return before | options | {name: values for name,values in groups.items() if values}
 
 # %% ../../nbs/recipes/06_commands.ipynb #54105f4b
 def _with_names(options, words, model):
     "Options, with those among the conditions that are called like one. Raises as `conditions_of_options`."
     known = signature(sample_cli).parameters
-    texts = conditions_of_options(named_values(words), model, known)
+    values, away = split_negative(named_values(words), model)
+    texts = conditions_of_options(values, model, known)
     if isinstance(model, LatentDiffusion):
         for name in refused(model.sample_command, options):
             if name in embedders_of(model): texts[name] = str(options.pop(name))
-    return options | dict(condition=_merged(texts, options.get('condition', {}))) if texts else options
+            elif name=='negative_prompt' and 'prompt' in embedders_of(model): away['prompt'] = options.pop(name)
+    if texts: options = options | dict(condition=_merged(texts, options.get('condition', {})))
+    if away or 'negative' in options: options['negative'] = _negative_texts(away, options.get('negative', {}), model)
+    return options
 
-def _named(conditions):
+def _negative_texts(away, named, model):
+    "What follows --negative_NAME and --negative NAME=, by condition."
+    for name in away.keys() & named.keys():
+        raise ValueError(f'--negative_{name} and --negative {name}=... are one option: leave one out')
+    conditions, _ = known_conditions(model)
+    both = away | named
+    by_name = {name if name in conditions else CONDITIONS.get(name, name): value for name,value in both.items()}
+    return conditions_of_options(by_name, model, [], 'negative_')
+
+# %% ../../nbs/recipes/06_commands.ipynb #944967ee
+def _named(values, option, example):
     "['ink=1,0,0'] as {'ink': '1,0,0'}."
-    values = {}
-    for text in conditions:
+    found = {}
+    for text in values:
         name, equals, value = text.partition('=')
-        if not equals: raise ValueError(f'--condition {text}: expected NAME=VALUE, as in ink=1,0,0')
-        if name in values: raise ValueError(f'--condition {name}=... was given twice: leave one out')
-        values[name] = value
-    return values
+        if not (name and equals): raise ValueError(f'{option} {text}: expected NAME=VALUE, as in {example}')
+        if name in found: raise ValueError(f'{option} {name}=... was given twice: leave one out')
+        found[name] = value
+    return found
 
 # %% ../../nbs/recipes/06_commands.ipynb #96ffaacd
 def data_of(

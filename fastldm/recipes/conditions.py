@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTIAL', 'ALONE', 'table_embedder', 'table_embedders', 'table_slots', 'table_drops', 'table_columns', 'table_card',
            'table_arguments', 'table_marks', 'print_conditions', 'spread_conditions', 'draw_conditions', 'words_left',
-           'named_values', 'conditions_of_options']
+           'named_values', 'conditions_of_options', 'known_conditions', 'split_negative']
 
 # %% ../../nbs/recipes/15_conditions.ipynb #ac03f888
 import sys
@@ -152,27 +152,50 @@ def conditions_of_options(
     values:dict, # of `named_values`
     model, # any
     options, # names of the options that the command has
+    prefix:str='', # 'negative_' for options of `split_negative`
 )->dict: # {condition: text}, as --condition takes them
     """Options by the names of conditions. Raises `ValueError` for one that is neither an option nor a condition, with
     the nearest."""
-    ldm = getattr(model, 'diffusion', model)
-    embedders = embedders_of(ldm) if isinstance(ldm, LatentDiffusion) else {}
-    owner = {}
-    for condition,embedder in embedders.items():
-        if isinstance(embedder, AttributeEmbedder): owner |= dict.fromkeys(embedder.names, condition)
+    embedders, owner = known_conditions(model)
     texts = {}
     for name,value in values.items():
         if name not in embedders and name in owner:
             flag = f"{name}={'1' if value is None else value}"
             texts[owner[name]] = ','.join(filter(None, [texts.get(owner[name]), flag]))
-        elif name not in embedders: raise ValueError(_unknown(name, options, [*embedders, *owner]))
-        elif value is None: raise ValueError(f'--{name} needs a value: it takes {embedders[name].expects}')
+        elif name not in embedders: raise ValueError(_unknown(prefix+name, options, [*embedders, *owner], prefix))
+        elif value is None: raise ValueError(f'--{prefix}{name} needs a value: it takes {embedders[name].expects}')
         else: texts[name] = ','.join(filter(None, [texts.get(name), value])) if name in owner.values() else value
     return texts
 
-def _unknown(name, options, conditions):
+def _unknown(name, options, conditions, prefix):
     "What is said of an option that does not exist."
-    near = get_close_matches(name, [*options, *conditions], 1)
+    near = get_close_matches(name, [*options, *(prefix+condition for condition in conditions)], 1)
     hint = f'did you mean --{near[0]}? ' if near else ''
     known = f"conditions of this model are {', '.join(conditions)}" if conditions else 'this model has no conditions'
     return f'there is no option --{name}: {hint}{known[0].upper()+known[1:]}; --help lists the options'
+
+# %% ../../nbs/recipes/15_conditions.ipynb #27ecd3f6
+def known_conditions(
+    model, # any
+)->tuple: # {condition: embedder}, and {attribute: its condition}; both are empty for a model without conditions
+    "What a model is conditioned on, by the names that it can be asked for by."
+    try: embedders = embedders_of(diffusion_of(model))
+    except ValueError: return {}, {}
+    owner = {}
+    for condition,embedder in embedders.items():
+        if isinstance(embedder, AttributeEmbedder): owner |= dict.fromkeys(embedder.names, condition)
+    return embedders, owner
+
+def split_negative(
+    values:dict, # of `named_values`
+    model, # any
+)->tuple: # the others, and those of `--negative_NAME` by NAME
+    "Tell what is asked for from what guidance should move away from, as in `--species oak --negative_species pine`."
+    embedders, owner = known_conditions(model)
+    wanted = {name: value for name,value in values.items() if name in {*embedders, *owner}}
+    negative = {}
+    for name,value in values.items():
+        is_negative = name.startswith('negative_') and name not in wanted
+        if is_negative: negative[name.removeprefix('negative_')] = value
+        else: wanted[name] = value
+    return wanted, negative

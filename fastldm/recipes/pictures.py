@@ -120,8 +120,8 @@ def open_masks(
         if not isinstance(embedder, MaskEmbedder) or not isinstance(value, str): return value
         return packed_file(pack(fit_mask(read_mask(value), embedder.size, value).numpy()))
     options = {name: opened(name, value) for name,value in options.items()}
-    if 'condition' in options:
-        options['condition'] = {name: opened(name, value) for name,value in options['condition'].items()}
+    for group in options.keys() & {'condition','negative'}:
+        options[group] = {name: opened(name, value) for name,value in options[group].items()}
     return options
 
 # %% ../../nbs/recipes/13_pictures.ipynb #e9c7f2ea
@@ -168,6 +168,7 @@ def settings_of(
         if not hasattr(value, 'getvalue'): continue
         del settings['conditions'][condition]
         settings |= dict(tab='mask', mask_name=condition, mask=b64encode(value.getvalue()).decode())
+    settings |= _negative_settings(options.get('negative') or {})
     return settings | (constraint or _control_of(options.get('constraint'), adapter))
 
 # %% ../../nbs/recipes/13_pictures.ipynb #161dda8e
@@ -177,8 +178,15 @@ def _names_of(options):
 
 def _conditions_of(options):
     "{condition: text, or the open file of a mask}"
-    others = {k: v for k,v in options.items() if k not in (*NUMBERS,'condition','constraint','watch')}
+    others = {k: v for k,v in options.items() if k not in (*NUMBERS,'condition','negative','constraint','watch')}
     return {CONDITIONS.get(k, k): v for k,v in others.items()} | dict(options.get('condition') or {})
+
+def _negative_settings(negative):
+    "The settings that conditions to move away from add: texts by condition, and masks as text."
+    is_file = {name: hasattr(value, 'getvalue') for name,value in negative.items()}
+    texts = {name: value for name,value in negative.items() if not is_file[name]}
+    masks = {name: b64encode(value.getvalue()).decode() for name,value in negative.items() if is_file[name]}
+    return {name: found for name,found in dict(negative=texts, negative_masks=masks).items() if found}
 
 def _control_of(constraint, adapter):
     "The settings that a control adds."
@@ -198,6 +206,9 @@ def options_of(
     options = {name: settings[name] for name in NUMBERS if settings.get(name) is not None}
     for name in ('steps','step'):
         if not is_sampled or not options.get(name): options.pop(name, None)
+    negative_masks = {name: packed_file(mask) for name,mask in settings.get('negative_masks', {}).items()}
+    negative = settings.get('negative', {}) | negative_masks
+    if negative: options['negative'] = negative
     conditions = dict(settings.get('conditions', {}))
     if 'mask' in settings: conditions[settings['mask_name']] = packed_file(settings['mask'])
     if method is None:
@@ -264,7 +275,7 @@ def command_line(
     "The command that draws the same."
     words = ['fastldm_sample', quote(settings['model'])]
     for name,value in options_of(settings).items():
-        if name=='condition': words += [f'--condition {quote(f"{k}={v}")}' for k,v in value.items()]
+        if isinstance(value, dict): words += [f'--{name} {quote(f"{k}={v}")}' for k,v in value.items()]
         else: words.append(f"--{'sampler' if name=='step' else name} {quote(str(value))}")
     return ' '.join(words)
 

@@ -617,7 +617,7 @@ def restore(self:Page,
 # %% ../../nbs/ui/01_app.ipynb #0ab4ce47
 def _check_has_widgets(settings, path):
     "`ValueError` for a picture that a command made in a way for which the page has no widgets."
-    numbers = ('calls','candidates','precision','first','negative_prompt')
+    numbers = ('calls','candidates','precision','first','negative_prompt','negative','negative_masks')
     others = [name for name in numbers if settings.get(name)]
     most = dict(n=16, steps=100)
     others += [f'{name}={settings[name]}' for name in most if settings.get(name, 0)>most[name]]
