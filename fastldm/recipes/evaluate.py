@@ -114,12 +114,21 @@ def reconstruction(
     return dict(psnr=float(psnr(decoded, images)), ssim=float(ssim(decoded, images)))
 
 # %% ../../nbs/recipes/05_evaluate.ipynb #97ad9058
+def _score_lines(scores, indent=''):
+    "A line for each score; those of one name, such as the accuracy of each attribute, are indented below it."
+    for name,value in scores.items():
+        if isinstance(value, dict):
+            yield indent+name
+            yield from _score_lines(value, indent+'  ')
+            continue
+        number = f'{value:.4f}' if isinstance(value, float) else str(value)
+        yield f'{indent+name:32s}{number:>12}'
+
 def print_scores(
-    scores:dict, # numbers or texts by name
+    scores:dict, # numbers or texts by name, or several of them as another dict
 )->None:
     "One score a line, and a hint where FID is of so few pictures that it is not comparable with published ones."
-    for name,value in scores.items():
-        print(f'{name:32s}{value:12.4f}' if isinstance(value, float) else f'{name:32s}{value!s:>12}')
+    print(*_score_lines(scores), sep='\n')
     n = scores.get('n')
     if 'fid' not in scores or not isinstance(n, int) or n>=10_000: return
     hint = f'fid falls with the number of pictures, here {n:,}: compare it with others of as many only'
