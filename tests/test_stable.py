@@ -4,7 +4,7 @@ from contextlib import nullcontext
 from copy import copy, deepcopy
 import pytest, torch
 from fastldm.control import ControlAdapter, StableAdapter, StableVAE, Tabulated, control, control_loss, feature_shapes
-from fastldm.control import from_diffusers, local_features, scheduler_times
+from fastldm.control import from_diffusers, local_features, scheduler_times, to_diffusers
 from fastldm.core import set_seed
 from fastldm.diffusion import Denoiser, DPMSolver2M, UniPC, ddim_step, euler_step, heun_step, sample_generators
 diffusers = pytest.importorskip('diffusers')
@@ -509,3 +509,40 @@ def test_bad_prompts(tokenizer):
     with pytest.raises(ValueError, match='reads 16'): ldm.sample(1, prompt='a very long story of a cat')
     for bad in (['a','b','c'], torch.zeros(2,5,5), [], ['a',3], 3):
         with pytest.raises(ValueError): ldm.sample(2, prompt=bad)
+
+
+# ---- and back
+
+def assert_same_weights(a, b):
+    state = b.state_dict()
+    assert a.state_dict().keys()==state.keys()
+    for name,value in a.state_dict().items(): assert torch.equal(value, state[name]), name
+
+@pytest.mark.parametrize('layout', [sd,sdxl])
+def test_written_pipelines_are_read_again(tokenizer, layout, tmp_path):
+    "By diffusers' own loaders, network by network and as a whole: the same weights to the bit, the same latents."
+    ldm = from_diffusers(layout(tokenizer))
+    for p in ldm.parameters(): p.data += .01*torch.randn_like(p)                # as if it was trained
+    folder = to_diffusers(ldm, tmp_path/'new'/'sd')
+    assert {file.name for file in (folder/'vae').iterdir()}=={'config.json','diffusion_pytorch_model.safetensors'}
+    networks = {'vae': (diffusers.AutoencoderKL, ldm.autoencoder.vae),
+                'unet': (diffusers.UNet2DConditionModel, ldm.denoiser.net.unet)}
+    for name,(cls,network) in networks.items():
+        assert_same_weights(cls.from_pretrained(folder/name), network)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    again = from_diffusers(pipe)
+    assert_same_weights(again, ldm)
+    assert (ours(again)-ours(ldm)).abs().max()<1e-4*ours(ldm).std()
+
+def test_a_pipeline_appears_whole_or_not_at_all(tokenizer, tmp_path, monkeypatch):
+    "After an error there is no folder, and nothing is left beside it; a folder with files in it is not touched."
+    ldm = from_diffusers(sd(tokenizer))
+    def full(self, folder, **kw):
+        folder.mkdir()
+        raise OSError('no space left')
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, 'save_pretrained', full)
+    with pytest.raises(OSError, match='no space left'): to_diffusers(ldm, tmp_path/'sd')
+    assert not any(tmp_path.iterdir())
+    (tmp_path/'notes.txt').write_text('mine')
+    with pytest.raises(FileExistsError, match='give a new folder'): to_diffusers(ldm, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()]==['notes.txt']

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['feature_shapes', 'local_features', 'Tabulated', 'StableVAE', 'StableUNet', 'PromptEmbedder', 'from_diffusers',
-           'scheduler_times', 'StableAdapter']
+           'scheduler_times', 'to_diffusers', 'StableAdapter']
 
 # %% ../../nbs/control/01_stable.ipynb #f422340e
-import inspect, torch
+import inspect, tempfile, torch
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -15,7 +15,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from torch import nn
 from .adapter import BRANCHES, check_planes, resize_region
-from ..core.models import check_choice, require_package
+from ..core.models import check_choice, check_folder, require_package
 from ..diffusion.autoencoder import FirstStage
 from ..diffusion.cond import Cond, Conditioner, Embedder
 from ..diffusion.denoiser import Denoiser
@@ -405,6 +405,42 @@ def _ends_clean(visited):
     Its state decides, since a config made by `from_config` may hold options of the scheduler before it."""
     if hasattr(visited, 'sigmas'): return bool(visited.sigmas[-1]==0)
     return float(getattr(visited, 'final_alpha_cumprod', 1.))==1
+
+# %% ../../nbs/control/01_stable.ipynb #f364f3cf
+def _pipeline_of(ldm):
+    "The pipeline of a model's networks. Raises `ValueError` for networks that are not diffusers', or not plain."
+    if not isinstance(getattr(ldm, 'autoencoder', None), StableVAE):
+        raise ValueError(f'{type(ldm).__name__} has networks of another layout: expected a model that `from_diffusers` '
+                         'made (`save` writes those of this library, `export_onnx` takes them to other programs)')
+    prompt = ldm.denoiser.conditioner.embedders['prompt']
+    parts = dict(vae=ldm.autoencoder.vae, unet=ldm.denoiser.net.unet, scheduler=ldm.scheduler)
+    for suffix,tokenizer,encoder in zip(('','_2'), prompt.tokenizers, prompt.encoders):
+        parts |= {f'tokenizer{suffix}': tokenizer, f'text_encoder{suffix}': encoder}
+    if any('parametrizations' in name for name in ldm.state_dict()):
+        raise ValueError('the model has a LoRA, which diffusers would not read: call `merge_lora(model)` first')
+    diffusers = _require('diffusers')
+    if prompt.xl: return diffusers.StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=prompt.zeros)
+    parts |= dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    return diffusers.StableDiffusionPipeline(**parts)
+
+# %% ../../nbs/control/01_stable.ipynb #bd4162e4
+def to_diffusers(
+    ldm:LatentDiffusion, # that `from_diffusers` made, as it was or trained since
+    folder, # a new one
+)->Path: # the folder, for `from_pretrained` of diffusers, and for `from_diffusers`
+    """Write Stable Diffusion as diffusers does, in safetensors: `vae`, `unet`, text encoders, tokenizers, scheduler.
+
+    Raises `ValueError` for networks of another layout, and `FileExistsError` for a folder with files in it."""
+    pipe = _pipeline_of(ldm)
+    folder = check_folder(folder)
+    if folder.exists() and any(folder.iterdir()): raise FileExistsError(f'{folder} has files in it: give a new folder')
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix='.') as partial:
+        written = Path(partial)/folder.name
+        pipe.save_pretrained(written, safe_serialization=True)
+        if folder.exists(): folder.rmdir()
+        written.rename(folder)
+    return folder
 
 # %% ../../nbs/control/01_stable.ipynb #b8909bd8
 class StableAdapter(nn.Module):
