@@ -1,5 +1,8 @@
 "Runs that are watched, limited and tried: the options of `fastldm_train` that hold for every recipe."
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 import pytest
 import torch
 from torch import nn
@@ -135,3 +138,20 @@ def test_a_trial_of_any_recipe_is_short():
     for name,train in RECIPES.items():
         for option,value in _quick_options(train).items():
             assert value in (1,20) or option=='n' or set(value)=={20}, (name, option)
+
+# ---- several recipes within a time
+
+@pytest.mark.slow
+def test_several_recipes_within_a_time(tmp_path):
+    "Each gets its share, says how fast it was, and goes on when the same command is given again."
+    script = Path(__file__).parents[1]/'scripts/train_all.py'
+    def train(*options):
+        return subprocess.run([sys.executable, script, *options, '--out', tmp_path], capture_output=True, text=True)
+    first = train('digits_evaluator', '--minutes', '.1')
+    assert first.returncode==0, first.stderr
+    assert 'digits_evaluator, digits_evaluator: step ' in first.stdout and 'of peak' in first.stdout
+    assert 'its time is over' in first.stdout
+    again = train('digits_evaluator', '--minutes', '.1')
+    assert 'going on from step' in again.stdout+again.stderr
+    wrong = train('digit', '--minutes', '1')
+    assert wrong.returncode==2 and 'Traceback' not in wrong.stderr and "'digits'" in wrong.stderr
