@@ -75,12 +75,15 @@ def images(
 # %% ../../nbs/core/01_show.ipynb #4c56f75d
 def write_picture(
     picture:Image.Image, # what was drawn
-    path, # of a PNG file
+    path, # of a PNG file, or an open one
     settings:dict, # what made it, anything JSON can hold
-)->Path: # of the file
-    "Write a picture that carries its settings."
+):
+    "Write a picture that carries its settings; gives back `path`."
     text = PngInfo()
     text.add_itxt('fastldm', json.dumps(settings, ensure_ascii=False), zip=True)
+    if hasattr(path, 'write'):
+        picture.save(path, 'PNG', pnginfo=text)
+        return path
     picture.save(path, pnginfo=text)
     return Path(path)
 

@@ -17,3 +17,4 @@ from .pictures import *
 from .finetune import *
 from .conditions import *
 from .own import *
+from .many import *

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['USER_ERRORS', 'GRID', 'PART', 'command', 'given', 'one_name', 'refused', 'import_module_of', 'train_cli',
-           'use_device', 'read_conditions', 'command_method', 'check_output', 'check_pictures_output', 'draw_files',
-           'control_from_files', 'adapter_of', 'sample_cli', 'data_of', 'eval_cli', 'codes_cli']
+           'use_device', 'quick_options', 'read_conditions', 'command_method', 'check_output', 'check_pictures_output',
+           'draw_files', 'control_from_files', 'adapter_of', 'sample_cli', 'data_of', 'eval_cli', 'codes_cli']
 
 # %% ../../nbs/recipes/06_commands.ipynb #767413cf
 import argparse
@@ -40,6 +40,7 @@ from .conditions import (conditions_of_options, known_conditions, named_values, 
 from .evaluate import (evaluate_conditions, evaluate_control, evaluate_faces, evaluate_ldm,
                                       evaluate_pictures, evaluate_texts, picture_shape, print_scores,
                                       reconstruction_texts)
+from .many import DrawnPictures, draw_shards, is_drawing, process_share
 from .pictures import (CONDITIONS, Film, check_same_weights, constraint_of, constraint_settings,
                                       fit_control, fit_region, open_masks, options_of, settings_of)
 from .stages import (RECIPES, captioned_set, diffusion_of, embedders_of, every_stage, full_path,
@@ -168,7 +169,7 @@ def train_cli(
     if channels is not None: options['channels'] = _listed(_numbers(channels, '--channels'))
     options |= given(start=start, lora=lora, tune_autoencoder=tune_autoencoder or None)
     _check_options(recipe, options)
-    if quick: options = _quick_options(train) | options
+    if quick: options = quick_options(train) | options
     out = Path(out or (f'runs/{recipe}_quick' if quick else f'runs/{recipe}'))
     if resume and not any(out.glob('**/checkpoint.safetensors')):
         raise FileNotFoundError(f'{out} has no checkpoint to go on from: leave out --resume to begin, '
@@ -197,7 +198,9 @@ def _check_options(recipe, options):
         if option not in options: raise ValueError(f'the recipe `{recipe}` needs --{option}, {what}')
     for option in refused(train, options): raise ValueError(f'the recipe `{recipe}` takes no --{option}: leave it out')
 
-def _quick_options(train):
+def quick_options(
+    train, # a recipe
+)->dict: # arguments of it
     "Lengths of a trial: twenty steps for each stage, one epoch, a few of the pictures that can be drawn without end."
     options = {}
     for name,parameter in signature(train).parameters.items():
@@ -331,7 +334,7 @@ def sample_command(self:LatentDiffusion,
     twice, and what `parse_text` and `sample` raise."""
     texts = _merged(given(label=label, attrs=attributes, mask=mask), condition or {})
     conditions = {k: v for k,v in read_conditions(self, texts).items() if v is not None}
-    if 'mask' not in conditions and constraint is None: _complete_attributes(self, conditions, n, seed+first)
+    if 'mask' not in conditions and constraint is None: _complete_attributes(self, conditions, n, first, seed)
     name, n_labels = _first_label(self)
     by_turns = n_labels>0 and name not in conditions
     if by_turns: conditions[name] = [i%n_labels for i in range(first, first+n)]
@@ -356,11 +359,15 @@ def _merged(texts, more):
         raise ValueError(f'{name} was given twice: once as an option of its own, once as --condition {name}=...')
     return texts | more
 
-def _complete_attributes(ldm, conditions, n, seed):
-    "Sample the attributes that were not given from training faces, where the model has kept some."
+def _complete_attributes(ldm, conditions, n, first, seed):
+    """Sample the attributes that were not given from training faces, where the model has kept some; `PART` at a time,
+    so that picture `i` has the same ones in whatever part it is drawn."""
     embedder = embedders_of(ldm).get('attrs')
-    if 'attrs' in conditions and getattr(embedder, 'examples', ''):
-        conditions['attrs'] = embedder.sample_missing(conditions['attrs'], n, seed)
+    if 'attrs' not in conditions or not getattr(embedder, 'examples', ''): return
+    value = conditions['attrs']
+    begin = first//PART*PART
+    parts = [embedder.sample_missing(value, PART, seed+start) for start in range(begin, first+n, PART)]
+    conditions['attrs'] = torch.cat(parts)[first-begin:][:n]
 
 # %% ../../nbs/recipes/06_commands.ipynb #2932b629
 @patch
@@ -430,13 +437,14 @@ def _subclasses(cls):
 # %% ../../nbs/recipes/06_commands.ipynb #e60aae14
 def check_output(
     path, # of a file that will be written
+    option:str='--out', # that named it
 )->Path: # the same
     "Raises `OSError` for a file that could not be written: a folder, or in a folder where one may not write."
     path = Path(path)
-    if path.is_dir(): raise IsADirectoryError(f'{path} is a folder: give the name of a file as --out')
+    if path.is_dir(): raise IsADirectoryError(f'{path} is a folder: give the name of a file as {option}')
     folder = _existing_parent(path)
     if not folder.is_dir(): raise NotADirectoryError(f'{folder} is not a folder, so {path} cannot be written')
-    if not os.access(folder, os.W_OK): raise PermissionError(f'you may not write to {folder}: give another --out')
+    if not os.access(folder, os.W_OK): raise PermissionError(f'you may not write to {folder}: give another {option}')
     return path
 
 def _existing_parent(path): return next(p for p in Path(path).absolute().parents if p.exists())
@@ -459,6 +467,13 @@ def check_pictures_output(
     return check_output(out)
 
 GRID = 10_000 # pictures in one file, at most
+
+# %% ../../nbs/recipes/06_commands.ipynb #08b943e7
+def _film(path, out):
+    "The film of a drawing. Raises as `Film` and `check_output`, and `ValueError` where it is also the picture."
+    if Path(path).absolute()==Path(out).absolute():
+        raise ValueError(f'--animate and --out are both {path}: give two names')
+    return Film(check_output(path, '--animate'))
 
 # %% ../../nbs/recipes/06_commands.ipynb #c09285bc
 PART = 256 # pictures drawn at a time, where each has a file
@@ -581,16 +596,17 @@ def sample_cli(
     like:str=None, # a picture that this command or the page made: draw it again, or with the options given here
     module:str=None, # a Python module or file to import first, which defines a model or condition of your own
     out:str='samples.png', # a picture file for a grid of all, or a new folder for a file each
+    per_shard:int=None, # into the folder --out, tar files of so many pictures, such as 1024; goes on where it stopped
 ):
     """Draw pictures into a grid, or into a file each. A condition of the model is an option, too, as in --species oak;
     guidance moves away from another one by --negative_species pine."""
     import_module_of(module)
-    use_device(device)
+    share = _share_of(device, per_shard, out)
     step = one_name(sampler, step)
     options = given(prompt=prompt, n=n, label=label, attributes=attributes, mask=mask, style=style, steps=steps,
                     calls=calls, step=step, guidance_scale=guidance_scale, prior=prior, candidates=candidates,
                     seed=seed, precision=precision, negative_prompt=negative_prompt)
-    if animate is not None: options['watch'] = Film(animate)
+    if animate is not None: options['watch'] = _film(animate, out)
     if condition: options['condition'] = _named(condition, '--condition', 'ink=1,0,0')
     if negative: options['negative'] = _named(negative, '--negative', 'label=5')
     past = {} if like is None else read_settings(like)
@@ -602,12 +618,13 @@ def sample_cli(
     options = open_masks(net, _as_before(past, net, options | given(constraint=constraint)))
     method = command_method(net, 'sample_command', name, options)
     settings = settings_of(net, name, options, adapter, constraint_settings(past))
-    n = _draw_into(out, method, options, settings)
+    n = _draw_into(out, net, method, options, settings, per_shard, share)
     print(f'{n} pictures in {out}')
 
 # %% ../../nbs/recipes/06_commands.ipynb #75c94ef3
-def _draw_into(out, method, options, settings):
+def _draw_into(out, model, method, options, settings, per_shard=None, share=(0,1)):
     "Draw into a file or a folder; gives the number of pictures. Raises as `check_pictures_output` and the method."
+    if per_shard is not None: return _draw_into_shards(out, model, method, options, settings, per_shard, share)
     parameters = signature(method).parameters
     default = parameters['n'].default if 'n' in parameters else 1
     n = whole_number(options.get('n', default), 'n', 1)
@@ -625,6 +642,42 @@ def _draw_into(out, method, options, settings):
         return method(**options | {k: v for k,v in where.items() if k in parameters})[0]
     def about(i): return settings | (dict(n=1, first=begin+i) if 'first' in parameters else {})
     return draw_files(draw, n, out, part, about)
+
+# %% ../../nbs/recipes/06_commands.ipynb #d36cb2ab
+def _share_of(device, per_shard, out):
+    "Choose the device; number of this process, and how many draw. Raises `ValueError` where they cannot share."
+    use_device(device)
+    share = process_share()
+    if share[1]>1 and per_shard is None:
+        raise ValueError(f'{share[1]} processes can draw into shards only: give --per_shard 1024 and a folder as --out')
+    if per_shard is not None and Path(out).suffix:
+        raise ValueError(f'{out} is no folder: shards take a folder as --out')
+    return share
+
+def _draw_into_shards(out, model, method, options, settings, per_shard, share):
+    "Draw into shards; gives the number of pictures. Raises as `draw_shards` and the method."
+    parameters = signature(method).parameters
+    if not {'n','first'}<={*parameters}: raise ValueError('this model draws all at once: leave out --per_shard')
+    if 'watch' in options: raise ValueError('--animate shows a grid: leave out --per_shard, and give a picture file')
+    check_output(Path(out)/'drawing.json')
+    begin = options.get('first', 0)
+    n = options.get('n', parameters['n'].default)
+    def draw(n, first): return method(**options | dict(n=n, first=begin+first))[0]
+    def about(i): return settings | dict(n=1, first=begin+i)
+    data = getattr(model, 'meta', {}).get('data')
+    return draw_shards(draw, n, out, settings | given(data=data), about, _texts_beside(model, options, begin),
+                       per_shard, PART, share)
+
+# %% ../../nbs/recipes/06_commands.ipynb #6af33d6d
+def _texts_beside(model, options, begin):
+    "`number -> {suffix: text}`: the text of a picture, or its class, where the model has such a condition."
+    texts = options.get('condition', {}) | options
+    if texts.get('prompt'): return lambda i: dict(txt=texts['prompt'])
+    name, n_labels = _first_label(model) if isinstance(model, LatentDiffusion) else (None, 0)
+    if name is None: return lambda i: {}
+    if texts.get(name) is None: return lambda i: dict(cls=(begin+i)%n_labels)
+    number = embedders_of(model)[name].number_of(texts[name])
+    return lambda i: dict(cls=number)
 
 # %% ../../nbs/recipes/06_commands.ipynb #802be56c
 def _load_for(model, past, like):
@@ -773,7 +826,7 @@ def evaluate_command(self:ControlAdapter,
 # %% ../../nbs/recipes/06_commands.ipynb #4775ff41
 @command
 def eval_cli(
-    model:str, # a shipped model or a folder
+    model:str, # a shipped model or a folder, of a model or of drawn pictures
     data:str=None, # data set to compare with (default: the one in the model's card)
     n:int=None, # pictures (default: 10000, 5000 of faces, 1000 of texts)
     steps:int=None, # of sampling
@@ -791,10 +844,10 @@ def eval_cli(
     card:store_true=False, # keep the numbers in the model's card
 ):
     """Score a model: of labels by the evaluator of its data set, of texts by held-out captions, of faces by their
-    classifier, an adapter by the edges in its region."""
+    classifier, an adapter by the edges in its region; or score a folder that `fastldm_sample --per_shard` drew."""
     import_module_of(module)
     use_device(device)
-    net = load(model)
+    net = DrawnPictures(model) if is_drawing(model) else load(model)
     if out: check_output(out)
     if card: check_output(_record_of(model))
     step = one_name(sampler, step)
