@@ -12,6 +12,7 @@ from fastldm.core.models import check_choice, default_device
 from fastldm.core.train import Callback, Interrupted
 from fastldm.core.watch import DeadlineCB, held_out_loss
 from fastldm.recipes import RECIPES, eval_cli
+from fastldm.recipes.commands import quick_options
 from fastldm.recipes.stages import every_stage
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -51,12 +52,12 @@ class SpeedCB(Callback):
             self.rows[self.stage] = dict(step=learn.step, of=learn.steps, flops=self.flops,
                                          rate=timed/(clock()-self.start))
 
-def train_one(name, out, minutes, precision, compiled, seed):
+def train_one(train, minutes, compiled, **options):
     "The trained model, or None where the time was over; and what was measured."
     speed = SpeedCB()
     deadline = DeadlineCB(minutes)
     with every_stage(deadline, speed, compile=compiled):
-        try: return RECIPES[name](folder=out, precision=precision, seed=seed), speed.rows
+        try: return train(**options), speed.rows
         except Interrupted:
             if not deadline.is_over: raise                          # Ctrl-C
             return None, speed.rows
@@ -76,6 +77,7 @@ def main():
     parser.add_argument('--precision', help='bf16, fp16 or none (default: bf16 on a GPU)')
     parser.add_argument('--compile', action='store_true', help='compile the networks')
     parser.add_argument('--n', type=int, default=1000, help='pictures to score a finished model by; 0: no score')
+    parser.add_argument('--quick', action='store_true', help='a trial: 20 steps for each stage')
     parser.add_argument('--seed', type=int, default=0)
     options = parser.parse_args()
     try:
@@ -91,7 +93,10 @@ def main():
     for i,name in enumerate(options.recipes):
         minutes = (end-time.monotonic())/60/(len(options.recipes)-i)
         if minutes<=0: break
-        model, rows = train_one(name, options.out/name, minutes, precision, options.compile, options.seed)
+        train = RECIPES[name]
+        lengths = quick_options(train) if options.quick else {}
+        model, rows = train_one(train, minutes, options.compile, folder=options.out/name, precision=precision,
+                                seed=options.seed, **lengths)
         report(name, model, rows, peak)
         if hasattr(model, 'evaluate_command') and options.n: eval_cli(str(options.out/name), n=options.n)
 

@@ -134,9 +134,9 @@ def test_options_that_cannot_work(tmp_path):
 
 def test_a_trial_of_any_recipe_is_short():
     "Every length of every recipe is cut."
-    from fastldm.recipes.commands import _quick_options
+    from fastldm.recipes.commands import quick_options
     for name,train in RECIPES.items():
-        for option,value in _quick_options(train).items():
+        for option,value in quick_options(train).items():
             assert value in (1,20) or option=='n' or set(value)=={20}, (name, option)
 
 # ---- several recipes within a time
@@ -147,11 +147,11 @@ def test_several_recipes_within_a_time(tmp_path):
     script = Path(__file__).parents[1]/'scripts/train_all.py'
     def train(*options):
         return subprocess.run([sys.executable, script, *options, '--out', tmp_path], capture_output=True, text=True)
-    first = train('digits_evaluator', '--minutes', '.1')
-    assert first.returncode==0, first.stderr
-    assert 'digits_evaluator, digits_evaluator: step ' in first.stdout and 'of peak' in first.stdout
-    assert 'its time is over' in first.stdout
-    again = train('digits_evaluator', '--minutes', '.1')
+    first = train('digits_evaluator', '--quick', '--minutes', '.001')
+    assert first.returncode==0 and 'its time is over' in first.stdout, first.stderr
+    again = train('digits_evaluator', '--quick', '--minutes', '100')
     assert 'going on from step' in again.stdout+again.stderr
+    assert 'digits_evaluator: step 23 of 23' in again.stdout and 'of peak' in again.stdout
+    assert 'its time is over' not in again.stdout
     wrong = train('digit', '--minutes', '1')
     assert wrong.returncode==2 and 'Traceback' not in wrong.stderr and "'digits'" in wrong.stderr
