@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
@@ -147,16 +148,32 @@ def test_animate(tmp_path):
         command_method(Plain(), 'sample_command', 'mine', ['watch'])
 
 def test_a_film_by_ffmpeg(tmp_path, monkeypatch):
-    "An .mp4 file is written by the program ffmpeg, where there is one; else the message says that it is missing."
+    "An .mp4 file is written by ffmpeg, installed or of the extra, which the message names; what it says is passed on."
     monkeypatch.setenv('PATH', str(tmp_path))
-    with pytest.raises(ValueError, match='needs the program ffmpeg'): Film(tmp_path/'film.mp4')
+    monkeypatch.setitem(sys.modules, 'imageio_ffmpeg', None)
+    message = r'program ffmpeg .*"fastldm\[film\]", or give a .gif'
+    with pytest.raises(ValueError, match=message): Film(tmp_path/'film.mp4')
     program = tmp_path/'ffmpeg'
     program.write_text(f'#!{sys.executable}\nimport sys\nopen(sys.argv[-1], "wb").write(sys.stdin.buffer.read())\n')
     program.chmod(0o755)
+    program.rename(tmp_path/'theirs')
+    theirs = SimpleNamespace(get_ffmpeg_exe=lambda: str(tmp_path/'theirs'))
+    monkeypatch.setitem(sys.modules, 'imageio_ffmpeg', theirs)
     film = Film(tmp_path/'film.mp4')
     for shade in (0., 1.): film(torch.full((1,1,56,56), shade))
     film.save(seconds=.4, hold=2.)
     assert (tmp_path/'film.mp4').stat().st_size==56*56*3*(2+10)
+    (tmp_path/'theirs').write_text(f'#!{sys.executable}\nimport sys\nsys.exit("no such codec")\n')
+    with pytest.raises(OSError, match='could not write the film: no such codec'): film.save()
+    assert (tmp_path/'film.mp4').stat().st_size==56*56*3*(2+10)
+
+def test_a_film_is_another_file_than_the_picture(tmp_path, monkeypatch):
+    "Both names, and whether both can be written, are checked before a model is loaded."
+    monkeypatch.setattr(commands, 'load', lambda name: pytest.fail('a model was loaded'))
+    (tmp_path/'file').touch()
+    for animate, message in ((tmp_path/'x.gif', 'give two names'), (tmp_path, 'as --animate'),
+                             (tmp_path/'file/x.gif', 'is not a folder')):
+        with pytest.raises(SystemExit, match=message): sample_cli('mnist', animate=animate, out=tmp_path/'x.gif')
 
 def test_watch_needs_a_notebook(mnist):
     "Elsewhere the message says what else can be given."

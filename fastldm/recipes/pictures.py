@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NUMBERS', 'CONDITIONS', 'pack', 'packed_file', 'unpack', 'say_fitted', 'fit_mask', 'fit_region', 'pack_control',
            'fit_control', 'open_masks', 'sampling_of', 'settings_of', 'options_of', 'constraint_of',
-           'constraint_settings', 'check_same_weights', 'command_line', 'Film', 'check_film']
+           'constraint_settings', 'check_same_weights', 'command_line', 'Film', 'check_film', 'find_ffmpeg']
 
 # %% ../../nbs/recipes/13_pictures.ipynb #14824f0e
 import math
@@ -22,7 +22,7 @@ from shlex import quote
 
 # %% ../../nbs/recipes/13_pictures.ipynb #e3040a44
 from ..control.adapter import Control, control, read_control, read_region
-from ..core.models import fingerprint, write_atomic
+from ..core.models import fingerprint, require_package, write_atomic
 from ..data.faces import read_mask, resize_mask
 from ..data.images import centre_square, fit_to, from_image
 from ..diffusion.cond import MaskEmbedder
@@ -317,20 +317,34 @@ def check_film(
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix=='.gif' or suffix=='.webp' and features.check('webp'): return path
-    if suffix=='.mp4' and shutil.which('ffmpeg'): return path
-    needs = {'.mp4': 'needs the program ffmpeg, which is not installed here', '.webp': 'needs a Pillow with WebP'}
+    if suffix=='.mp4':
+        try: find_ffmpeg()
+        except ImportError as error: raise ValueError(f'{path}: {error}, or give a .gif file') from None
+        return path
+    needs = {'.webp': 'needs a Pillow with WebP'}
     raise ValueError(f'{path}: a film of this kind {needs.get(suffix, "is not known")}: give a .gif file')
+
+def find_ffmpeg()->str: # path of the program
+    "The program ffmpeg: an installed one, or that of the extra `film`. Raises `ImportError` where there is neither."
+    installed = shutil.which('ffmpeg')
+    return installed or require_package('imageio_ffmpeg', 'An .mp4 film without the program ffmpeg').get_ffmpeg_exe()
 
 def _write_film(grids, file, pause, hold):
     "Write frames (H,W,3), the last of which is held."
-    if file.suffix.lower()=='.mp4':
-        grids = [np.pad(grid, ((0,len(grid)%2),(0,grid.shape[1]%2),(0,0))) for grid in grids]    # even sides
-        height, width, _ = grids[0].shape
-        grids += [grids[-1]]*round(hold/pause)
-        raw = f'-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {1/pause} -i -'
-        command = f'ffmpeg -y -loglevel error {raw} -pix_fmt yuv420p'
-        subprocess.run([*command.split(), str(file)], input=b''.join(grid.tobytes() for grid in grids), check=True)
-        return
+    if file.suffix.lower()=='.mp4': return _write_mp4(grids, file, pause, hold)
     first, *others = map(Image.fromarray, grids)
     durations = [round(1000*pause)]*len(others) + [round(1000*hold)]
     first.save(file, save_all=True, append_images=others, duration=durations, loop=0)
+
+# %% ../../nbs/recipes/13_pictures.ipynb #7a285e57
+def _write_mp4(grids, file, pause, hold):
+    "Write frames (H,W,3) by ffmpeg. Raises `OSError` with what it says where that fails."
+    grids = [np.pad(grid, ((0,len(grid)%2),(0,grid.shape[1]%2),(0,0)), 'edge') for grid in grids]     # even sides
+    height, width, _ = grids[0].shape
+    grids += [grids[-1]]*round(hold/pause)
+    raw = f'-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {1/pause} -i -'
+    command = f'-y -loglevel error {raw} -pix_fmt yuv420p -crf 16 -movflags +faststart'
+    done = subprocess.run([find_ffmpeg(), *command.split(), str(file)], input=b''.join(map(bytes, grids)),
+                          capture_output=True)
+    if done.returncode:
+        raise OSError(f'ffmpeg could not write the film: {done.stderr.decode(errors="replace").strip()}')
