@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['PROGRAMS', 'KINDS_OF_WORK', 'seconds', 'best_seconds', 'Fastldm', 'Diffusers', 'count_flops', 'network_cost', 'race',
-           'peak_memory', 'max_rate', 'time_shares', 'roofline', 'random_prior', 'pass_seconds', 'position_seconds',
-           'race_codes', 'read_bandwidth']
+           'peak_memory', 'max_rate', 'time_shares', 'roofline', 'gpu_race', 'random_prior', 'pass_seconds',
+           'position_seconds', 'race_codes', 'read_bandwidth']
 
 # %% ../../nbs/metrics/05_bench.ipynb #080bc0cd
 import subprocess, sys, threading, time
 import torch, torch.nn.functional as F
 from functools import partial
 from ..codes.pixelsnail import PixelSNAIL, Stepper, sample_codes
-from ..core.models import check_choice, n_params, require_package, set_seed
+from ..core.models import check_choice, check_device, n_params, require_package, set_seed
 from ..core.train import Learner
 from ..diffusion.denoiser import Denoiser, diffusion_loss
 from ..diffusion.samplers import DPMSolver2M, angle_times, sample
@@ -24,10 +24,15 @@ def seconds(
     run, # a function without arguments
     clock=time.perf_counter, # or `time.process_time`, which other processes do not lengthen, for one thread
 )->float: # seconds that it takes
-    "Time a function once."
+    "Time a function once, until a GPU has done what it was asked for."
+    _wait_for_gpu()
     start = clock()
     run()
+    _wait_for_gpu()
     return clock()-start
+
+def _wait_for_gpu():
+    if torch.cuda.is_available(): torch.cuda.synchronize()
 
 def best_seconds(
     run, # a function without arguments
@@ -78,7 +83,7 @@ class Diffusers:
     @torch.no_grad()
     def sample(model, x, calls=20):
         scheduler = _require('diffusers').DPMSolverMultistepScheduler()
-        scheduler.set_timesteps(calls)
+        scheduler.set_timesteps(calls, device=x.device)
         for t in scheduler.timesteps: x = scheduler.step(model(x, t).sample, t, x).prev_sample
         return x
 
@@ -93,7 +98,7 @@ class Diffusers:
         scheduler = _require('diffusers').DDPMScheduler()
         def step():
             noise = torch.randn_like(x)
-            t = torch.randint(0, 1000, (len(x),))
+            t = torch.randint(0, 1000, (len(x),), device=x.device)
             predicted = model(scheduler.add_noise(x, noise, t), t).sample
             acc.backward(F.mse_loss(predicted.float(), noise))
             acc.clip_grad_norm_(model.parameters(), 1.)
@@ -188,14 +193,15 @@ def _print_peak(program, task, width, side, n, threads):
 # %% ../../nbs/metrics/05_bench.ipynb #5a523f47
 def max_rate(
     dtype, # e.g. torch.float32
+    device='cpu', # or a GPU
 )->float: # floating-point operations a second
     "The rate of the fastest of three large products."
     def matrices(n):
-        a = torch.randn(n, n, dtype=dtype)
+        a = torch.randn(n, n, dtype=dtype, device=device)
         return 2*n**3/best_seconds(lambda: a@a, 8)
     def convolution(n, c, side):
-        x = torch.randn(n, c, side, side, dtype=dtype)
-        w = torch.randn(c, c, 3, 3, dtype=dtype)
+        x = torch.randn(n, c, side, side, dtype=dtype, device=device)
+        w = torch.randn(c, c, 3, 3, dtype=dtype, device=device)
         return 2*n*side**2*c**2*9/best_seconds(lambda: F.conv2d(x, w, padding=1), 8)
     return max(matrices(1024), matrices(2048), convolution(16, 256, 32))
 
@@ -240,6 +246,34 @@ def roofline(
             shares = time_shares(run)
         res[name] = dict(peak_gflops=peak/1e9, reached_gflops=rate/1e9, share_of_peak=rate/peak, time=shares)
     return res
+
+# %% ../../nbs/metrics/05_bench.ipynb #745d5105
+def gpu_race(
+    widths, # of the first level, fastldm's and diffusers', as for `race`
+    side:int, # of the latent
+    n:int, # pictures at a time
+    device='cuda', # where
+    compiled:bool=True, # both networks, by `torch.compile`
+    calls:int=20, # of the network for a picture
+)->dict: # pictures per second, as `race` gives; and '{program} {precision} share of peak', in sampling
+    "Time sampling and training steps of both libraries on a GPU. Raises `ValueError` for a device that is not here."
+    device = check_device(str(device))
+    set_seed(0)
+    x = torch.randn(n, 4, side, side, device=device)
+    rates = {}
+    for label,dtype in dict(fp32=torch.float32, bf16=torch.bfloat16).items():
+        peak = max_rate(dtype, device)
+        for (name,program),width in zip(PROGRAMS.items(), widths):
+            model = program.network(width, side).to(device).eval()
+            if compiled: model.compile()
+            with torch.autocast(device.type, torch.bfloat16, enabled=label=='bf16'):
+                rate = n/best_seconds(partial(program.sample, model, x, calls), 3)
+            rates[f'sample {name} {label}'] = rate
+            rates[f'{name} {label} share of peak'] = rate*calls*network_cost(name, width, side)['flops']/peak
+            rates[f'train {name} {label}'] = n/best_seconds(program.trainer(model, x, _PRECISION[label]), 8, 3)
+    return rates
+
+_PRECISION = dict(fp32=None, bf16='bf16')
 
 # %% ../../nbs/metrics/05_bench.ipynb #43c9e080
 def random_prior(
