@@ -192,6 +192,19 @@ def test_negative_prompt():
     with pytest.raises(ValueError, match='guidance only'):
         scenes.sample('a ship', negative_prompt='the sea', **kw | dict(guidance_scale=1.))
 
+def test_a_negative_prompt_by_its_condition(monkeypatch, tmp_path):
+    "Of a model of texts the text is a condition like others: --negative_text is --negative_prompt."
+    scenes = load('scenes')
+    monkeypatch.setattr(commands, 'load', lambda name: scenes)
+    kw = dict(prompt='a red ship', n=1, steps=2, guidance_scale=3.)
+    sample_cli('scenes', negative_prompt='the sea', out=tmp_path/'prompt.png', **kw)
+    sample_cli('scenes', negative=['prompt=the sea'], out=tmp_path/'named.png', **kw)
+    monkeypatch.setattr(sys, 'argv', ['fastldm_sample', '--negative_text=the sea'])
+    sample_cli('scenes', out=tmp_path/'text.png', **kw)
+    for name in ('named','text'): assert (pixels(tmp_path/f'{name}.png')==pixels(tmp_path/'prompt.png')).all()
+    with pytest.raises(SystemExit, match='given twice'):
+        sample_cli('scenes', negative_prompt='a', out=tmp_path/'x.png', **kw)
+
 def test_guidance_moves_away_from_a_negative_condition(mnist):
     "The equation, from two predictions of the network: x0 = x0(n) + w (x0(c) - x0(n))."
     w = 3.

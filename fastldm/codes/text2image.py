@@ -185,8 +185,9 @@ def _best(self:TextToImage, images, prompts, candidates):
 def _encode(self:TextToImage, prompts, settings):
     "The features of the prompts, and settings in which a negative prompt is its features, of the same length."
     settings = dict(settings)
-    if 'text' in (settings.get('negative') or ()):
-        raise ValueError('negative=dict(text=...): give the text as negative_prompt')
+    others = settings.get('negative') or {}
+    if isinstance(others, str) or 'text' in others:
+        raise ValueError(f'negative={others!r:.60}: give the text that guidance moves away from as negative_prompt')
     negative = settings.pop('negative_prompt', None)
     if not negative: return self._features(prompts), settings
     both = self._features(prompts + _prompts(negative, len(prompts)))

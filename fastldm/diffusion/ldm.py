@@ -353,8 +353,8 @@ def _check_noise(ldm, latents, n):
                      f'of shape {shape}')
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #801e2a0c
-def _check_negative(ldm, negative, calls):
-    "{condition: value} of what is given. Raises `ValueError` for what is no dict, and together with `calls`."
+def _negative_batch(ldm, n, negative, calls):
+    "The fields to guide away from. Raises `ValueError` for what is no condition, and together with `calls`."
     if negative is None: return {}
     if not isinstance(negative, dict):
         names = _condition_names(ldm)
@@ -362,18 +362,17 @@ def _check_negative(ldm, negative, calls):
         raise ValueError(f'negative={negative!r:.60}: expected a dict with a value for a condition{example}')
     given = {name: value for name,value in _by_condition(ldm, negative).items() if value is not None}
     if given and calls is not None: raise ValueError('a negative condition takes `steps`: leave out `calls`')
-    return given
-
-def _negative_batch(ldm, n, negative, scales):
-    "The fields to guide away from. Raises `ValueError` where guidance would not move away from them."
-    try: batch = _parse_conditions(ldm, n, negative) if negative else {}
+    try: batch = _parse_conditions(ldm, n, given) if given else {}
     except ValueError as error: raise ValueError(f'negative: {error}') from None
+    return {name: batch[name] for name in given}
+
+def _check_moves_away(negative, scales):
+    "Raises `ValueError` where guidance would not move away from a negative condition."
     for name in negative:
         scale = scales.get(name, 1.)
         if scale<=1:
             raise ValueError(f'a negative {name} counts with guidance only: give a guidance_scale above 1, '
                              f'such as 3 (here it is {scale:g})')
-    return {name: batch[name] for name in negative}
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #a9c34ab0
 OUTPUTS = ('pt','pil','np') # tensors, PIL pictures, arrays
@@ -443,9 +442,9 @@ def sample(self:LatentDiffusion,
     seed = check_seed(seed, n)
     constraint = _check_constraint(constraint)
     step, ts = _step_and_times(self, constraint, step, times, steps, calls)
-    negative = _check_negative(self, negative, calls)
-    model, batch, scales = _model_and_batch(self, calls, n, guidance_scale, conditions, negative, interval, order)
-    away = _negative_batch(self, n, negative, scales)
+    away = _negative_batch(self, n, negative, calls)
+    model, batch, scales = _model_and_batch(self, calls, n, guidance_scale, conditions, away, interval, order)
+    _check_moves_away(away, scales)
     noise = _check_noise(self, latents, n)
     data = constraint.prepare(self, n)
     show, step, callback = _watched(self, watch, step, callback)

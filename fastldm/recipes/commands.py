@@ -356,7 +356,7 @@ def _first_label(ldm):
 def _merged(texts, more):
     "Two dicts as one; `ValueError` for what is in both."
     for name in texts.keys() & more.keys():
-        raise ValueError(f'{name} was given twice: once as an option of its own, once as --condition {name}=...')
+        raise ValueError(f'{name} was given twice: once as an option of its own, once as NAME=VALUE')
     return texts | more
 
 def _complete_attributes(ldm, conditions, n, first, seed):
@@ -392,12 +392,13 @@ def sample_command(self:TextToImage,
     "Draw by text. Raises `ValueError` without a prompt, and what `sample` raises."
     if prompt is None:
         raise ValueError("this model draws what a text says: give --prompt 'a text', or --prompt '' to draw anything")
+    if prior=='codes' and watch is not None:
+        raise ValueError('codes are drawn one after the other, in no steps: --animate takes --prior diffusion')
     texts = _merged(given(style=style), condition or {})
     for name in [*texts, *(negative or {})]:
         if name not in self.other_conditions:
             known = ' and '.join(f'--{other}' for other in ['prompt', *self.other_conditions])
-            away = '; what guidance moves away from is --negative_prompt' if name in ('text','prompt') else ''
-            raise ValueError(f'--{name}: this model has no such condition; it takes {known}{away}')
+            raise ValueError(f'--{name}: this model has no such condition; it takes {known}')
     conditions = read_conditions(self.diffusion, texts) if texts else {}
     options = given(prior=prior, candidates=candidates, constraint=constraint, steps=steps, step=step,
                     guidance_scale=guidance_scale, precision=precision, negative_prompt=negative_prompt, watch=watch)
@@ -619,7 +620,7 @@ def sample_cli(
     method = command_method(net, 'sample_command', name, options)
     settings = settings_of(net, name, options, adapter, constraint_settings(past))
     n = _draw_into(out, net, method, options, settings, per_shard, share)
-    print(f'{n} pictures in {out}')
+    print(f'{n} {"picture" if n==1 else "pictures"} in {out}')
 
 # %% ../../nbs/recipes/06_commands.ipynb #75c94ef3
 def _draw_into(out, model, method, options, settings, per_shard=None, share=(0,1)):
@@ -719,8 +720,11 @@ def _with_names(options, words, model):
             if name in embedders_of(model): texts[name] = str(options.pop(name))
             elif name=='negative_prompt' and 'prompt' in embedders_of(model): away['prompt'] = options.pop(name)
     if texts: options = options | dict(condition=_merged(texts, options.get('condition', {})))
-    if away or 'negative' in options: options['negative'] = _negative_texts(away, options.get('negative', {}), model)
-    return options
+    if not away and 'negative' not in options: return options
+    negative = _negative_texts(away, options.get('negative', {}), model)
+    if 'text' in negative and isinstance(model, TextToImage):
+        options = _merged(options, dict(negative_prompt=negative.pop('text')))
+    return options | dict(negative=negative)
 
 def _negative_texts(away, named, model):
     "What follows --negative_NAME and --negative NAME=, by condition."

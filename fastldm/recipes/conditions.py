@@ -169,7 +169,8 @@ def conditions_of_options(
 
 def _unknown(name, options, conditions, prefix):
     "What is said of an option that does not exist."
-    near = get_close_matches(name, [*options, *(prefix+condition for condition in conditions)], 1)
+    negative = [f'negative_{condition}' for condition in conditions]
+    near = get_close_matches(name, negative if prefix else [*options, *conditions, *negative], 1)
     hint = f'did you mean --{near[0]}? ' if near else ''
     known = f"conditions of this model are {', '.join(conditions)}" if conditions else 'this model has no conditions'
     return f'there is no option --{name}: {hint}{known[0].upper()+known[1:]}; --help lists the options'
