@@ -15,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from fastcore.basics import patch, store_attr
 from ..core.models import Module, evaluating, fetch_batch, write_atomic
-from ..core.train import Callback, StopTraining
+from ..core.train import Callback, StopTraining, rows_of_batch
 from ..diffusion.autoencoder import Residual
 from ..diffusion.samplers import sample_generators
 from ..diffusion.unet import attend
@@ -261,7 +261,7 @@ def forward(self:PixelSNAIL,
     "Compute the logits at all positions; in training, drop some texts."
     self.check(codes, above, text)
     if self.training and text is not None:
-        keep = torch.rand(len(text),1,1, device=text.device) >= self.drop_text
+        keep = rows_of_batch(lambda n: torch.rand(n,1,1, device=text.device), len(text)) >= self.drop_text
         text = text*keep
     return self.logits(codes, *self.condition(len(codes), above, text)).permute(0,3,1,2)
 

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from fastcore.basics import patch
 from ..core.models import *
 from ..core.rows import read_rows, write_rows
+from ..core.train import noise_of_batch, rows_of_batch
 from ..core.show import warn_unsigned
 
 # %% ../../nbs/diffusion/00_autoencoder.ipynb #97bf4484
@@ -243,7 +244,7 @@ class Autoencoder(FirstStage):
         "For training: the image that comes back, not clamped, and mean and log-variance of the raw latent."
         mean,logvar = self.encode_params(x)
         z = mean
-        if self.training and logvar is not None: z = mean + (logvar/2).exp()*torch.randn_like(mean)
+        if self.training and logvar is not None: z = mean + (logvar/2).exp()*noise_of_batch(mean)
         return self.decode_raw(z), mean, logvar
 
 # %% ../../nbs/diffusion/00_autoencoder.ipynb #7c8de056
@@ -396,9 +397,9 @@ def __getitems__(self:LatentDataset,
     "A batch at once."
     indices = torch.as_tensor([int(i) for i in idxs])
     mirrored = torch.zeros_like(indices)
-    if self.flip: mirrored = torch.randint(2, indices.shape)
+    if self.flip: mirrored = rows_of_batch(lambda n: torch.randint(2, (n,)), len(indices))
     latent = self.latent[mirrored,indices]
-    if self.std is not None: latent = latent + self.std[mirrored,indices]*torch.randn_like(latent)
+    if self.std is not None: latent = latent + self.std[mirrored,indices]*noise_of_batch(latent)
     fields = {name:_select(values, indices, mirrored) for name,values in self.fields.items()}
     return dict(latent=latent, **fields)
 

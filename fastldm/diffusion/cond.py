@@ -11,8 +11,10 @@ import math, numpy as np, torch, warnings, torch.nn.functional as F
 from torch import nn
 from dataclasses import dataclass, fields
 from fastcore.basics import patch
+from functools import partial
 from numbers import Real
 from ..core.models import Module, check_choice, check_flags, whole_number
+from ..core.train import rows_of_batch
 from ..data.faces import word_ids
 from .unet import SpatialTransformer, grid_features
 
@@ -193,9 +195,10 @@ _UNKNOWN = 2                                        # in raw attributes: 0 is of
 
 def _random_subset(raw, n, rate):
     "Draw (B,n) booleans: at this rate, a row has a random share of true values; else it has none."
-    share = torch.rand(len(raw), 1, device=raw.device)
-    chosen = torch.rand(len(raw), 1, device=raw.device)<rate
-    return torch.rand(len(raw), n, device=raw.device)<share*chosen
+    def uniform(width): return rows_of_batch(lambda rows: torch.rand(rows, width, device=raw.device), len(raw))
+    share = uniform(1)
+    chosen = uniform(1)<rate
+    return uniform(n)<share*chosen
 
 # %% ../../nbs/diffusion/03_cond.ipynb #fe1a80af
 class AttributeEmbedder(Embedder):
@@ -605,20 +608,24 @@ class Conditioner(Module):
         for name,embedder in self.embedders.items():
             raw = batch[name]
             if self.training and self.drop_all and all_dropped is None:
-                all_dropped = torch.rand(len(raw), device=raw.device)<self.drop_all
+                all_dropped = _uniform(raw)<self.drop_all
             if name in without: raw = embedder.null(raw)
             elif self.training: raw = self._drop(name, raw, all_dropped)
             cond = cond + embedder(raw)
         return cond
 
 # %% ../../nbs/diffusion/03_cond.ipynb #4d4e4365
+def _uniform(raw):
+    "A number from 0 to 1 for each example."
+    return rows_of_batch(partial(torch.rand, device=raw.device), len(raw))
+
 @patch
 def _drop(self:Conditioner, name, raw, all_dropped):
     "For training: drop a part of a condition in some samples, and all of it in others."
     embedder = self.embedders[name]
     raw = embedder.drop_part(raw)
     if not self.drop[name]: return raw
-    dropped = torch.rand(len(raw), device=raw.device)<self.drop[name]
+    dropped = _uniform(raw)<self.drop[name]
     if all_dropped is not None: dropped = dropped|all_dropped
     return torch.where(dropped.view(-1,*[1]*(raw.ndim-1)), embedder.null(raw), raw)
 

@@ -10,6 +10,7 @@ __all__ = ['scales', 'eps_of', 'score_of', 'GaussianDenoiser', 'precondition', '
 import torch
 from functools import partial
 from ..core.models import Module, real_number
+from ..core.train import noise_of_batch
 from .schedules import uniform_t
 from .cond import Cond, stack_conds
 
@@ -194,7 +195,7 @@ def diffusion_loss(
     t = sample_t(model.schedule, len(x0), x0.device)
     α, σ = scales(model, t, x0)
     cond = model.conditioner(batch) if model.conditioner is not None else None
-    x0_hat = model(α*x0 + σ*torch.randn_like(x0), t, cond)
+    x0_hat = model(α*x0 + σ*noise_of_batch(x0), t, cond)
     snr = (α/σ)**2
     err = (weight(snr)*snr*(x0_hat.float()-x0)**2).flatten(1)
     return dict(loss=(err.sum(1) if total else err.mean(1)).mean())

@@ -9,6 +9,7 @@ __all__ = ['ExactBuffers', 'Schedule', 'drift', 'diffusion', 'time_of_log_snr', 
 # %% ../../nbs/diffusion/01_schedules.ipynb #9a8bc22d
 import torch, math
 from ..core.models import Module
+from ..core.train import rows_of_batch
 
 # %% ../../nbs/diffusion/01_schedules.ipynb #5d0adbc4
 class ExactBuffers(Module):
@@ -189,8 +190,8 @@ class Flow(Schedule):
 # %% ../../nbs/diffusion/01_schedules.ipynb #b6d4d7ff
 def _stratified(n, device=None):
     "Draw uniform numbers in [0,1), one in each of `n` equal slices."
-    shift = torch.rand(1, device=device)
-    return (shift + torch.arange(n, device=device)/n).remainder(1)
+    def draw(n): return (torch.rand(1, device=device) + torch.arange(n, device=device)/n).remainder(1)
+    return rows_of_batch(draw, n)
 
 def _stratified_normal(n, device=None):
     "Draw the same as standard normal numbers: pushed through the normal quantile function."

@@ -1,0 +1,81 @@
+"Two and four processes of this machine, by gloo: they train what one process trains, and go on with what others began."
+import importlib, itertools, subprocess, sys
+from pathlib import Path
+import pytest, torch
+from accelerate import debug_launcher
+from fastldm.codes import PixelSNAIL, pixelsnail_loss
+from fastldm.core import Callback, Learner, StopTraining, read_checkpoint, set_seed
+from fastldm.data import Digits
+from fastldm.diffusion import (Autoencoder, Conditioner, Cosine, Denoiser, LabelEmbedder, LatentDataset, UNet,
+                               autoencoder_loss, diffusion_loss)
+
+class StopAt(Callback):
+    def __init__(self, step): self.step = step
+    def after_step(self, learn):
+        if learn.step==self.step: raise StopTraining
+
+def autoencoder():
+    "Digits to latents, with noise."
+    return Autoencoder(c_latent=2, channels=(8,), kl=True), Digits(), autoencoder_loss(kl_weight=1e-2)
+
+def denoiser():
+    "Noisy latents that are mirrored, under labels, some of which are left out."
+    first = Autoencoder(c_latent=2, channels=(8,), kl=True).eval()
+    latents = LatentDataset(Digits(split='test'), first, flip=True, progress=False)
+    conditioner = Conditioner(drop=.3, label=LabelEmbedder(10, 32))
+    return Denoiser(UNet(2, (16,), 1, d_emb=32), Cosine(), conditioner), latents, diffusion_loss
+
+class Codes:
+    "Made-up codes that say of which digit they are."
+    def __len__(self): return 256
+    def __getitems__(self, idxs):
+        i = torch.tensor(idxs)
+        codes = (i[:,None]*torch.arange(1, 17)%7).view(-1,4,4)
+        return dict(codes=[codes], text=(i[:,None,None]%10/10).expand(-1,3,4))
+
+def prior():
+    "Codes under texts, some of which are left out."
+    return PixelSNAIL(8, (4,4), 16, d_text=4, drop_text=.3, dropout=0.), Codes(), pixelsnail_loss(0)
+
+STAGES = dict(autoencoder=autoencoder, denoiser=denoiser, prior=prior)
+
+def train(*folders, until=None):
+    "Eight steps of each stage, or to the step `until`; goes on from the checkpoint where there is one."
+    torch.set_num_threads(1)
+    for folder,(name,build) in itertools.product(folders, STAGES.items()):
+        set_seed(0)
+        model, data, loss_fn = build()
+        cbs = [] if until is None else [StopAt(until)]
+        learn = Learner(model, data, loss_fn, steps=8, batch_size=16, ema=.9, log_every=1, warmup=3, cbs=cbs,
+                        folder=Path(folder)/name, progress=False)
+        learn.fit(resume=learn.checkpoint.exists())
+
+def begin(folder): train(folder, until=5)
+
+def on_processes(folder):
+    "All of it on two processes; and the same begun by four and ended by two."
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]).step()                # so that forks need not import it
+    importlib.import_module('torch._dynamo')
+    debug_launcher(begin, (f'{folder}/four_then_two',), num_processes=4)
+    debug_launcher(train, (f'{folder}/two', f'{folder}/four_then_two'), num_processes=2)
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    "The folder of the runs, made by one process, and by several in a child."
+    folder = tmp_path_factory.mktemp('processes')
+    train(folder/'one')
+    program = f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from test_processes import *; '
+    done = subprocess.run([sys.executable, '-c', f'{program}on_processes({str(folder)!r})'],
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
+    assert done.returncode==0, done.stdout[-3000:]
+    return folder
+
+@pytest.mark.slow
+@pytest.mark.parametrize('stage', STAGES)
+@pytest.mark.parametrize('processes', ['two','four_then_two'])
+def test_the_run_of_one_process(runs, stage, processes):
+    "The loss of each step is that of one process, also where two went on with what four began."
+    def losses_of(run): return [row['loss'] for row in read_checkpoint(runs/run/stage/'checkpoint.safetensors')[0]['log']]
+    losses, others = losses_of('one'), losses_of(processes)
+    assert len(losses)==8
+    assert others==pytest.approx(losses, rel=1e-4)
