@@ -2,17 +2,19 @@
 condition; every mistake in the table ends in one sentence before any work."""
 import csv
 import json
+import sys
 import warnings
+from copy import deepcopy
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from commands import run
-from fastldm import load
+from fastldm import load, save
 from fastldm.data import Augmented, PictureTable
 from fastldm.diffusion.cond import Conditioner, LabelEmbedder, NumberEmbedder
 from fastldm.recipes import own_ldm
-from fastldm.recipes.commands import read_conditions
+from fastldm.recipes.commands import read_conditions, sample_cli
 from fastldm.ui.app import draw_settings, form_of, read_config
 
 CONDITIONS = 'species:label, length:number, notes:text, wet:attribute, fallen:attribute'
@@ -98,6 +100,24 @@ def test_each_condition_in_python(model, leaves):
         with pytest.raises(ValueError) as error: model.sample(2, steps=1, **wrong)
         assert said in str(error.value)
     with pytest.warns(UserWarning, match='length=30 lies far outside'): model.sample(1, steps=1, length=30)
+
+def test_guidance_moves_away_from_each_condition(model, tmp_path, monkeypatch):
+    "A column of the table can be negative, too, by its own name: other pictures, which `--like` draws again."
+    noisy = deepcopy(model)
+    for p in noisy.parameters(): p.data += .1*torch.randn_like(p)           # so that every condition counts
+    folder = save(noisy, tmp_path/'noisy')
+    def draw(name, *words, **options):
+        monkeypatch.setattr(sys, 'argv', ['fastldm_sample', *words])
+        sample_cli(out=tmp_path/f'{name}.png', **options)
+        return np.asarray(Image.open(tmp_path/f'{name}.png')).tobytes()
+    kw = dict(model=str(folder), n=2, steps=2, guidance_scale=4.)
+    wanted = '--species=oak'
+    drawn = {draw('plain', wanted, **kw)}
+    for word in ('species=elm', 'length=3.2', 'notes=late autumn', 'wet'):
+        away = draw('away', wanted, f'--negative_{word}', **kw)
+        assert draw('again', like=tmp_path/'away.png')==away
+        drawn.add(away)
+    assert len(drawn)==5
 
 def test_other_values_are_another_run(leaves, model, tmp_path):
     "The same table in another form goes on; another value, or other conditions, are named."
