@@ -578,8 +578,7 @@ def sample_cli(
     mask:str=None, # for a model of faces: a PNG file whose pixels are class ids
     style:str=None, # for a model of texts in several styles: one of them, by name or number
     condition:Param('any condition, as NAME=VALUE; as often as you like', str, action='append')=None, # e.g. ink=1,0,0
-    negative:Param('a condition that guidance moves away from, as NAME=VALUE; as often as you like', str,
-                   action='append')=None, # e.g. label=5
+    negative:Param('a condition that guidance moves away from, as NAME=VALUE', str, action='append')=None, # as label=5
     steps:int=None, # of sampling
     calls:int=None, # in place of --steps: calls of the model's student, such as 1, 2 or 4
     sampler:str=None, # ddim, euler_a, heun, dpmpp_2m, unipc and others (default: the model's own)
