@@ -158,6 +158,17 @@ def test_sdxl_is_theirs(tokenizer, negative):
     assert d<1e-4
     assert difference(ours(ldm, prompt='a dog'), theirs)>1e-3
 
+@pytest.mark.parametrize('layout', [sd,sdxl])
+def test_a_negative_prompt_of_a_call_is_theirs(tokenizer, layout):
+    "`negative=dict(prompt=...)` is their `negative_prompt`, in one model for any of them."
+    pipe = layout(tokenizer)
+    ldm = from_diffusers(pipe)
+    theirs = drawn(pipe, num_inference_steps=4, latents=start(ldm), negative_prompt=['a dog'])
+    assert difference(ours(ldm, negative=dict(prompt='a dog')), theirs)<1e-4
+    assert difference(ours(ldm), theirs)>1e-3
+    hint = r'did you mean negative=dict\(prompt=...\)'
+    with pytest.raises(ValueError, match=hint): ours(ldm, negative_prompt='a dog')
+
 def test_negative_and_size(tokenizer):
     pipe = sd(tokenizer)
     ldm = from_diffusers(pipe, size=(48,64), negative='a dog')
