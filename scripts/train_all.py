@@ -73,7 +73,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('recipes', nargs='+', help='recipes by name, in this order')
     parser.add_argument('--minutes', type=float, default=60, help='for all of them together')
-    parser.add_argument('--out', type=Path, default=Path('runs'), help='each model goes to a folder of its name in this')
+    parser.add_argument('--out', type=Path, default=Path('runs'), help='where the folders of the models go')
     parser.add_argument('--precision', help='bf16, fp16 or none (default: bf16 on a GPU)')
     parser.add_argument('--compile', action='store_true', help='compile the networks')
     parser.add_argument('--n', type=int, default=1000, help='pictures to score a finished model by; 0: no score')
