@@ -7,3 +7,4 @@ from .watch import *
 from .perceptual import *
 from .help import *
 from .download import *
+from .rows import *

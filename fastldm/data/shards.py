@@ -346,7 +346,7 @@ def open_shards(
     size:int=64, # side of the pictures
     channels:int=3, # 3 colour, 1 grey
     test:float=0., # share of the shards that is the part `test`
-)->Shards:
+)->Shards: # with the names of the classes, where classes.json has them
     "The shards in a folder. Raises FileNotFoundError where the part is not there."
     folder = Path(folder).expanduser()
     files = _part_of(folder, check_split(split), test)
