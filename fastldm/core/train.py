@@ -304,7 +304,8 @@ def accelerator(self:Learner):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     AcceleratorState._reset_state() # it refuses a second precision in one process
-    on_cpu = os.environ.get('FASTLDM_DEVICE')=='cpu'                    # else Accelerate's choice: CUDA, MPS, ...
+    shares_cpu = int(os.environ.get('WORLD_SIZE', 1))>1 and not torch.accelerator.is_available()
+    on_cpu = os.environ.get('FASTLDM_DEVICE')=='cpu' or shares_cpu      # else Accelerate's choice: CUDA, MPS, ...
     return Accelerator(cpu=on_cpu, mixed_precision=self.precision or 'no', gradient_accumulation_steps=self.accumulate)
 
 @patch
