@@ -171,16 +171,19 @@ def own_ldm(
     base.check(own.train)
     arguments |= _choices(base, own, arguments)
     chosen = SimpleNamespace(**arguments)
-    folder = _begin(folder, base, own.train, arguments)
+    factor = base.multiple(chosen.ae_channels)
+    folder = begin(folder, label_ldm, arguments | table_arguments(own.train), own.train,  # its name in earlier versions
+                   multiple=factor, stages=[*base.stages], **base.marks, **table_marks(own.train))
+    print_conditions(own.train, progress)
     training = dict(seed=seed, precision=precision, progress=progress, batch_size=batch_size)
 
     views = chosen.copies
     ds = Augmented(own.train, views, seed) if views>1 else own.train
     set_seed(seed)
-    new = own_denoiser(ds, chosen.c_latent, chosen.channels, n_blocks, drop, views>1, base.multiple(chosen.ae_channels))
+    new = own_denoiser(ds, chosen.c_latent, chosen.channels, n_blocks, drop, views>1, factor)
     denoiser = base.denoiser(new, ds)
-    sizes = dict(c_latent=chosen.c_latent, channels=chosen.ae_channels)
-    ae = base.autoencoder(ds, folder, **sizes, steps=chosen.ae_steps, **training)
+    ae = base.autoencoder(ds, folder, c_latent=chosen.c_latent, channels=chosen.ae_channels, steps=chosen.ae_steps,
+                          **training)
     encoded = partial(LatentDataset, autoencoder=ae, cache=folder/'cache', progress=progress)
     validation = Augmented(own.validation, 1) if own.validation and views>1 else own.validation     # 1: as they are
     shape = ae.latent_shape(*own.train[0]['image'].shape[1:])
@@ -210,14 +213,6 @@ def _choices(base, own, arguments):
     "Arguments that were left open, by how the run begins and what it trains on."
     sizes = latent_sizes(own.train[0]['image'].shape[-1], arguments['c_latent'], arguments['ae_channels'])
     return base.choose(arguments, len(own.train)) | sizes | dict(test=own.share)
-
-def _begin(folder, base, pictures, arguments):
-    "As every recipe begins."
-    folder = begin(folder, label_ldm, arguments | table_arguments(pictures), pictures,   # its name in earlier versions
-                   multiple=base.multiple(arguments['ae_channels']), stages=[*base.stages], **base.marks,
-                   **table_marks(pictures))
-    print_conditions(pictures, arguments['progress'])
-    return folder
 
 # %% ../../nbs/recipes/16_own.ipynb #8977b0eb
 def _facts(own, views):
