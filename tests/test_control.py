@@ -1,5 +1,5 @@
 "Local control: what a person gives wrongly, the command line, the adapters that ship, what they cost."
-import subprocess, sys, time
+import time
 from copy import copy
 from functools import partial
 import numpy as np, pytest, torch

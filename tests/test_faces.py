@@ -1,5 +1,4 @@
 "Faces: errors in files, masks and attributes come before work starts; a drawn set is kept; a model of faces obeys."
-from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from fastldm.diffusion import AttributeEmbedder, MaskEmbedder, unpack_rows

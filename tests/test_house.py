@@ -325,6 +325,11 @@ def test_one_version():
 
 # ---- the tests themselves
 
+def test_ruff_finds_nothing():
+    "No unused import, undefined name or the like in library, notebooks, scripts and tests."
+    done = subprocess.run([sys.executable,'-m','ruff','check','--no-cache','.'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode==0, done.stdout+done.stderr
+
 @pytest.mark.slow
 def test_the_tests_of_a_file_share_a_process(tmp_path):
     "They share what they made; each notebook is on its own, so that both processes have work to the end."

@@ -9,8 +9,7 @@ __all__ = ['Texts', 'RowWriter', 'row_writer', 'write_rows', 'read_rows', 'diges
 import hashlib, json, os, shutil, struct, tempfile
 from collections.abc import Sequence
 from contextlib import contextmanager
-from pathlib import Path
-import numpy as np, torch
+import torch
 from fastcore.basics import patch
 from safetensors import safe_open
 from .models import write_atomic

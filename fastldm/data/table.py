@@ -9,7 +9,6 @@ __all__ = ['CONDITION_KINDS', 'MAX_WORDS', 'MAX_CLASSES', 'READERS', 'parse_cond
 
 # %% ../../nbs/data/10_table.ipynb #39f436e5
 import json,math,re
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 import torch
