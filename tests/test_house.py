@@ -327,7 +327,8 @@ def test_one_version():
 
 def test_ruff_finds_nothing():
     "No unused import, undefined name or the like in library, notebooks, scripts and tests."
-    done = subprocess.run([sys.executable,'-m','ruff','check','--no-cache','.'], cwd=ROOT, capture_output=True, text=True)
+    call = [sys.executable, '-m', 'ruff', 'check', '--no-cache', '.']
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode==0, done.stdout+done.stderr
 
 @pytest.mark.slow
