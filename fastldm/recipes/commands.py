@@ -228,7 +228,10 @@ def _what_was_done(model):
     "A line for each stage of a trained model, as its card has it."
     card = getattr(model, 'meta', {})
     stages = card.get('stages') or {card.get('stage', 'model'): card}
-    lines = []
+    lines = [f"trained on {card['n_pictures']:,} pictures"] if 'n_pictures' in card else []
+    if card.get('n_validation'):
+        n_test = card['n_kept_aside']-card['n_validation']
+        lines[0] += f"; of those kept aside {card['n_validation']:,} chose the weights, {n_test:,} are for scores"
     for stage,about in stages.items():
         if 'steps' not in about or 'seconds' not in about: continue
         minutes, seconds = divmod(about['seconds'], 60)
@@ -236,6 +239,7 @@ def _what_was_done(model):
         lines.append(f"{stage}: {about['steps']:,} steps in {minutes} min {seconds} s{loss}")
     return lines
 
+# %% ../../nbs/recipes/06_commands.ipynb #923a414f
 def _what_next(model, out):
     "What can be done with a model that was just trained: the commands that take it, and Python."
     lines = []
