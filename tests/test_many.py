@@ -29,12 +29,21 @@ def test_the_command_draws_what_sample_draws(here, mnist):
     sample_cli('mnist', out='drawn', **SETTINGS)
     assert contents(here/'drawn')==before
 
+def test_a_shard_that_was_lost(here):
+    "A drawing without one of its files is not scored; the command draws the file again."
+    sample_cli('mnist', out='drawn', **SETTINGS)
+    before = contents(here/'drawn')
+    (here/'drawn/000002.tar').unlink()
+    with pytest.raises(ValueError, match='has lost 000002.tar'): DrawnPictures('drawn')
+    sample_cli('mnist', out='drawn', **SETTINGS)
+    assert contents(here/'drawn').keys()==before.keys() and len(DrawnPictures('drawn'))==64
+
 REFUSED = {
     'steps was 2, is 3': dict(SETTINGS, steps=3),
     'seed was 3, is 4': dict(SETTINGS, seed=4),
     'n was 64, is 80': dict(SETTINGS, n=80),
     'label': dict(SETTINGS, label='7'),
-    'is no folder': dict(SETTINGS, out='drawn.png'),
+    'shards go into a folder': dict(SETTINGS, out='drawn.png'),
     'expected a whole number': dict(SETTINGS, per_shard=0),
 }
 

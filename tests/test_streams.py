@@ -1,7 +1,7 @@
 "Tar shards, Parquet and Arrow files as the data of recipes."
 import pytest, torch
 from fastldm.data import ArrowPictures, Digits, Pictures, Shards, get_dataset, to_image, write_shards, write_stream
-from fastldm.recipes import captioned_set, label_ldm, picture_set
+from fastldm.recipes import captioned_set, label_denoiser, label_ldm, own_pictures, picture_set
 
 class Captioned(Pictures):
     "Two hundred digits with captions."
@@ -67,3 +67,32 @@ def test_a_recipe_from_a_source(sources, kind, tmp_path):
     assert ldm.sample(2, label='7', steps=1).shape==(2,3,16,16)
     again = label_ldm(path_of(sources, kind), tmp_path/'run', size=16, **options)
     assert torch.equal(again.sample(1, seed=0, steps=1), ldm.sample(1, seed=0, steps=1))
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_share_kept_aside_is_divided(sources, kind):
+    "Into pictures that choose the weights and pictures for scores, with their labels."
+    own = own_pictures(path_of(sources, kind), size=16, test=.2)
+    assert len(own.train)+len(own.validation)+len(own.test)==200
+    whole = picture_set(path_of(sources, kind), size=16, split='test', test=.2)
+    assert torch.equal(own.test[:]['label'], whole[1::2]['label'])
+    assert torch.equal(own.validation[:]['image'], whole[::2]['image'])
+
+def test_labels_without_names(sources, tmp_path):
+    "Nobody could ask for a class without a name, so a warning says that the labels are left out."
+    write_shards(Captioned(), tmp_path, per_shard=100)
+    (tmp_path/'classes.json').unlink()
+    with pytest.warns(UserWarning, match='labels are left out'):
+        assert label_denoiser(get_dataset(tmp_path, size=16), 4, (8,8)).conditioner is None
+
+@pytest.mark.parametrize('column, message', [('image','row 3 of the table has no picture'),
+                                             ('label','row 3 of the table has no label')])
+def test_a_row_without_something(tmp_path, column, message):
+    "The row is named; without a caption nothing is said about the picture."
+    datasets = pytest.importorskip('datasets')
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=['a','b']),
+                                 caption=datasets.Value('string'))
+    rows = [dict(image=to_image(torch.zeros(3, 8, 8)), label=0, caption=None) for _ in range(5)]
+    assert ArrowPictures(datasets.Dataset.from_list(rows, features=features), size=8).caption==['']*5
+    rows[3][column] = None
+    with pytest.raises(ValueError, match=message):
+        ArrowPictures(datasets.Dataset.from_list(rows, features=features), size=8)

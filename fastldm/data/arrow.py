@@ -32,7 +32,10 @@ def _columns(features):
                          'a column of the type Image')
     return {name:column for name,column in found.items() if column is not None}
 
-def _caption_of(value): return value if isinstance(value, str) else value[0] # some tables have several a picture
+def _caption_of(value):
+    "The caption in a row: some tables have several a picture, and some rows none, about which nothing is said."
+    if not value: return ''
+    return value if isinstance(value, str) else value[0]
 
 # %% ../../nbs/data/11_arrow.ipynb #ac410df1
 def _raw_picture(value):
@@ -99,7 +102,10 @@ def _read_labels(self:ArrowPictures):
     "Labels with their names; a set for testing may have none, which is -1 in each row."
     column = self.columns.get('label')
     if column is None: return
-    labels = torch.as_tensor(np.asarray(self.table.with_format('numpy')[column][:]))[self.rows].long()
+    values = self._values('label', range(len(self)))
+    missing = [int(self.rows[i]) for i,value in enumerate(values) if value is None]
+    if missing: raise ValueError(f'row {missing[0]} of the table has no label: give it one, or leave the row out')
+    labels = torch.tensor(values).long()
     if (labels<0).all(): return
     self.label = labels
     self.classes = [*self.table.features[column].names]
@@ -110,12 +116,19 @@ def _values(self:ArrowPictures, name, idxs):
     column = self.columns[name]
     return self.table.select_columns([column])[[int(i) for i in self.rows[idxs]]][column]
 
+# %% ../../nbs/data/11_arrow.ipynb #2ee27c9f
 @patch
 def pixels(self:ArrowPictures, idxs)->torch.Tensor: # uint8 (B,C,H,W)
     "The pictures at `idxs`, from memory or read from the table."
     if self.image is not None: return self.image[idxs]
-    def decode(value): return open_image(_raw_picture(value), self.size, self.channels)
-    with ThreadPoolExecutor(8) as pool: return torch.stack(list(pool.map(decode, self._values('image', list(idxs)))))
+    def decode(row, value):
+        if value is None: raise ValueError(f'row {row} of the table has no picture: leave it out')
+        try: return open_image(_raw_picture(value), self.size, self.channels)
+        except ValueError as error:
+            raise ValueError(f'row {row} of the table is no picture that can be read: leave it out') from error
+    idxs = list(idxs)
+    with ThreadPoolExecutor(8) as pool:
+        return torch.stack(list(pool.map(decode, self.rows[idxs], self._values('image', idxs))))
 
 # %% ../../nbs/data/11_arrow.ipynb #c5043b29
 @patch

@@ -126,7 +126,7 @@ def _listed(value): return value if isinstance(value, list) else [value]
 def train_cli(
     recipe:str, # a recipe by name; `folder` for pictures of your own
     out:str=None, # where the model goes (default: runs/RECIPE)
-    data:str=None, # for `folder`: pictures, one folder per class, or flat; for `captioned`: a folder, table or zip file
+    data:str=None, # pictures: one folder per class, flat, tar shards, Parquet; for `captioned` also a table or zip file
     start:str=None, # for `folder`: a trained model to begin with, shipped or a folder, such as flowers
     lora:int=None, # with --start: train changes of this rank and no weights, and save them alone, too
     tune_autoencoder:store_true=False, # with --start: train its autoencoder, too
@@ -655,7 +655,7 @@ def _share_of(device, per_shard, out):
     if share[1]>1 and per_shard is None:
         raise ValueError(f'{share[1]} processes can draw into shards only: give --per_shard 1024 and a folder as --out')
     if per_shard is not None and Path(out).suffix:
-        raise ValueError(f'{out} is no folder: shards take a folder as --out')
+        raise ValueError('shards go into a folder, which --per_shard needs: give its name as --out, as in --out drawn')
     return share
 
 def _draw_into_shards(out, model, method, options, settings, per_shard, share):

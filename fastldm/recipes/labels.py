@@ -8,6 +8,7 @@ __all__ = ['TUTORIAL_AS_WRITTEN', 'TUTORIAL_PIXELS', 'TUTORIAL_DEFAULTS', 'label
 
 # %% ../../nbs/recipes/01_labels.ipynb #02e6a66c
 import torch
+import warnings
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,13 +37,18 @@ def label_denoiser(
     "A U-Net that is conditioned on the labels of a set, if it has any."
     d_emb = 4*channels[0]
     embedders = {}
-    if 'label' in ds[0] and _classes(ds): embedders['label'] = LabelEmbedder(len(_classes(ds)), d_emb)
+    if 'label' in ds[0]: _add_labels(embedders, _classes(ds), d_emb)
     if views: embedders['augment'] = VectorEmbedder(4, d_emb)
     conditioner = Conditioner(drop=dict(label=drop), **embedders) if embedders else None
     attention = [level>0 for level in range(len(channels))]
     return Denoiser(UNet(c_latent, channels, n_blocks, attention=attention, d_emb=d_emb), Cosine(), conditioner)
 
 def _classes(ds): return list(getattr(ds, 'classes', None) or [])
+
+def _add_labels(embedders, classes, d_emb):
+    "Add an embedder of the labels; where the classes have no names, the labels are left out, with a warning."
+    if classes: embedders['label'] = LabelEmbedder(len(classes), d_emb)
+    else: warnings.warn('the labels are left out: the classes have no names (of shards, in a file classes.json)')
 
 # %% ../../nbs/recipes/01_labels.ipynb #4e11cb8a
 def score_cb(

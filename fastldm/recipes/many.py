@@ -127,6 +127,9 @@ class DrawnPictures(Shards):
         files = sorted(self.folder.glob('[0-9]*.tar'))
         if not (self.folder/'index.json').exists():
             raise ValueError(f'{folder} has {len(files)} shards of a drawing that is not finished: draw the rest first')
+        counts = json.loads((self.folder/'index.json').read_text(encoding='utf-8'))
+        missing = sorted({*counts}-{file.name for file in files})
+        if missing: raise ValueError(f"{folder} has lost {', '.join(missing[:5])}: draw again what is missing")
         channels, side, _ = _shape_in(files[0])
         super().__init__(files, size=side, channels=channels)
 

@@ -644,7 +644,7 @@ def validation_and_test(
     "Every second picture, to choose weights by; and the others, for scores. Raises `ValueError` for fewer than two."
     if len(kept)<2:
         raise ValueError(f'{len(kept)} picture is kept aside; at least two are needed, one to choose the weights by '
-                         'and one for scores: give a larger share as test (--test)')
+                         'and one for scores: put more into the part `test`, or give a larger share (--test)')
     return Part(kept, range(0, len(kept), 2)), Part(kept, range(1, len(kept), 2))
 
 def training_set(
