@@ -96,3 +96,11 @@ def test_a_row_without_something(tmp_path, column, message):
     rows[3][column] = None
     with pytest.raises(ValueError, match=message):
         ArrowPictures(datasets.Dataset.from_list(rows, features=features), size=8)
+
+def test_whole_numbers_are_no_classes():
+    "A column of labels that names no classes is left out with a warning, which says how to name them."
+    datasets = pytest.importorskip('datasets')
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value('int64'))
+    rows = [dict(image=to_image(torch.zeros(3, 8, 8)), label=0) for _ in range(3)]
+    with pytest.warns(UserWarning, match="'label' is left out.*ClassLabel"):
+        assert ArrowPictures(datasets.Dataset.from_list(rows, features=features), size=8).label is None

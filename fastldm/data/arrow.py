@@ -6,6 +6,7 @@
 __all__ = ['ArrowPictures', 'write_stream']
 
 # %% ../../nbs/data/11_arrow.ipynb #4152a13e
+import warnings
 import io,json,tarfile
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count,islice
@@ -101,7 +102,7 @@ class ArrowPictures(Pictures):
 def _read_labels(self:ArrowPictures):
     "Labels with their names; a set for testing may have none, which is -1 in each row."
     column = self.columns.get('label')
-    if column is None: return
+    if column is None: return _warn_of_labels(self.table.features)
     values = self._values('label', range(len(self)))
     missing = [int(self.rows[i]) for i,value in enumerate(values) if value is None]
     if missing: raise ValueError(f'row {missing[0]} of the table has no label: give it one, or leave the row out')
@@ -109,6 +110,12 @@ def _read_labels(self:ArrowPictures):
     if (labels<0).all(): return
     self.label = labels
     self.classes = [*self.table.features[column].names]
+
+def _warn_of_labels(features):
+    "Say that a column is left out which looks like one of classes, and does not name them."
+    for name in {'label','labels','class'} & {*features}:
+        warnings.warn(f"the column {name!r} is left out, as its classes have no names: make it a column of classes, by "
+                      f"`cast_column({name!r}, datasets.ClassLabel(names=[...]))`")
 
 @patch
 def _values(self:ArrowPictures, name, idxs):
