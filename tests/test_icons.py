@@ -8,6 +8,7 @@ pytest.importorskip('resvg_py')
 from fastldm.data import (EMOJI_GROUPS, ICON_KINDS, EmojiLabel, Icon, IconSet, draw_icon, find_label, get_dataset,
                           icon_captions, icon_split, kinds_of, label_keys, read_icons, read_labels, read_svg_folder,
                           thing_and_parts)
+from fastldm.recipes import TonedIcons, draw_icons, evaluate_icons, train_icon_classifier
 from fastldm.recipes.stages import captioned_set
 
 THINGS = [f'thing {chr(97+i)}' for i in range(26)]
@@ -428,3 +429,66 @@ def test_a_set_shows_itself_and_its_digest(folder):
 def test_without_resvg(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, 'resvg_py', None)
     with pytest.raises(ImportError, match=r'pip install "fastldm\[icons\]"'): IconSet(folder)
+
+
+# ---- the judge
+
+class Copyist(torch.nn.Module):
+    "Draws the real picture of a caption and style, or that of another caption."
+    size, device, kinds = 16, 'cpu', ['codes','diffusion']
+    def __init__(self, icons, wrong=False, conditions=('style',)):
+        super().__init__()
+        rows = [*range(len(icons))]
+        pictures = icons.__getitems__(rows[1:]+rows[:1] if wrong else rows)['image']
+        keys = [(row['label'], icons.classes.index(row['style'])) for row in icons.rows]
+        self.pictures = dict(zip(keys, (pictures+1)/2))
+        self.styles = icons.classes
+        self.other_conditions = list(conditions)
+
+    def prior_for(self, names): return 'diffusion' if 'style' in self.other_conditions else 'codes'
+
+    def sample(self, prompt, prior=None, style=None, seed=0, progress=False):
+        if prior=='codes':
+            prompt, words = zip(*(text.removesuffix(' style').split(' in ') for text in prompt))
+            style = [self.styles.index(word) for word in words]
+        return torch.stack([self.pictures[text, int(k)] for text, k in zip(prompt, style)])
+
+@pytest.fixture
+def judged(folder, tmp_path):
+    "A judge that was trained for a few steps, and what was held out."
+    judge = train_icon_classifier(folder=tmp_path/'judge', root=folder, size=16, steps=30, progress=False)
+    return judge, IconSet(folder, 'test', captions='label', size=16)
+
+def test_what_draws_real_pictures_has_their_scores(judged, folder):
+    "With the style as a condition and as words; and not where the pictures are those of other captions."
+    judge, held_out = judged
+    options = dict(root=folder, classifier=judge, net=judge, progress=False)
+    scores = evaluate_icons(Copyist(held_out), **options)
+    by_words = evaluate_icons(Copyist(held_out, conditions=()), **options)
+    wrong = evaluate_icons(Copyist(held_out, wrong=True), **options)
+    kinds = [kind for kind in ICON_KINDS if kind in scores]
+    assert kinds and sum(scores[kind]['n'] for kind in kinds)==len(held_out)
+    for kind in kinds:
+        for name in ('style','group','retrieval'):
+            assert scores[kind][name]==scores[kind][f'real_{name}']==by_words[kind][name]
+        assert not np.isnan(scores[kind]['retrieval'])
+    assert scores['prior']=='diffusion' and by_words['prior']=='codes'
+    name = next(name for name in scores if name.startswith('memorisation_pixels'))
+    assert scores[name]==pytest.approx(1, abs=1e-4)
+    assert any(wrong[kind][name]!=scores[kind][name] for kind in kinds for name in ('style','group','tone'))
+
+def test_tones_are_labels(folder):
+    "A couple of two tones has none that counts."
+    icons = IconSet(folder, size=8, captions='label')
+    icons.rows[0]['label'] = 'kiss: dark skin tone, light skin tone'
+    toned = TonedIcons(icons)
+    names = [toned.classes['tone'][k] if k>=0 else None for k in toned.__getitems__([0,1,2])['tone'].tolist()]
+    expected = [{'':'none'}.get(row['label'].partition(': ')[2], row['label'].partition(': ')[2].split(' ')[0])
+                for row in icons.rows[1:3]]
+    assert names==[None,*expected] and len(toned)==len(icons)
+
+def test_a_judge_needs_labels(folder):
+    "It says so before work starts."
+    (folder/'labels.json.gz').unlink()
+    with pytest.raises(ValueError, match='groups'): train_icon_classifier(folder=folder.parent/'judge', root=folder)
+    assert not (folder.parent/'judge').exists()

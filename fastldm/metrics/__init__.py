@@ -5,4 +5,5 @@ from .text import *
 from .control import *
 from .faces import *
 from .scenes import *
+from .icons import *
 from .bench import *

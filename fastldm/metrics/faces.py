@@ -10,6 +10,7 @@ import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from ..core.models import Module
+from ..core.processes import map_parts
 from ..diffusion.autoencoder import Decoder, Encoder
 
 # %% ../../nbs/metrics/03_faces.ipynb #7572b17e
@@ -100,11 +101,12 @@ def predict(self:FaceClassifier,
     _check_faces(images, self.size)
     self.eval()
     weight = self.reader[-1].weight
-    outputs = [self(part.to(weight)) for part in images.split(batch_size)]
-    attribute_logits = torch.cat([attributes for attributes,_ in outputs])
-    predicted = dict(attrs=attribute_logits.float().sigmoid().cpu())
-    if self.decoder is not None: predicted['mask'] = torch.cat([classes.argmax(1) for _,classes in outputs]).cpu()
-    return predicted
+    def of(rows):
+        attribute_logits, class_logits = self(images[rows].to(weight))
+        predicted = dict(attrs=attribute_logits.float().sigmoid().cpu())
+        if class_logits is not None: predicted['mask'] = class_logits.argmax(1).cpu()
+        return predicted
+    return map_parts(of, len(images), batch_size)
 
 def _check_faces(images, size):
     if images.dim()!=4 or images.shape[1:]!=(3,size,size):

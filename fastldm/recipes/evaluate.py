@@ -4,31 +4,34 @@
 
 # %% auto #0
 __all__ = ['CONTROL_METHODS', 'picture_shape', 'check_count', 'evaluate_ldm', 'reconstruction', 'print_scores', 'held_out_pairs',
-           'evaluate_texts', 'reconstruction_texts', 'evaluate_faces', 'evaluate_control', 'evaluate_conditions',
-           'evaluate_pictures']
+           'evaluate_texts', 'evaluate_icons', 'draw_icons', 'reconstruction_texts', 'evaluate_faces',
+           'evaluate_control', 'evaluate_conditions', 'evaluate_pictures']
 
 # %% ../../nbs/recipes/05_evaluate.ipynb #5daf1fff
 import math
 import os
 import time
 import torch
-from collections import Counter
 from fastcore.basics import patch
 from functools import partial
 from ..codes.text2image import TextToImage
 from ..codes.vqvae import perplexity
 from ..control.adapter import BlendedControl, ControlAdapter, control, picture_control
 from ..core.models import check_choice, fetch_batch, n_params, require_package, whole_number
+from ..core.processes import map_parts
 from ..core.perceptual import perceptual
+from ..data.icons import ICON_KINDS, in_style
 from ..data.images import get_dataset
 from ..diffusion.ldm import Constraint, LatentDiffusion, available, load
 from ..metrics.control import edge_f1, leakage, lfmse
 from ..metrics.faces import FaceClassifier
+from ..metrics.icons import IconClassifier, icon_scores
 from ..metrics.images import (EfficientNetLite, Evaluator, Reference, evaluate, fid, image_features, kid,
                                     lpips_distance, memorisation, net_name, precision_recall, psnr, ssim)
 from ..metrics.scenes import SceneClassifier
-from ..metrics.text import caption_scores, pairwise_diversity, retrieval, tokenise
+from ..metrics.text import caption_scores, pairwise_diversity, retrieval, retrieval_candidates, tokenise
 from .stages import captioned_set, diffusion_of, embedders_of, training_set, with_article
+from .text import TonedIcons
 
 # %% ../../nbs/recipes/05_evaluate.ipynb #a0a304c1
 def picture_shape(
@@ -46,7 +49,8 @@ def check_count(
     and `ImportError` for a package that is missing."""
     for package in needs: require_package(package, 'scoring pictures')
     n = whole_number(n, 'n', 1)
-    needed = n*4*4*math.prod(picture_shape(ldm))                # four copies of four bytes a number
+    n_processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1))    # of this computer, each of which gets all pictures
+    needed = n_processes*n*4*4*math.prod(picture_shape(ldm))    # four copies of four bytes a number
     memory = _memory()
     if needed<=memory: return n
     raise ValueError(f'n={n:,}: so many pictures and their features need about {needed/1e9:,.0f} GB of memory, '
@@ -108,7 +112,8 @@ def reconstruction(
 )->dict: # `psnr` in dB and `ssim`
     "How well the autoencoder keeps pictures."
     images = ds[:n]['image']
-    decoded = torch.cat([ldm.decode(ldm.encode(part)).cpu() for part in images.split(500)])
+    def reconstruct(rows): return ldm.decode(ldm.encode(images[rows])).cpu()
+    decoded = map_parts(reconstruct, len(images), 500)
     images = (images+1)/2
     decoded = (decoded+1)/2
     return dict(psnr=float(psnr(decoded, images)), ssim=float(ssim(decoded, images)))
@@ -160,23 +165,16 @@ def held_out_pairs(
 def _text_scores(images, prompts, references, text_encoder, classifier, batch_size):
     """Caption scores of images in [-1,1], whether each finds its prompt, and the rates of a classifier where there
     is one."""
-    descriptions = text_encoder.caption(images, batch_size=batch_size)
+    def describe(rows): return text_encoder.caption(images[rows], batch_size=batch_size)
+    descriptions = map_parts(describe, len(images), batch_size)
     scores = {k: v for k,v in caption_scores(references, descriptions).items() if k!='n'}
-    among = _candidates(prompts)
+    among = retrieval_candidates(prompts)
     if among>1:
         similarity = text_encoder.similarity(images, prompts, batch_size)
         scores['retrieval'] = retrieval(similarity, prompts, among)['accuracy']
     if classifier is None: return scores
-    rates = []
-    for start in range(0, len(images), batch_size):
-        part = slice(start, start+batch_size)
-        rates.append(classifier.score(images[part], prompts[part]))
-    return scores | {k: torch.cat([r[k] for r in rates]).float().mean().item() for k in rates[0]}
-
-def _candidates(prompts):
-    "Among how many prompts each picture looks for its own: as many as always differ from it, and a hundred at most."
-    most_frequent = max(Counter(prompts).values())
-    return min(100, 1+len(prompts)-most_frequent)
+    rates = map_parts(lambda rows: classifier.score(images[rows], prompts[rows]), len(images), batch_size)
+    return scores | {name: rate.float().mean().item() for name,rate in rates.items()}
 
 # %% ../../nbs/recipes/05_evaluate.ipynb #129f9265
 def evaluate_texts(
@@ -199,21 +197,70 @@ def evaluate_texts(
     name = f'{data}_classifier'
     classifier = load(name, model.device) if name in available('') else None
     start = time.perf_counter()
-    drawn = model.sample(prompts, prior=prior, candidates=candidates, seed=seed, batch_size=batch_size,
-                         progress=progress, **sampling)
+    def draw(rows):
+        return model.sample(prompts[rows], prior=prior, candidates=candidates, seed=seed, first=rows.start,
+                            batch_size=batch_size, progress=progress and len(prompts)<=batch_size, **sampling)
+    drawn = map_parts(draw, len(prompts), batch_size, progress)
     seconds = (time.perf_counter()-start)/len(prompts)
     of_samples = _text_scores(drawn*2-1, prompts, references, model.text_encoder, classifier, batch_size)
     of_real = _text_scores(images, prompts, references, model.text_encoder, classifier, batch_size)
     scores = dict(n=len(prompts), prior=prior or model.kinds[0], candidates=candidates, seconds_per_picture=seconds,
                   parameters=n_params(model))
     for k in of_samples: scores |= {k: of_samples[k], f'real_{k}': of_real[k]}
-    return scores | dict(retrieval_chance=1/_candidates(prompts))
+    return scores | dict(retrieval_chance=1/retrieval_candidates(prompts))
 
 def _check_describes(text_encoder):
     "`ValueError` for a text encoder that cannot describe pictures and compare them with texts."
     if getattr(text_encoder, 'encoder', None) and getattr(text_encoder, 'decoder', None): return
     raise ValueError('the text encoder of this model cannot describe pictures: expected a TextToImage with a `Blip` '
                      'that has encoder and decoder')
+
+# %% ../../nbs/recipes/05_evaluate.ipynb #3a23f842
+def evaluate_icons(
+    model:TextToImage, # that draws icons
+    data='icons', # a set of icons by name, for which there is a judge
+    n:int=500, # held-out pictures of each kind; all where there are fewer
+    root=None, # where the set is looked for first
+    prior:str=None, # as in `model.sample`
+    classifier:IconClassifier=None, # the judge; None: that of the set
+    net=None, # a network with `features` for distances; None: EfficientNet-Lite0, where it is installed
+    seed:int=0, # of the pictures
+    progress:bool=True, # show bars
+    **sampling, # for `model.sample`: candidates, guidance_scale, steps, ...
+)->dict: # numbers by name, and those of each kind; `real_...`: the same of the real pictures
+    """Draw captions of held-out icons in their styles, and score new combinations and new things apart. Raises
+    `ValueError` where there is no judge, and what the set and `sample` raise, before work starts."""
+    n = whole_number(n, 'n', 1)
+    names = available('IconClassifier', details=True).names
+    if classifier is None: classifier = load(check_choice(f'{data}_classifier', names, 'classifier'), model.device)
+    options = dict(captions='label', size=model.size)
+    train, test = (get_dataset(data, root, split=split, **options) for split in ('train','test'))
+    prior = prior or model.prior_for(['style'])
+    scores = dict(prior=prior, parameters=n_params(model))
+    drawn = []
+    for kind in ICON_KINDS:
+        rows = [i for i, row in enumerate(test.rows) if row['kind']==kind]
+        if not rows: continue                                           # a small set may have none of a kind
+        batch = TonedIcons(test).__getitems__([rows[i] for i in _spread(len(rows), n)])
+        pictures = draw_icons(model, batch, train.classes, prior, seed=seed, progress=progress, **sampling)
+        of_real = icon_scores(classifier, batch)
+        of_drawn = icon_scores(classifier, dict(batch, image=pictures*2-1))
+        scores[kind] = dict(n=len(pictures), **of_drawn) | {f'real_{name}': value for name, value in of_real.items()}
+        drawn.append(pictures.cpu())
+    return scores | _own_distances(torch.cat(drawn), train, test, net or _photo_network())
+
+def draw_icons(
+    model:TextToImage, # that draws icons
+    batch:dict, # with `caption` and `style`, of a set of icons
+    styles, # names of the styles
+    prior:str, # 'codes' or 'diffusion'
+    **sampling, # for `model.sample`
+)->torch.Tensor: # (n,3,H,W) in [0,1]
+    "Draw captions in their styles: by the condition `style` where the prior has it, else in the words of the prompt."
+    if prior=='diffusion' and 'style' in model.other_conditions:
+        return model.sample(batch['caption'], prior=prior, style=batch['style'], **sampling)
+    prompts = [in_style(caption, styles[style]) for caption, style in zip(batch['caption'], batch['style'])]
+    return model.sample(prompts, prior=prior, **sampling)
 
 # %% ../../nbs/recipes/05_evaluate.ipynb #346c0e4a
 def reconstruction_texts(
@@ -225,14 +272,15 @@ def reconstruction_texts(
 )->dict: # psnr in dB, ssim, lpips and by which network; of each level the share of codes used, and the perplexity
     "How well the codes keep held-out pictures. Raises what the set raises, before work starts."
     images, _, _ = held_out_pairs(model, data, n, root)
-    parts = [model.vqvae.encode_codes(batch) for batch in images.split(batch_size)]
-    levels = [torch.cat(level) for level in zip(*parts)]
-    batches = zip(*(level.split(batch_size) for level in levels))
-    decoded = torch.cat([model.vqvae.decode_codes(codes) for codes in batches])
-    decoded, images = (((x+1)/2).clamp(0, 1).cpu() for x in (decoded, images))
+    def reconstruct(rows):
+        codes = model.vqvae.encode_codes(images[rows])
+        named = {f'level_{level}': of_level for level,of_level in enumerate(codes)}
+        return named | dict(decoded=model.vqvae.decode_codes(codes))
+    found = map_parts(reconstruct, len(images), batch_size)
+    decoded, images = (((x+1)/2).clamp(0, 1).cpu() for x in (found.pop('decoded'), images))
     scores = dict(n=len(images), psnr=float(psnr(decoded, images)), ssim=float(ssim(decoded, images)))
     scores |= _lpips(decoded, images)
-    for level,codes in enumerate(levels):
+    for level,codes in enumerate(found.values()):
         scores[f'codes_used_{level}'] = len(codes.unique())/model.vqvae.n_codes
         scores[f'perplexity_{level}'] = float(perplexity(codes, model.vqvae.n_codes))
     return scores
@@ -504,13 +552,18 @@ def _own_distances(drawn, train, test, net, most=2000):
     scores |= {f'memorisation_{net_name(net)}': _newness(drawn, known, unseen)}
     scores |= _distance_scores(known if unseen is None else unseen, drawn)
     if unseen is None: return scores
-    floor = _distance_scores(unseen, known[:len(drawn)])                # as many real pictures, where there are as many
+    as_many = known[_spread(len(known), len(drawn))]                    # real pictures as drawn ones, where there are
+    floor = _distance_scores(unseen, as_many)
     return scores | {f'real_{name}': value for name,value in floor.items()}
 
 def _some_pictures(ds, most):
     "(n,C,H,W) in [0,1]: all pictures of a set, or so many of them, spread over it."
-    indices = [i*len(ds)//min(most, len(ds)) for i in range(min(most, len(ds)))]
-    return (fetch_batch(ds, indices)['image']+1)/2
+    return (fetch_batch(ds, _spread(len(ds), most))['image']+1)/2
+
+def _spread(n, most):
+    "So many of n indices, or all of them, at equal distances."
+    n_chosen = min(most, n)
+    return [i*n//n_chosen for i in range(n_chosen)]
 
 # %% ../../nbs/recipes/05_evaluate.ipynb #c161bb81
 def _newness(drawn, known, unseen):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['train_text_encoder', 'train_vqvae', 'prior_network', 'train_prior', 'text_denoiser', 'text_to_image',
-           'train_scene_classifier']
+           'train_scene_classifier', 'TonedIcons', 'train_icon_classifier']
 
 # %% ../../nbs/recipes/03_text.ipynb #b782a75f
 import torch
@@ -18,15 +18,17 @@ from ..codes.text2image import CodeLatents, TextLatents, TextToImage
 from ..codes.vqvae import VQVAE, vqvae_loss
 from ..core.models import set_seed, whole_number
 from ..data.augment import Augmented
+from ..data.icons import ICON_TONES, skin_tone
 from ..data.synthetic import SyntheticScenes, paraphrase, near_miss
 from ..diffusion.autoencoder import LatentDataset
 from ..diffusion.cond import Conditioner, LabelEmbedder, TextEmbedder
 from ..diffusion.denoiser import Denoiser, diffusion_loss, edm_weight
 from ..diffusion.schedules import Cosine, logit_normal_t
 from ..diffusion.unet import UNet
+from ..metrics.icons import IconClassifier, frequent_words, icon_classifier_loss, icon_scores
 from ..metrics.scenes import SceneClassifier, scene_classifier_loss
-from .stages import (begin, captioned_set, finish, licence_line, recipe, stage_folder,
-                                    train_autoencoder, train_denoiser, train_stage)
+from .stages import (begin, captioned_set, finish, licence_line, picture_set, recipe,
+                                    stage_folder, train_autoencoder, train_denoiser, train_stage)
 
 # %% ../../nbs/recipes/03_text.ipynb #8b12308c
 def train_text_encoder(
@@ -272,6 +274,49 @@ def train_scene_classifier(
                        longer=True, steps=steps, lr=3e-3, weight_decay=.01, warmup=min(100, steps//10), ema=.995,
                        precision=precision, progress=progress)
 
+# %% ../../nbs/recipes/03_text.ipynb #b15282e2
+class TonedIcons:
+    "An `IconSet` with the tone of the skin as one more label; -100 where people of several tones are together."
+    def __init__(self,
+        icons, # the set
+    ):
+        self.icons = icons
+        self.caption = icons.caption
+        self.classes = dict(style=icons.classes, group=icons.groups, tone=list(ICON_TONES))
+        tones = [skin_tone(row['label']) for row in icons.rows]
+        self.tone = torch.tensor([-100 if tone is None else ICON_TONES.index(tone) for tone in tones])
+
+    def __len__(self): return len(self.icons)
+    def __getitem__(self, i): return dict(self.icons[i], tone=self.tone[i])
+    def __getitems__(self, idxs)->dict: # of the set, and `tone`
+        "A batch at once."
+        return dict(self.icons.__getitems__(idxs), tone=self.tone[list(idxs)])
+
+# %% ../../nbs/recipes/03_text.ipynb #323698e4
+def train_icon_classifier(
+    data='icons', # set of icons by name
+    folder='runs/icons_classifier', # where it goes
+    root=None, # where the set is looked for first
+    size:int=64, # side of the pictures
+    steps:int=3000, # of the optimiser
+    seed:int=0, # of everything
+    precision:str=None, # 'bf16' where the processor has it
+    progress:bool=True, # show bars
+)->IconClassifier: # saved in `folder`, its accuracy on held-out pictures on the card
+    """Train a judge of icons. Raises `ValueError` for icons without labels, and what the set and `train_stage`
+    raise."""
+    arguments = dict(locals())
+    icons, held_out = (picture_set(data, root, split, size, needs=('caption','groups')) for split in ('train','val'))
+    if not icons.groups: raise ValueError(f'{data} has no labels of emoji, so no groups to learn: add their JSON file')
+    folder = begin(folder, train_icon_classifier, arguments, icons)
+    train = TonedIcons(icons)
+    def build(): return IconClassifier(train.classes, frequent_words(train.caption))
+    def card(learn): return dict(name=f'{data}_classifier', data=data, licence=licence_line(icons),
+                                 held_out=icon_scores(learn.ema_model.eval(), TonedIcons(held_out)))
+    return train_stage(folder, build, train, icon_classifier_loss, seed=seed, card=card, longer=True,
+                       steps=steps, lr=3e-3, weight_decay=.05, warmup=min(200, steps//10), ema=.999,
+                       precision=precision, progress=progress)
+
 # %% ../../nbs/recipes/03_text.ipynb #b74b7ed8
 _small_encoder = dict(width=128, heads=4)
 _codes = dict(guidance_scale=3., temperature=[.9,.6])
@@ -293,3 +338,4 @@ recipe('paintings', text_to_image, 'paintings',
        codes=dict(_codes, temperature=[.9,.7]), diffusion=dict(_diffusion, guidance_scale=4.))
 recipe('captioned', text_to_image, needs=dict(data='a folder of pictures'))
 recipe('scenes_classifier', train_scene_classifier)
+recipe('icons_classifier', train_icon_classifier)
