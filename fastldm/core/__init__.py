@@ -8,3 +8,4 @@ from .perceptual import *
 from .help import *
 from .download import *
 from .rows import *
+from .processes import *

@@ -11,9 +11,9 @@ import inspect, json, os, sys, torch
 from difflib import get_close_matches
 from fastcore.basics import patch
 from pathlib import Path
-from tqdm.auto import tqdm
 from ..core.download import (MODEL_FILES, cache_folder, fetch_published, hub_snapshot, megabytes,
                                    published)
+from ..core.processes import map_parts
 from ..core.show import LivePicture, images
 from ..core.models import Module, check_choice, fingerprint, load_model, real_number, save_model, whole_number
 from . import samplers
@@ -449,9 +449,7 @@ def sample(self:LatentDiffusion,
     data = constraint.prepare(self, n)
     show, step, callback = _watched(self, watch, step, callback)
     if progress is None: progress = getattr(constraint, 'is_slow', False) and sys.stderr.isatty()
-    pictures = []
-    for start in tqdm(range(0, n, batch_size), disable=not progress or n<=batch_size, leave=False):
-        part = slice(start, min(start+batch_size, n))
+    def draw(part):
         rows = [d[part] for d in data]
         generators = _generators_of(seed, part, first)
         denoise = _denoiser_of(model, batch, away, part, interval, order, scales)
@@ -460,8 +458,8 @@ def sample(self:LatentDiffusion,
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision=='bf16'):
             z = samplers.sample(denoise, x, grid, step, cb=callback, progress=progress and n<=batch_size,
                                 generators=generators)
-        pictures.append(z if latents is True else (constraint.finish(self.decode(z).to(z), *rows)+1)/2)
-    return _finished(torch.cat(pictures), show, output_type)
+        return z if latents is True else (constraint.finish(self.decode(z).to(z), *rows)+1)/2
+    return _finished(map_parts(draw, n, batch_size, progress), show, output_type)
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #50b64760
 def weights_folders()->list: # folders with one model each inside

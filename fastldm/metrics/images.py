@@ -143,6 +143,7 @@ def _as_floats(x, name='pictures'):
     x = check_pictures(x, name)
     return x.float()/255 if x.dtype==torch.uint8 else x.float()
 
+# %% ../../nbs/metrics/00_images.ipynb #75b025eb
 @torch.no_grad()
 def image_features(
     images, # (N,C,H,W) in [0,1], bytes, or a data set in memory

@@ -9,6 +9,7 @@ __all__ = ['USER_ERRORS', 'GRID', 'PART', 'command', 'given', 'one_name', 'refus
 
 # %% ../../nbs/recipes/06_commands.ipynb #767413cf
 import argparse
+import fastldm
 import importlib
 import json
 import os
@@ -16,6 +17,7 @@ import shutil
 import sys
 import torch
 from PIL import Image
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from fastcore.basics import patch
 from fastcore.script import Param, call_parse, store_true
 from functools import partial, wraps
@@ -27,7 +29,9 @@ from ..codes.store import CodeDataset, write_codes
 from ..codes.text2image import TextToImage
 from ..control.adapter import ControlAdapter, control, read_control, read_region
 from ..core.show import read_settings, write_picture
-from ..core.models import Busy, Module, check_choice, check_device, require_package, whole_number, write_atomic
+from ..core.models import (Busy, Module, check_choice, check_device, fingerprint, require_package, whole_number,
+                                 write_atomic)
+from ..core.processes import process_share, shared_work
 from ..core.train import Interrupted, sigterm_as_interrupt
 from ..core.watch import DeadlineCB, TrackCB
 from ..data.faces import read_mask
@@ -37,10 +41,10 @@ from ..diffusion.cond import (AttributeEmbedder, Embedder, LabelEmbedder, MaskEm
 from ..diffusion.ldm import LatentDiffusion, available, load, weights_folders
 from .conditions import (conditions_of_options, known_conditions, named_values, split_negative,
                                         words_left)
-from .evaluate import (evaluate_conditions, evaluate_control, evaluate_faces, evaluate_ldm,
-                                      evaluate_pictures, evaluate_texts, picture_shape, print_scores,
-                                      reconstruction_texts)
-from .many import DrawnPictures, draw_shards, is_drawing, process_share
+from .evaluate import (evaluate_conditions, evaluate_control, evaluate_faces, evaluate_icons,
+                                      evaluate_ldm, evaluate_pictures, evaluate_texts, picture_shape,
+                                      print_scores, reconstruction_texts)
+from .many import DrawnPictures, draw_shards, is_drawing
 from .pictures import (CONDITIONS, Film, check_same_weights, constraint_of, constraint_settings,
                                       fit_control, fit_region, open_masks, options_of, settings_of)
 from .stages import (RECIPES, captioned_set, diffusion_of, embedders_of, every_stage, full_path,
@@ -59,11 +63,22 @@ def command(
     name = f.__name__.removesuffix('_cli')
     @wraps(f)
     def run(*args, **kwargs):
-        try: return f(*args, **kwargs)
+        try:
+            with _only_the_first_prints(): return f(*args, **kwargs)
         except (Exception,KeyboardInterrupt) as error:
             if os.environ.get('FASTLDM_DEBUG'): raise
-            sys.exit(f'{name}: {_one_line(error)}')
+            rank, world = process_share()
+            sys.exit(f"{name}{f', process {rank} of {world}' if rank else ''}: {_one_line(error)}")
     return call_parse(run, nested=rest)
+
+# %% ../../nbs/recipes/06_commands.ipynb #84089ca9
+@contextmanager
+def _only_the_first_prints():
+    "In the block all processes but the first are silent, where there are several."
+    if process_share()[0]==0:
+        yield
+        return
+    with open(os.devnull, 'w') as nothing, redirect_stdout(nothing), redirect_stderr(nothing): yield
 
 def _one_line(error):
     "What the user reads of an error."
@@ -749,6 +764,23 @@ def _named(values, option, example):
         found[name] = value
     return found
 
+# %% ../../nbs/recipes/06_commands.ipynb #f658ddbe
+def _about_evaluation(net, options):
+    "What the parts of an evaluation depend on."
+    weights = net.meta if isinstance(net, DrawnPictures) else fingerprint(net)
+    return dict(model=weights, version=fastldm.__version__, **options)
+
+_SPEEDS = ('images_per_second','seconds_per_picture')
+
+def _evaluate_together(evaluate, folder, settings):
+    """The scores, of which all processes compute a part; without speeds, where parts of an interrupted evaluation were
+    there. Raises `ValueError` for an evaluation that cannot be shared."""
+    with shared_work(folder, settings) as work: scores = evaluate()
+    _, world = process_share()
+    if world>1 and work.n_calls==0:
+        raise ValueError(f'this evaluation divides nothing among processes, and {world} would do the same: start one')
+    return {name: value for name,value in scores.items() if work.n_read==0 or name not in _SPEEDS}
+
 # %% ../../nbs/recipes/06_commands.ipynb #96ffaacd
 def data_of(
     model, # any model with a card
@@ -812,9 +844,11 @@ def evaluate_command(self:TextToImage,
     step:str=None, # as in `sample`
     guidance_scale:float=None, # as in `sample`
 )->dict: # numbers by name
-    "Score by held-out captions, and the codes by held-out pictures."
+    "Score by held-out captions, and the codes by held-out pictures; icons by their judge."
     data = data_of(self, data)
     options = given(prior=prior, candidates=candidates, steps=steps, step=step, guidance_scale=guidance_scale)
+    judge = _trained_for(data, 'classifier', 'IconClassifier')
+    if judge: return evaluate_icons(self, data, n, root, classifier=load(judge), seed=seed, **options)
     return evaluate_texts(self, data, n, root, seed=seed, **options) | reconstruction_texts(self, data, n, root)
 
 @patch
@@ -861,12 +895,16 @@ def eval_cli(
     options = given(data=data, n=n, steps=steps, calls=calls, step=step, guidance_scale=guidance_scale, prior=prior,
                     candidates=candidates, root=root, seed=seed)
     evaluate = command_method(net, 'evaluate_command', model, options)
-    scores = evaluate(**options)
+    parts = Path(f'{out}.parts') if out else None
+    scores = _evaluate_together(partial(evaluate, **options), parts, _about_evaluation(net, options))
+    if process_share()[0]>0: return
     print_scores(scores)
     if out:
         with write_atomic(out) as f: f.write_text(json.dumps(scores, indent=1)+'\n')
+        shutil.rmtree(parts, ignore_errors=True)
     if card: write_card(_record_of(model).parent, metrics=scores)
 
+# %% ../../nbs/recipes/06_commands.ipynb #f3fbdbd7
 def _record_of(model):
     "The config.json of a model that was loaded by name; `FileNotFoundError` for one that was fetched from the hub."
     for folder in (*weights_folders(), Path()):
