@@ -136,6 +136,7 @@ def shared_work(
         if begins: dist.destroy_process_group()
         if folder is not None and rank==0 and not _has_parts(folder): shutil.rmtree(folder, ignore_errors=True)
 
+# %% ../../nbs/core/08_processes.ipynb #c4e139ae
 def _has_parts(folder): return any(folder.glob('[0-9]*.safetensors'))
 
 def _check_same_work(folder, settings):
