@@ -5,6 +5,7 @@ from io import StringIO
 import pytest, torch
 from PIL import Image
 from fastldm import load
+from fastldm.control import ControlAdapter, control
 from fastldm.core import Callback, Module, fingerprint, load_model
 from fastldm.diffusion import (Conditioner, Cosine, Denoiser, GaussianDenoiser, LabelEmbedder, LatentDiffusion,
                                PathDataset, UNet, angle_times, ddim_step, distill_loss, make_student, noise_from,
@@ -88,6 +89,23 @@ def test_the_scale_is_a_condition(ldm):
     assert torch.equal(draw(1.), draw(3.))
     assert torch.equal(draw(2.), draw(2., label=None))
 
+def test_an_adapter_of_the_teacher_works_on_the_student(ldm):
+    "A student that has learned nothing yet draws with an adapter what the teacher draws with it."
+    student = make_student(ldm.denoiser).eval()
+    student.meta = ldm.student().meta
+    ldm.add_student(student)
+    adapter = ControlAdapter(['ink'], 1, (8,16), factor=1)
+    for p in adapter.parameters(): torch.nn.init.normal_(p, std=.2)
+    picture = torch.rand(3, 1, 8, 8)
+    constraint = control(adapter, picture)
+    asked = dict(label=[0,1,2], seed=4, latents=True)
+    by_teacher = ldm.sample(3, steps=4, step='ddim_step', times='angle_times', constraint=constraint, **asked)
+    by_student = ldm.sample(3, calls=4, constraint=constraint, **asked)
+    torch.testing.assert_close(by_student, by_teacher, atol=1e-5, rtol=0)
+    assert (by_student-ldm.sample(3, calls=4, **asked)).abs().max()>.01
+    one = ldm.sample(1, calls=4, label=1, seed=4, latents=True, first=1, constraint=control(adapter, picture[1]))
+    torch.testing.assert_close(one, by_student[1:2], atol=1e-5, rtol=0)
+
 def test_the_callback_sees_each_call(ldm):
     times = []
     ldm.sample(1, label=0, calls=2, seed=0, callback=lambda x,t,s: times.append(float(s)))
@@ -99,7 +117,7 @@ def test_the_callback_sees_each_call(ldm):
     (dict(calls=3), 'expected one of 1, 2, 4'),
     (dict(calls=2, step='ddim_step'), 'cannot be chosen with `calls`'),
     (dict(calls=2, times='angle_times'), 'cannot be chosen with `calls`'),
-    (dict(calls=2, constraint=vary(torch.zeros(1,1,8,8), .5)), 'a constraint takes `steps`'),
+    (dict(calls=2, constraint=vary(torch.zeros(1,1,8,8), .5)), 'Variation takes `steps`'),
     (dict(calls=2, steps=4), 'give one of the two'),
     (dict(calls=2, guidance_scale=4.), 'at least 1 and at most 3'),
     (dict(calls=2, guidance_scale=.5), 'without `calls`, any is possible'),

@@ -246,7 +246,9 @@ def features(self:ControlPart,
 
 # %% ../../nbs/control/00_adapter.ipynb #6b0259c8
 class Control(Constraint):
-    "Controls for `sample(constraint=...)`; made by `control`, and several add up with `+`."
+    """Controls for `sample(constraint=...)`; made by `control`, and several add up with `+`. With `calls`, the
+    student's only prediction gets the features, whatever the branch."""
+    takes_calls = True # the student is a copy of the teacher, so the adapter's features fit its network
     def __init__(self,
         parts:list, # a `ControlPart` for each adapter
         branch:str, # as in `Controlled`

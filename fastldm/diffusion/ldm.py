@@ -172,7 +172,8 @@ def _step_and_times(ldm, constraint, step, times, steps, calls):
         if steps is not None: raise ValueError(f'steps={steps} and calls={calls}: give one of the two')
         if (step,times)!=(None,None):
             raise ValueError('`step` and `times` cannot be chosen with `calls`: leave them out')
-        if type(constraint) is not Constraint: raise ValueError('a constraint takes `steps`: leave out `calls`')
+        if type(constraint) is not Constraint and not getattr(constraint, 'takes_calls', False):
+            raise ValueError(f'{type(constraint).__name__} takes `steps`: leave out `calls`')
         step, times, steps = 'ddim_step', 'angle_times', whole_number(calls, 'calls', 1)
     if step is None: step = constraint.step or ldm.step
     if times is None: times = ldm.times
@@ -278,6 +279,7 @@ class Constraint:
     `LatentDiffusion.sample` calls `prepare` once, then `start` and `finish` for each batch."""
     step = None # name of the step that suits it; None: the model's
     steps = None # number of steps that suits it; None: the model's
+    takes_calls = False # whether it works with a student, in few calls; False: it corrects a picture over many steps
     is_slow = False # whether a drawing takes so long that a terminal should show a bar
 
     def prepare(self,
