@@ -1,5 +1,6 @@
 "Text to image from end to end: a small captioned folder through every stage, the commands, and what people type."
 import copy, json, shutil, subprocess, sys, warnings
+from functools import wraps
 from pathlib import Path
 import pytest, torch
 from PIL import Image
@@ -131,7 +132,8 @@ def test_no_text_is_the_empty_text(trained):
     (('a',0), {}, 'n=0'),
     (('a',1), dict(prior='magic'), 'codes and diffusion'),
     (('a',1), dict(temperatur=2), "unknown setting 'temperatur'"),
-    (('a',1), dict(steps=5), "unknown setting 'steps'"),
+    (('a',1), dict(steps=5, prior='codes'), "unknown setting 'steps'"),
+    (('a',1), dict(steps=5, temperature=.5), "unknown setting 'steps'"),
     (('a',1), dict(candidates=-1), 'candidates=-1'),
     (('a',1), dict(top_p=0.), 'top_p'),
     (('a',1), dict(temperature=-1), 'temperature')])
@@ -219,7 +221,7 @@ def test_codes_of_anything(trained, tmp_path):
 
 @pytest.mark.parametrize('kw,message', [
     (dict(prior='magic'), 'this model has codes and diffusion'),
-    (dict(step='euler'), "unknown setting 'step'"),
+    (dict(step='euler', prior='codes'), "unknown setting 'step'"),
     (dict(n=-3), 'n=-3'),
     (dict(candidates=-2), 'candidates=-2'),
     (dict(prior='diffusion', step='eulr_step'), 'eulr_step')])
@@ -242,7 +244,7 @@ def test_scores_of_texts(trained):
     scores = evaluate_texts(model, str(d/'set'), seed=1, progress=False)
     both = {k for k in scores if f'real_{k}' in scores}
     assert TEXTS < both and any(k.startswith('meteor') for k in both)
-    assert scores['n']==4 and scores['prior']=='codes' and scores['seconds_per_picture']>0
+    assert scores['n']==4 and scores['prior']=='diffusion' and scores['seconds_per_picture']>0
     assert scores['retrieval_chance']==1/3                              # four squares, two of one colour
     again = evaluate_texts(model, str(d/'set'), seed=1, batch_size=3, progress=False)
     assert untimed(scores)==untimed(again)
@@ -301,7 +303,9 @@ class Deaf: text_features = None
 def test_scores_refuse_before_work(trained, monkeypatch, tmp_path):
     model, d = trained
     worked = []
-    monkeypatch.setattr(TextToImage, '_by_codes', lambda *args, **kw: worked.append(1))
+    for name in ('_by_codes','_by_diffusion'):
+        draw = wraps(getattr(TextToImage, name))(lambda *args, **kw: worked.append(1))
+        monkeypatch.setattr(TextToImage, name, draw)
     no_captions = TextToImage.__new__(TextToImage)
     torch.nn.Module.__init__(no_captions)
     no_captions.text_encoder = Deaf()
@@ -309,7 +313,7 @@ def test_scores_refuse_before_work(trained, monkeypatch, tmp_path):
     wrong = {
         'n=0': dict(n=0),
         'codes and diffusion': dict(prior='magic'),
-        "unknown setting 'steps'": dict(steps=3),
+        "unknown setting 'steps'": dict(steps=3, prior='codes'),
         'candidates=0': dict(candidates=0),
         'is a set without caption': dict(data='digits'),
         'no table of captions': dict(data=str(tmp_path)),
@@ -332,7 +336,7 @@ def test_eval_command(trained, tmp_path):
     assert scores['n']==3 and scores['candidates']==2 and all(k in printed for k in scores)
     fails('takes no --prior', eval_cli, 'mnist', prior='codes')
     fails('takes no --candidates', eval_cli, 'mnist', candidates=2)
-    fails("unknown setting 'step'", eval_cli, d/'run', step='DPMSolver2M')
+    fails("unknown setting 'step'", eval_cli, d/'run', step='DPMSolver2M', prior='codes')
     fails('n=0', eval_cli, d/'run', n=0)
     eval_cli(str(d/'run'), n=2, prior='diffusion', steps=2, card=True)
     assert json.loads((d/'run'/'config.json').read_text())['metrics']['prior']=='diffusion'

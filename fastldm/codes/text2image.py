@@ -50,7 +50,7 @@ class TextToImage(Module):
 
     @property
     def kinds(self)->list: # of 'codes' (PixelSNAIL) and 'diffusion'
-        "The kinds of prior that this model has; the first is the default."
+        "The kinds of prior that this model has."
         return ['codes']*bool(self.priors) + ['diffusion']*(self.denoiser is not None)
 
     @property
@@ -133,9 +133,10 @@ def _by_diffusion(self:TextToImage, text, seed, first, batch_size, progress, *, 
 def prior_for(self:TextToImage,
     names, # of settings and conditions
 )->str: # 'codes' or 'diffusion'
-    "The prior that can do what is asked; codes where both can."
-    for_diffusion = {'constraint', 'negative_prompt', 'negative', 'watch', 'latents', *self.other_conditions}
-    return 'diffusion' if for_diffusion & {*names} and self.denoiser is not None else self.kinds[0]
+    "The prior that can do what is asked; diffusion where both can, as it follows a text more often."
+    if len(self.kinds)==1: return self.kinds[0]
+    only_codes_have = {*self._settings_of('codes')} - {*self._settings_of('diffusion')}
+    return 'codes' if only_codes_have & {*names} else 'diffusion'
 
 # %% ../../nbs/codes/05_text2image.ipynb #7215b814
 @patch
@@ -206,7 +207,7 @@ def sample(self:TextToImage,
     prompt=None, # a text for all images, or a list with one an image; None: of anything
     n:int=None, # number of images; None: 1, or one per prompt
     *,
-    prior:str=None, # 'codes' or 'diffusion'; None: the one that can do what is asked, codes where both can
+    prior:str=None, # 'codes' or 'diffusion'; None: the one that can do what is asked, diffusion where both can
     seed=None, # whole number: the same seed gives the same images; or a `torch.Generator`; None: new ones each time
     candidates:int=1, # images sampled for each one kept; the text encoder chooses
     batch_size:int=64, # images at a time

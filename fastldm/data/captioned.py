@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_text', 'read_table', 'find_source', 'check_columns', 'group_rows', 'split_rows', 'PictureRows', 'Captioned',
-           'Together']
+           'shuffled_pictures', 'Together']
 
 # %% ../../nbs/data/04_captioned.ipynb #7ae64c13
 import csv,io,json,os,posixpath,re,unicodedata,zipfile,zlib
@@ -404,6 +404,17 @@ def __repr__(self:Captioned):
             f"of {self.channels}×{self.size}×{self.size})")
 
 DATASETS['captioned'] = Captioned
+
+# %% ../../nbs/data/04_captioned.ipynb #916f87f7
+def shuffled_pictures(
+    ds, # a set, of which a picture may have several rows
+    n:int=None, # pictures; None: all
+    seed:int=0, # of the order
+)->list: # of rows, one for each picture
+    "Pictures of a set in an order that is always the same."
+    firsts = list(getattr(ds, 'firsts', range(len(ds))))
+    order = torch.randperm(len(firsts), generator=torch.Generator().manual_seed(seed))
+    return [firsts[i] for i in order[:n].tolist()]
 
 # %% ../../nbs/data/04_captioned.ipynb #35285ba6
 class Together(Captioned):

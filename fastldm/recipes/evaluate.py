@@ -20,6 +20,7 @@ from ..control.adapter import BlendedControl, ControlAdapter, control, picture_c
 from ..core.models import check_choice, fetch_batch, n_params, require_package, whole_number
 from ..core.processes import map_parts
 from ..core.perceptual import perceptual
+from ..data.captioned import shuffled_pictures
 from ..data.icons import ICON_KINDS, in_style
 from ..data.images import get_dataset
 from ..diffusion.ldm import Constraint, LatentDiffusion, available, load
@@ -154,9 +155,7 @@ def held_out_pairs(
     n = whole_number(n, 'n', 1)
     ds = captioned_set(data, root, 'test', model.size)
     captions = ds.caption
-    firsts = getattr(ds, 'firsts', range(len(ds)))                          # rows, one for each picture
-    order = torch.randperm(len(firsts), generator=torch.Generator().manual_seed(0))
-    rows = [firsts[i] for i in order if tokenise(captions[firsts[i]])][:n]
+    rows = [i for i in shuffled_pictures(ds) if tokenise(captions[i])][:n]
     if hasattr(ds, 'references'): references = [[c for c in ds.references(i) if tokenise(c)] for i in rows]
     else: references = [[captions[i]] for i in rows]
     return ds.__getitems__(rows)['image'].to(model.device), [captions[i] for i in rows], references
@@ -195,7 +194,7 @@ def evaluate_texts(
     for package in ('sacrebleu','rouge_score','nltk'): require_package(package, 'scoring captions')
     images, prompts, references = held_out_pairs(model, data, n, root)
     name = f'{data}_classifier'
-    classifier = load(name, model.device) if name in available('') else None
+    classifier = load(name, model.device) if name in available('SceneClassifier') else None
     start = time.perf_counter()
     def draw(rows):
         return model.sample(prompts[rows], prior=prior, candidates=candidates, seed=seed, first=rows.start,
@@ -204,7 +203,7 @@ def evaluate_texts(
     seconds = (time.perf_counter()-start)/len(prompts)
     of_samples = _text_scores(drawn*2-1, prompts, references, model.text_encoder, classifier, batch_size)
     of_real = _text_scores(images, prompts, references, model.text_encoder, classifier, batch_size)
-    scores = dict(n=len(prompts), prior=prior or model.kinds[0], candidates=candidates, seconds_per_picture=seconds,
+    scores = dict(n=len(prompts), prior=prior or model.prior_for(sampling), candidates=candidates, seconds_per_picture=seconds,
                   parameters=n_params(model))
     for k in of_samples: scores |= {k: of_samples[k], f'real_{k}': of_real[k]}
     return scores | dict(retrieval_chance=1/retrieval_candidates(prompts))
@@ -231,8 +230,9 @@ def evaluate_icons(
     """Draw captions of held-out icons in their styles, and score new combinations and new things apart. Raises
     `ValueError` where there is no judge, and what the set and `sample` raise, before work starts."""
     n = whole_number(n, 'n', 1)
-    names = available('IconClassifier', details=True).names
-    if classifier is None: classifier = load(check_choice(f'{data}_classifier', names, 'classifier'), model.device)
+    if classifier is None:
+        name = check_choice(f'{data}_classifier', available('IconClassifier'), 'classifier')
+        classifier = load(name, model.device)
     options = dict(captions='label', size=model.size)
     train, test = (get_dataset(data, root, split=split, **options) for split in ('train','test'))
     prior = prior or model.prior_for(['style'])

@@ -14,6 +14,7 @@ import numpy as np, torch
 from ..codes.pixelsnail import unigram_bits
 from ..codes.text2image import TextToImage
 from ..core.models import check_choice
+from ..data.captioned import shuffled_pictures
 from ..data.images import get_dataset
 from ..data.synthetic import BACKGROUNDS, COLOURS, KINDS, MIRROR, parse_scene
 from ..metrics.text import tokenise
@@ -138,8 +139,8 @@ def seconds_per_picture(
 # %% ../../nbs/recipes/11_text_probes.ipynb #9b8128b9
 def _encoded(model, split, n):
     ds = get_dataset(model.meta['data'], split=split, size=model.size)
-    n = min(n, len(ds))
-    parts = [ds.__getitems__([*range(i, min(i+200, n))])['image'] for i in range(0, n, 200)]
+    rows = shuffled_pictures(ds, n)
+    parts = [ds.__getitems__(rows[i:i+200])['image'] for i in range(0, len(rows), 200)]
     return model.vqvae.encode_codes(torch.cat(parts))
 
 def frequency_bits(
