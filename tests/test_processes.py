@@ -3,11 +3,12 @@ import importlib, itertools, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from accelerate import debug_launcher
-from fastldm.codes import PixelSNAIL, pixelsnail_loss
-from fastldm.core import Callback, Learner, StopTraining, read_checkpoint, set_seed
+from fastldm.codes import Blip, PixelSNAIL, blip_loss, pixelsnail_loss
+from fastldm.control import ControlAdapter, control_loss, random_region
+from fastldm.core import Callback, Learner, StopTraining, read_checkpoint, rows_of_batch, set_seed
 from fastldm.data import Digits
 from fastldm.diffusion import (Autoencoder, Conditioner, Cosine, Denoiser, LabelEmbedder, LatentDataset, UNet,
-                               autoencoder_loss, diffusion_loss)
+                               autoencoder_loss, diffusion_loss, distill_loss, make_student)
 
 class StopAt(Callback):
     def __init__(self, step): self.step = step
@@ -37,7 +38,55 @@ def prior():
     "Codes under texts, some of which are left out."
     return PixelSNAIL(8, (4,4), 16, d_text=4, drop_text=.3, dropout=0.), Codes(), pixelsnail_loss(0)
 
-STAGES = dict(autoencoder=autoencoder, denoiser=denoiser, prior=prior)
+class Captioned:
+    "Digits in colour with captions of different lengths; one in five is known to be wrong, another has no words."
+    def __init__(self): self.digits = Digits()
+    def __len__(self): return 256
+    def __getitems__(self, idxs):
+        batch = self.digits.__getitems__(idxs)
+        numbers = batch['label'].tolist()
+        captions = [' '.join(['a digit that is', *['very']*(i%4), str(number)]) for i,number in zip(idxs, numbers)]
+        captions = ['' if i%5==1 else caption for i,caption in zip(idxs, captions)]
+        return dict(image=batch['image'].expand(-1,3,-1,-1), caption=captions, fits=torch.tensor([i%5>0 for i in idxs]))
+
+def text_encoder():
+    "All objectives of BLIP: contrast and hard negatives are of the whole batch, words are more or fewer."
+    data = Captioned()
+    model = Blip.small(data.__getitems__([*range(64)])['caption'], 16, 8, 24, (1,1), 2, dropout=0., stem=False)
+    def hard_negatives(caption, seed): return f'{caption[:-1]}{seed%10}'
+    def paraphrases(caption, seed): return caption.replace('a digit', f'{seed%3} digit')
+    return model, data, blip_loss(match='fits', hard_negatives=hard_negatives, paraphrases=paraphrases,
+                                  smoothing=.1, reconstruct=.5)
+
+class Controls:
+    "Latents with a picture to follow, and a region drawn at random."
+    def __init__(self, latents): self.latents = latents
+    def __len__(self): return len(self.latents)
+    def __getitems__(self, idxs):
+        batch = self.latents.__getitems__(idxs)
+        control = batch['latent'][:,:1].repeat_interleave(4, 2).repeat_interleave(4, 3)
+        return dict(batch, control=control, region=rows_of_batch(lambda n: random_region(n, 32), len(idxs)))
+
+def adapter():
+    "Features for a base that stays as it is, with its labels left out at times."
+    base, latents, _ = denoiser()
+    return ControlAdapter(['edges'], 1, (16,), 4), Controls(latents), control_loss(base)
+
+class Paths:
+    "Made-up paths of a teacher with labels."
+    def __len__(self): return 256
+    def __getitems__(self, idxs):
+        i = torch.tensor(idxs)
+        path = torch.sin(i[:,None]+torch.arange(5*2*4*4)).view(-1,5,2,4,4)
+        return dict(path=path, label=i%10, guidance=(i%3)[:,None].float())
+
+def student():
+    "Jumps along paths: how many is drawn once for a batch, which one for each path."
+    teacher, _, _ = denoiser()
+    return make_student(teacher), Paths(), distill_loss
+
+STAGES = dict(autoencoder=autoencoder, denoiser=denoiser, prior=prior, text_encoder=text_encoder, adapter=adapter,
+              student=student)
 
 def train(*folders, until=None):
     "Eight steps of each stage, or to the step `until`; goes on from the checkpoint where there is one."
@@ -55,7 +104,8 @@ def begin(folder): train(folder, until=5)
 def on_processes(folder):
     "All of it on two processes; and the same begun by four and ended by two."
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]).step()                # so that forks need not import it
-    importlib.import_module('torch._dynamo')
+    for name in ('torch._dynamo','accelerate.utils','transformers.models.blip.modeling_blip'):
+        importlib.import_module(name)
     debug_launcher(begin, (f'{folder}/four_then_two',), num_processes=4)
     debug_launcher(train, (f'{folder}/two', f'{folder}/four_then_two'), num_processes=2)
 

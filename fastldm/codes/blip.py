@@ -16,6 +16,7 @@ from fastcore.basics import patch, store_attr
 from .text_encoder import SPECIAL, TextEncoder, Tokens, as_texts, inference, require_transformers
 from .text_encoder import train_vocab, word_piece_tokenizer
 from ..core.show import warn_unsigned
+from ..core.train import mean_count, once_in_batch, own_rows, rows_of_batch, whole_batch
 from ..diffusion.autoencoder import Residual
 
 # %% ../../nbs/codes/04_blip.ipynb #89f764fe
@@ -342,7 +343,7 @@ def sample_hard_negatives(
     "Draw texts that look right and are wrong, by the mean of both log-softmaxes of `logits`, without replacement."
     log_p = (logits.log_softmax(1) + logits.log_softmax(0))/2
     log_p = log_p.masked_fill(same, -math.inf)
-    gumbel = -torch.empty_like(log_p).exponential_().log()
+    gumbel = -once_in_batch(lambda: torch.empty_like(log_p).exponential_()).log()
     table = (log_p+gumbel).float().cpu().numpy()
     chosen = torch.full((len(table),), -1)
     for _ in range(len(table)):
@@ -372,6 +373,10 @@ def _equal(a, b):
     "Which texts of `a` are which of `b`, (n,m)."
     return (a.ids[:,None]==b.ids).all(-1)
 
+def _of_batch(texts):
+    "The texts of all processes that share the batch."
+    return Tokens(whole_batch(texts.ids), whole_batch(texts.mask))
+
 # %% ../../nbs/codes/04_blip.ipynb #b1a2c3d4
 @patch
 def temperature(self:Blip)->torch.Tensor: # a number
@@ -385,18 +390,19 @@ def itc_logits(self:Blip,
     paraphrases:Tokens=None, # (B,T) captions that say the same in other words; None: there are none
 )->tuple: # logits of images and captions, (B,B) or (B,2B); of captions and paraphrases, likewise, or None
     "Similarities divided by the temperature; the last columns are of the captions that are nearly right."
-    images = self._project_images(pairs.states)
-    texts = self.encode_text(*pairs.texts)[0]
+    images = whole_batch(self._project_images(pairs.states))
+    texts = whole_batch(self.encode_text(*pairs.texts)[0])
     negatives = texts[:0]                                             # none
     masked = texts.new_zeros(len(texts), len(texts), dtype=torch.bool)
     if hard_negatives is not None:
-        negatives = self.encode_text(*hard_negatives)[0]
-        no_mistake = _equal(pairs.texts, hard_negatives)              # a "wrong" caption that is the image's own
+        negatives = whole_batch(self.encode_text(*hard_negatives)[0])
+        # a "wrong" caption that is the image's own is no mistake
+        no_mistake = _equal(_of_batch(pairs.texts), _of_batch(hard_negatives))
         masked = torch.cat([masked, no_mistake], 1)
     def compare(a, b):
         similarity = a @ torch.cat([b, negatives]).T
         return (similarity/self.temperature()).masked_fill(masked, -math.inf)
-    reworded = None if paraphrases is None else self.encode_text(*paraphrases)[0]
+    reworded = None if paraphrases is None else whole_batch(self.encode_text(*paraphrases)[0])
     with torch.autocast(images.device.type, enabled=False):
         return compare(images, texts), None if reworded is None else compare(texts, reworded)
 
@@ -408,9 +414,9 @@ def mine_hard_negatives(self:Blip,
     same:torch.Tensor, # (B,B) booleans: which text is right for which image
 )->Pairs: # at most B
     "Images with a caption of another image that looks right."
-    text = sample_hard_negatives(logits, same)
+    text = own_rows(sample_hard_negatives(logits, same), len(pairs.states))
     image = (text>=0).nonzero().flatten()
-    return Pairs(pairs.states[image], pairs.texts.select(text[image]))
+    return Pairs(pairs.states[image], _of_batch(pairs.texts).select(text[image]))
 
 @patch
 def itm_loss(self:Blip,
@@ -421,9 +427,11 @@ def itm_loss(self:Blip,
     pairs = _join([right, *wrong])
     logits = self.match_logits(pairs.states, *pairs.texts)
     belongs = torch.arange(len(logits), device=logits.device) < len(right.states)
-    accuracy = ((logits[:,1]>logits[:,0])==belongs).float().mean()
-    return dict(itm=F.cross_entropy(logits, belongs.long()), itm_accuracy=accuracy)
+    n = mean_count(len(logits))
+    accuracy = ((logits[:,1]>logits[:,0])==belongs).float().sum()/n
+    return dict(itm=F.cross_entropy(logits, belongs.long(), reduction='sum')/n, itm_accuracy=accuracy)
 
+# %% ../../nbs/codes/04_blip.ipynb #fb7ea6ec
 @patch
 def itc_itm_losses(self:Blip,
     pairs:Pairs, # images and their captions
@@ -433,7 +441,8 @@ def itc_itm_losses(self:Blip,
 )->dict: # `itc`, `itm`, `itm_accuracy`, and `texts` where there are paraphrases
     "The losses of contrast and matching."
     logits, text_logits = self.itc_logits(pairs, hard_negatives, paraphrases)
-    same = _equal(pairs.texts, pairs.texts)
+    texts = _of_batch(pairs.texts)
+    same = _equal(texts, texts)
     wrong = [self.mine_hard_negatives(pairs, logits[:,:len(same)], same)]
     if hard_negatives is not None: wrong.append(Pairs(pairs.states, hard_negatives))
     if mismatched is not None: wrong.append(mismatched)
@@ -452,23 +461,32 @@ def lm_loss(self:Blip,
     read = self.text_decoder(input_ids=ids, attention_mask=mask, encoder_hidden_states=pairs.states)
     logits = read.logits[:,:-1].float()
     following = ids[:,1:].masked_fill(~mask[:,1:], -100)             # cross_entropy passes -100 over
-    return F.cross_entropy(logits.flatten(0,1), following.flatten(), label_smoothing=smoothing)
+    of_all = F.cross_entropy(logits.flatten(0,1), following.flatten(), reduction='sum', label_smoothing=smoothing)
+    return of_all/mean_count(mask[:,1:].sum())
 
 # %% ../../nbs/codes/04_blip.ipynb #ec2e9444
 def _variants(captions, make):
     "What `make` turns each caption into, with a seed each; None without `make`."
     if make is None: return None
-    seeds = torch.randint(2**31, (len(captions),)).tolist()
+    seeds = rows_of_batch(lambda n: torch.randint(2**31, (n,)), len(captions)).tolist()
     return [make(caption, seed) for caption, seed in zip(captions, seeds)]
+
+def _padded(texts, pad):
+    "The texts, as long as the longest of all processes that share the batch."
+    length = texts.ids.shape[1]
+    longest = int(whole_batch(texts.ids.new_tensor([length])).max())
+    padding = (0, longest-length)
+    return Tokens(F.pad(texts.ids, padding, value=pad), F.pad(texts.mask, padding))
 
 def _tokens_together(model, *groups):
     "`Tokens` of each list of texts, all of one length, so that they can be compared; None stays None."
     present = [g for g in groups if g is not None]
-    together = model.tokens(list(chain(*present)), warn=False)
+    together = _padded(model.tokens(list(chain(*present)), warn=False), model.ids['[PAD]'])
     sizes = [len(g) for g in present]
     parts = iter(zip(together.ids.split(sizes), together.mask.split(sizes)))
     return [None if g is None else Tokens(*next(parts)) for g in groups]
 
+# %% ../../nbs/codes/04_blip.ipynb #c0aa7e8e
 def _objectives(model, right, mismatched, hard_negatives, paraphrases, smoothing, reconstruct):
     "The losses that a model can compute, of pairs that belong together and others."
     losses = {}
@@ -502,7 +520,7 @@ def blip_loss(
         belong, differ = ((label==value).nonzero().flatten().to(texts.ids.device) for value in (1,0))
         pairs = Pairs(model.image_states(batch['image']), texts)
         losses = dict.fromkeys(('itc','itm','lm'), pairs.states.sum()*0)
-        if len(belong):
+        if mean_count(len(belong)):
             mismatched = pairs.select(differ) if len(differ) else None
             variants = [t if t is None else t.select(belong) for t in variants]
             right = pairs.select(belong)

@@ -12,10 +12,12 @@ __all__ = ['BRANCHES', 'TIME_WEIGHTS', 'EDGES', 'CONTROLS', 'ControlAdapter', 'r
 import numpy as np, torch, torch.nn.functional as F
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from PIL import Image
 from fastcore.basics import patch
 from torch import nn
 from ..core.models import Module, fingerprint, check_choice
+from ..core.train import noise_of_batch, rows_of_batch
 from ..data.faces import read_mask
 from ..data.images import edges, from_image, plain_picture
 from ..diffusion.autoencoder import LatentDataset
@@ -383,7 +385,7 @@ def control_loss(
         z = batch['latent']
         t = sample_t(base.schedule, len(z), z.device)
         α, σ = scales(base, t, z)
-        noisy = α*z + σ*torch.randn_like(z)
+        noisy = α*z + σ*noise_of_batch(z)
         cond = _drop_conditions(base, batch, drop)
         picture = batch['control']
         if mask_control: picture = picture*(batch['region']>0)
@@ -409,7 +411,7 @@ def _drop_conditions(base, batch, rate):
     "The base's conditions, all of them left out for a sample at the given rate."
     if base.conditioner is None: return Cond()
     z = batch['latent']
-    out = torch.rand(len(z), device=z.device)<rate
+    out = rows_of_batch(partial(torch.rand, device=z.device), len(z))<rate
     raw = {}
     for name,embedder in base.conditioner.embedders.items():
         value = batch[name]
@@ -644,7 +646,8 @@ class ControlData:
         batch = self.latents.__getitems__(idxs)
         batch.pop('caption', None)
         control = batch['control'].float()/255
-        region = random_region(len(control), control.shape[-1], self.regions)
+        draw = partial(random_region, size=control.shape[-1], kind=self.regions)
+        region = rows_of_batch(draw, len(control))
         batch.update(control=control, region=region)
         if self.text is not None: batch['text'] = self.text[[int(i) for i in idxs]]
         return batch

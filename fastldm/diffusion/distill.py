@@ -14,6 +14,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from ..core.models import (check_folder, fingerprint, json_text, real_number, tensor_digest, whole_number,
                                  write_atomic)
+from ..core.train import once_in_batch, rows_of_batch
 from .cond import Conditioner, VectorEmbedder, stack_conds
 from .denoiser import Denoiser, scales
 from .samplers import DPMSolver2M, angle_times, noise_from, noise_like, sample, sample_generators
@@ -47,8 +48,9 @@ def distill_loss(
 )->dict: # `loss`, a scalar
     "Compute how far a student's jumps miss the path (Luhman and Luhman 2021; Frans et al. 2024)."
     path = batch['path'].to(next(student.parameters()).dtype)
-    n = calls[torch.randint(len(calls), ())]
-    i = torch.randint(n, (len(path),), device=path.device)              # which of the n jumps
+    n = calls[once_in_batch(lambda: torch.randint(len(calls), ()))]
+    def draw(rows): return torch.randint(n, (rows,), device=path.device)
+    i = rows_of_batch(draw, len(path))                                  # which of the n jumps
     ts = angle_times(student.schedule, n).to(path.device)
     x, target = (path_points(path, place/n) for place in (i, i+1))
     α, σ = scales(student, ts[i], x)

@@ -11,6 +11,7 @@ from fastcore.basics import patch
 from torch import nn
 from ..core.models import Module
 from ..core.processes import map_parts
+from ..core.train import noise_of_batch, once_in_batch, rows_of_batch
 from ..diffusion.autoencoder import Decoder, Encoder
 
 # %% ../../nbs/metrics/03_faces.ipynb #7572b17e
@@ -54,7 +55,7 @@ class FaceClassifier(Module):
 # %% ../../nbs/metrics/03_faces.ipynb #c66fd9f8
 def _random_move(x, mask):
     "Pictures and masks, moved by up to two pixels, the same for all; what leaves on one side comes in on the other."
-    dy, dx = torch.randint(-2, 3, (2,)).tolist()
+    dy, dx = once_in_batch(lambda: torch.randint(-2, 3, (2,))).tolist()
     if mask is not None: mask = mask.roll((dy,dx), (1,2))
     return x.roll((dy,dx), (2,3)), mask
 
@@ -64,8 +65,8 @@ def blur_some(
 )->torch.Tensor: # the same shape
     "Blur half of the pictures and add noise to all, so that a classifier does not need what a decoder cannot draw."
     blurred = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode='bilinear')
-    chosen = torch.rand(len(x), 1, 1, 1, device=x.device)<.5
-    return torch.where(chosen, blurred, x) + std*torch.randn_like(x)
+    chosen = rows_of_batch(lambda n: torch.rand(n, 1, 1, 1, device=x.device), len(x))<.5
+    return torch.where(chosen, blurred, x) + std*noise_of_batch(x)
 
 def face_classifier_loss(model, batch)->dict: # the loss and its terms
     "Cross-entropies of `attrs` and pixels (`mask`, for a parser), on images that are moved, blurred and noisy."

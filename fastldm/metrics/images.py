@@ -11,11 +11,13 @@ __all__ = ['Evaluator', 'evaluator_loss', 'random_affine', 'Score', 'net_name', 
 # %% ../../nbs/metrics/00_images.ipynb #f11e72c5
 import json
 import torch, torch.nn.functional as F
+from functools import partial
 from pathlib import Path
 from fastcore.basics import patch, store_attr
 from torch import nn
 from ..core.models import *
 from ..core.processes import map_parts
+from ..core.train import rows_of_batch
 from ..diffusion.ldm import load as load_shipped, model_folder
 
 # %% ../../nbs/metrics/00_images.ipynb #1ad5d5b1
@@ -84,7 +86,7 @@ def random_affine(
     flip:bool=False, # whether to mirror half of the pictures
 )->torch.Tensor: # the same shape
     "Pictures under a random affine map each, with the border continued."
-    def uniform(): return torch.rand(len(x), device=x.device)*2-1
+    def uniform(): return rows_of_batch(partial(torch.rand, device=x.device), len(x))*2-1
     angle = turn*uniform()
     scale = 1+turn*uniform()
     mirror = torch.where(uniform()<0, -1., 1.) if flip else 1.

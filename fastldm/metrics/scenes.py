@@ -9,6 +9,7 @@ __all__ = ['SceneClassifier', 'scene_classifier_loss']
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from ..core.models import *
+from ..core.train import mean_count
 from ..data.synthetic import BACKGROUNDS, COLOURS, KINDS, Scene, parse_scene
 from ..diffusion.autoencoder import Decoder, Encoder
 from .faces import blur_some
@@ -49,8 +50,9 @@ def scene_classifier_loss(model, batch)->dict: # the loss and its parts; the bat
     backgrounds = torch.tensor([[*BACKGROUNDS].index(scene.background) for scene in scenes], device=x.device)
     ignored = -100                                                              # by `cross_entropy`: pixels of no thing
     colour_of_pixel = colours.gather(1, mask.flatten(1)).view_as(mask).masked_fill(mask==0, ignored)
-    parts = dict(kind=F.cross_entropy(kind, mask), colour=F.cross_entropy(colour, colour_of_pixel),
-                 background=F.cross_entropy(background, backgrounds))
+    n_pixels = mean_count((colour_of_pixel!=ignored).sum())
+    parts = dict(kind=F.cross_entropy(kind, mask), background=F.cross_entropy(background, backgrounds))
+    parts['colour'] = F.cross_entropy(colour, colour_of_pixel, reduction='sum')/n_pixels
     return dict(loss=sum(parts.values()), **parts)
 
 # %% ../../nbs/metrics/04_scenes.ipynb #b0dffff8
