@@ -1,14 +1,18 @@
-"Two and four processes of this machine, by gloo: they train what one process trains, and go on with what others began."
-import importlib, itertools, subprocess, sys
+"""Two and four processes of this machine, by gloo: they train what one process trains, score what it scores, and go on
+with what others began."""
+import importlib, itertools, json, os, subprocess, sys
+from contextlib import suppress
 from pathlib import Path
 import pytest, torch
 from accelerate import debug_launcher
+from torch.multiprocessing.spawn import ProcessExitedException
 from fastldm.codes import Blip, PixelSNAIL, blip_loss, pixelsnail_loss
 from fastldm.control import ControlAdapter, control_loss, random_region
-from fastldm.core import Callback, Learner, StopTraining, read_checkpoint, rows_of_batch, set_seed
+from fastldm.core import Callback, Learner, StopTraining, process_share, read_checkpoint, rows_of_batch, set_seed
 from fastldm.data import Digits
-from fastldm.diffusion import (Autoencoder, Conditioner, Cosine, Denoiser, LabelEmbedder, LatentDataset, UNet,
-                               autoencoder_loss, diffusion_loss, distill_loss, make_student)
+from fastldm.diffusion import (Autoencoder, Conditioner, Cosine, Denoiser, LabelEmbedder, LatentDataset,
+                               LatentDiffusion, UNet, autoencoder_loss, diffusion_loss, distill_loss, make_student)
+from fastldm.recipes import eval_cli
 
 class StopAt(Callback):
     def __init__(self, step): self.step = step
@@ -101,11 +105,36 @@ def train(*folders, until=None):
 
 def begin(folder): train(folder, until=5)
 
+def score(file):
+    "What `fastldm_eval mnist` does."
+    eval_cli('mnist', n=24, steps=2, out=file)
+
+def die_while_scoring(file):
+    "The second process ends in its second part of the pictures."
+    decode = LatentDiffusion.decode
+    calls = []
+    def decode_once(self, z):
+        if len(z)>1: calls.append(z)
+        if len(calls)>1: os._exit(1)
+        return decode(self, z)
+    if process_share()[0]==1: LatentDiffusion.decode = decode_once
+    score(file)
+
+def score_nothing_together(file):
+    "An evaluation of one's own in which each process would do the same; what it ends with, by each."
+    LatentDiffusion.evaluate_command = lambda self, n=0, steps=0, seed=0: dict(score=1.)
+    try: score(file)
+    except SystemExit as end: Path(f'{file}-{process_share()[0]}').write_text(str(end))
+
 def on_processes(folder):
     "All of it on two processes; and the same begun by four and ended by two."
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]).step()                # so that forks need not import it
-    for name in ('torch._dynamo','accelerate.utils','transformers.models.blip.modeling_blip'):
+    for name in ('torch._dynamo','accelerate.utils','transformers.models.blip.modeling_blip','torch_fidelity'):
         importlib.import_module(name)
+    with suppress(ProcessExitedException): debug_launcher(die_while_scoring, (f'{folder}/resumed.json',), num_processes=4)
+    assert any(Path(f'{folder}/resumed.json.parts').glob('00-*'))
+    for name in ('two','resumed'): debug_launcher(score, (f'{folder}/{name}.json',), num_processes=2)
+    debug_launcher(score_nothing_together, (f'{folder}/refused.json',), num_processes=2)
     debug_launcher(begin, (f'{folder}/four_then_two',), num_processes=4)
     debug_launcher(train, (f'{folder}/two', f'{folder}/four_then_two'), num_processes=2)
 
@@ -118,6 +147,7 @@ def runs(tmp_path_factory):
     done = subprocess.run([sys.executable, '-c', f'{program}on_processes({str(folder)!r})'],
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
     assert done.returncode==0, done.stdout[-3000:]
+    (folder/'output.txt').write_text(done.stdout)
     return folder
 
 @pytest.mark.slow
@@ -131,3 +161,24 @@ def test_the_run_of_one_process(runs, stage, processes):
     losses, others = losses_of('one'), losses_of(processes)
     assert len(losses)==8
     assert others==pytest.approx(losses, rel=1e-4)
+
+@pytest.mark.slow
+def test_the_scores_of_one_process(runs, capfd):
+    "Two processes compute the scores of one, also where four began and one of these died; nothing is left beside them."
+    eval_cli('mnist', n=24, steps=2, out=runs/'one.json')
+    one, two, resumed = (json.loads((runs/f'{name}.json').read_text()) for name in ('one','two','resumed'))
+    assert one.keys()==two.keys()
+    speed = 'images_per_second'                                        # unknown where parts were there
+    assert speed not in resumed
+    for scores in (one, two): scores.pop(speed)
+    assert two==pytest.approx(one, rel=1e-4)
+    assert resumed==pytest.approx(one, rel=1e-4)
+    assert not list(runs.glob('*.parts'))
+    assert (runs/'output.txt').read_text().count('label_accuracy')==2  # the first process prints, once
+
+@pytest.mark.slow
+def test_an_evaluation_that_divides_nothing(runs):
+    "It is refused, and nothing is written."
+    said = [(runs/f'refused.json-{rank}').read_text() for rank in range(2)]
+    assert all('divides nothing among processes, and 2 would do the same' in text for text in said)
+    assert not (runs/'refused.json').exists()

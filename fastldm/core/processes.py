@@ -23,6 +23,7 @@ def process_share()->tuple: # number of this process, and how many there are
     "As `torchrun` and `accelerate launch` number the processes; each uses a GPU of its own, where there are some."
     n_gpus = torch.cuda.device_count()
     if n_gpus and 'LOCAL_RANK' in os.environ: torch.cuda.set_device(int(os.environ['LOCAL_RANK'])%n_gpus)
+    if dist.is_available() and dist.is_initialized(): return dist.get_rank(), dist.get_world_size()
     return int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 
 # %% ../../nbs/core/08_processes.ipynb #e01870b4
