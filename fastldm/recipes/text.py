@@ -330,7 +330,7 @@ recipe('clipart', text_to_image, 'clipart+emoji', copies=8,
        ae_steps=2000, prior_steps=(2500,3000), steps=9000, codes=_codes, diffusion=_diffusion)
 recipe('emoji', text_to_image, 'icons', held_out='val', class_field='style',
        text_encoder=_small_encoder, text_encoder_steps=3000, ae_steps=3000,
-       autoencoder=dict(c_latent=16, channels=(48,96,128), lr=2e-3, steps=3000), channels=(128,256), steps=20_000,
+       autoencoder=dict(c_latent=16, channels=(48,96,128), lr=2e-3, steps=3000), channels=(96,192), steps=12_000,
        prior_steps=(8000,8000), codes=_codes, diffusion=_diffusion)
 recipe('paintings', text_to_image, 'paintings',
        text_encoder=_small_encoder, text_encoder_steps=1500,
