@@ -250,7 +250,8 @@ def test_recipe_resumes(base, tmp_path):
     with pytest.raises(ValueError, match='n was 12, is 16'): train_student(base, tmp_path/'b', **FEW|dict(n=16))
 
 def test_recipe_refuses(base, tmp_path):
-    with pytest.raises(ValueError, match='TextToImage has no student'): train_student('scenes', tmp_path/'m', **FEW)
+    with pytest.raises(ValueError, match='or a TextToImage with a diffusion prior'):
+        train_student('fashion_evaluator', tmp_path/'m', **FEW)
     with pytest.raises(ValueError, match='no `d_emb`'): train_student('mnist_tutorial', tmp_path/'m', **FEW)
     with pytest.raises(ValueError, match='the smaller first'):
         train_student(base, tmp_path/'m', **FEW, guidance=(3,1))
@@ -263,6 +264,6 @@ def test_command_line(base, tmp_path):
         train_student(base, out, **FEW)
         sample_cli(str(out), n=4, calls=2, out=str(tmp_path/'x.png'))
         with pytest.raises(SystemExit, match='no student for few calls'): sample_cli(str(base), n=4, calls=2)
-        with pytest.raises(SystemExit, match='takes no --calls'): sample_cli('scenes', prompt='', calls=2)
+        with pytest.raises(SystemExit, match='no student for few'): sample_cli('scenes', prompt='', calls=2)
         with pytest.raises(SystemExit, match='needs --model'): train_cli('distil')
     assert Image.open(tmp_path/'x.png').size[0]>16

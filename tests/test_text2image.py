@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest, torch
 from PIL import Image
 from fastldm.codes import CodeDataset, CodeLatents, TextToImage, sample_codes
-from fastldm.core import perceptual
+from fastldm.core import fingerprint, perceptual
 from fastldm.data import Captioned
-from fastldm.diffusion import load
+from fastldm.diffusion import load, make_student
 from fastldm.recipes import codes_cli, eval_cli, evaluate, evaluate_texts, held_out_pairs, reconstruction_texts
-from fastldm.recipes import sample_cli, text_to_image, train_cli
+from fastldm.recipes import sample_cli, text_to_image, train_cli, train_student
 
 pytest.importorskip('transformers')
 pytest.importorskip('lmdb')
@@ -327,6 +327,38 @@ def test_scores_refuse_before_work(trained, monkeypatch, tmp_path):
             evaluate_texts(model, str(d/'set'))
         monkeypatch.delitem(sys.modules, package)
     assert not worked
+
+# ---- a student of the diffusion prior
+
+def test_a_student_draws_in_few_calls(trained, tmp_path):
+    "Trained, saved and loaded with the whole model; the same seed gives the same picture in any batch."
+    model, d = trained
+    few = dict(root=None, n=12, path_steps=2, steps=3, batch_size=4, progress=False)
+    both = train_student(str(d/'run'), tmp_path/'both', **few)
+    assert both.has_student and not model.has_student and (tmp_path/'both'/'student'/'student.json').exists()
+    prompts = ['a red square', 'a green square', '']
+    x = both.sample(prompts, calls=2, seed=3)
+    assert x.shape==(3,3,32,32)
+    one_by_one = load(tmp_path/'both').sample(prompts, calls=2, seed=3, batch_size=1)
+    torch.testing.assert_close(one_by_one, x, atol=1e-4, rtol=0)
+    torch.testing.assert_close(both.sample(prompts, seed=3), model.sample(prompts, seed=3), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match='no student'): model.sample('a red square', calls=2)
+    with pytest.raises(ValueError, match='give one of the two'): both.sample('a red square', calls=2, steps=3)
+    with pytest.raises(ValueError, match='expected one of 1, 2, 4'): both.sample('a red square', calls=3)
+    with pytest.raises(ValueError, match="prior 'diffusion' has it"): both.sample('a', calls=2, prior='codes')
+    sample_cli(str(tmp_path/'both'), prompt='a red square', calls=4, n=2, out=str(tmp_path/'x.png'))
+    assert Image.open(tmp_path/'x.png').width>=64
+
+def test_a_student_that_has_learned_nothing_is_its_teacher(trained):
+    "With a scale of one, it draws what the teacher draws in as many steps of DDIM."
+    model = copy.deepcopy(trained[0])
+    student = make_student(model.denoiser).eval()
+    student.meta = dict(teacher_fingerprint=fingerprint(model.denoiser), guidance=[1.,3.], calls=[1,2,4])
+    model.add_student(student)
+    few = model.sample('a red square', 2, calls=4, seed=1, guidance_scale=1.)
+    steps = dict(steps=4, step='ddim_step', times='angle_times', guidance_scale=1., interval=(0.,1.))
+    by_teacher = model.sample('a red square', 2, seed=1, **steps)
+    torch.testing.assert_close(few, by_teacher, atol=1e-4, rtol=0)
 
 def test_eval_command(trained, tmp_path):
     model, d = trained

@@ -46,20 +46,25 @@ class TextToImage(Module):
         self.settings = dict(codes=dict(codes or {}), diffusion=dict(diffusion or {}))
 
     @property
-    def device(self): return self.vqvae.shift.device
-
-    @property
-    def kinds(self)->list: # of 'codes' (PixelSNAIL) and 'diffusion'
-        "The kinds of prior that this model has."
-        return ['codes']*bool(self.priors) + ['diffusion']*(self.denoiser is not None)
-
-    @property
     def diffusion(self)->LatentDiffusion:
         "The diffusion prior with its decoder, for everything that `LatentDiffusion` can do."
         if self.denoiser is None: raise ValueError('this model has no diffusion prior')
         first_stage = self.vqvae if self.autoencoder is None else self.autoencoder
-        return LatentDiffusion(first_stage, self.denoiser, first_stage.latent_shape(self.size))
+        kept = self.__dict__.get('_diffusion')                          # no submodule: its weights are this model's
+        if kept is None or kept.denoiser is not self.denoiser or kept.autoencoder is not first_stage:
+            kept = LatentDiffusion(first_stage, self.denoiser, first_stage.latent_shape(self.size))
+            self.__dict__['_diffusion'] = kept
+        return kept
 
+
+# %% ../../nbs/codes/05_text2image.ipynb #dba75da1
+@patch(as_prop=True)
+def device(self:TextToImage): return self.vqvae.shift.device
+
+@patch(as_prop=True)
+def kinds(self:TextToImage)->list: # of 'codes' (PixelSNAIL) and 'diffusion'
+    "The kinds of prior that this model has."
+    return ['codes']*bool(self.priors) + ['diffusion']*(self.denoiser is not None)
 
 # %% ../../nbs/codes/05_text2image.ipynb #3506108a
 def _check_priors(priors, vqvae, size):
@@ -119,14 +124,38 @@ def other_conditions(self:TextToImage)->list: # of names
     return [name for name in self.denoiser.conditioner.embedders if name!='text']
 
 @patch
-def _by_diffusion(self:TextToImage, text, seed, first, batch_size, progress, *, steps=20, step=None, times=None,
-                  guidance_scale=1., interval=(0.,1.), precision=None, constraint=None, watch=None, latents=False,
-                  negative_prompt=None, negative=None, **conditions):
+def _by_diffusion(self:TextToImage, text, seed, first, batch_size, progress, *, steps=None, calls=None, step=None,
+                  times=None, guidance_scale=1., interval=(0.,1.), precision=None, constraint=None, watch=None,
+                  latents=False, negative_prompt=None, negative=None, **conditions):
     if negative_prompt is not None: negative = (negative or {}) | dict(text=negative_prompt)
-    settings = dict(steps=steps, step=step, times=times, guidance_scale=guidance_scale, interval=interval,
+    if steps is None and calls is None: steps = 20
+    settings = dict(steps=steps, calls=calls, step=step, times=times, guidance_scale=guidance_scale, interval=interval,
                     precision=precision, constraint=constraint, watch=watch, latents=latents, negative=negative)
     return self.diffusion.sample(len(text), seed=seed, first=first, batch_size=batch_size, progress=progress, text=text,
                                  **settings, **conditions)
+
+# %% ../../nbs/codes/05_text2image.ipynb #ef2ccde9
+def _student_folder(self): return self.diffusion.student_folder
+def _set_student_folder(self, folder): self.diffusion.student_folder = folder
+TextToImage.student_folder = property(_student_folder, _set_student_folder)     # where `load` found a student
+
+@patch
+def add_student(self:TextToImage,
+    student, # a `Denoiser`, as `train_student` gives it
+)->TextToImage: # the model
+    "Give the diffusion prior a student for `sample(calls=...)`. Raises `ValueError` for another model's."
+    self.diffusion.add_student(student)
+    return self
+
+@patch
+def student(self:TextToImage)->Module: # a `Denoiser` in eval mode
+    "The student of the diffusion prior. Raises `ValueError` where there is none."
+    return self.diffusion.student()
+
+@patch(as_prop=True)
+def has_student(self:TextToImage):
+    "Whether `sample` takes `calls`."
+    return self.denoiser is not None and self.diffusion.has_student
 
 # %% ../../nbs/codes/05_text2image.ipynb #6c678289
 @patch
@@ -166,6 +195,12 @@ def _settings_of(self:TextToImage, prior):
 def check_settings(self:TextToImage):
     "Raises `ValueError` for a setting, given to the constructor, that there is not."
     for prior in self.kinds: self._choose_prior(prior, self.settings[prior])
+
+@patch
+def _defaults(self:TextToImage, prior, how):
+    "The model's own settings; for a student's few calls, only the guidance scale."
+    if how.get('calls') is None: return self.settings[prior]
+    return {name: value for name,value in self.settings[prior].items() if name=='guidance_scale'}
 
 @patch
 def _features(self:TextToImage, prompts):
@@ -215,7 +250,7 @@ def sample(self:TextToImage,
     progress:bool=False, # show bars
     output_type:str='pt', # as in `LatentDiffusion.sample`
     **how, # codes: temperature, top_k, top_p, guidance_scale (each a value, or one per level);
-           # diffusion: steps, step, times, guidance_scale, interval, precision, constraint, latents, watch,
+           # diffusion: steps, calls, step, times, guidance_scale, interval, precision, constraint, latents, watch,
            # negative_prompt (a text, or one an image, that guidance moves away from), `other_conditions`, and
            # negative (values of these that guidance moves away from, as in `LatentDiffusion.sample`)
 )->torch.Tensor: # (n,C,H,W) in [0,1], or what `output_type` says
@@ -231,7 +266,7 @@ def sample(self:TextToImage,
         raise ValueError(f'candidates={candidates}: expected 1, or a text encoder that can match (a `Blip`)')
     prompts = [p for p in prompts for _ in range(candidates)]
     seed = check_seed(seed)
-    settings = {**self.settings[prior], **how}
+    settings = {**self._defaults(prior, how), **how}
     text, settings = self._encode(prompts, settings)
     first = whole_number(first, 'first', 0)*candidates
     images = draw(text, seed=seed, first=first, batch_size=batch_size, progress=progress, **settings)

@@ -401,6 +401,7 @@ def sample_command(self:TextToImage,
     candidates:int=None, # pictures drawn for each one kept
     constraint=None, # local control
     steps:int=None, # as in `sample`
+    calls:int=None, # as in `sample`
     step:str=None, # as in `sample`
     guidance_scale:float=None, # as in `sample`
     precision:str=None, # as in `sample`
@@ -419,7 +420,7 @@ def sample_command(self:TextToImage,
             known = ' and '.join(f'--{other}' for other in ['prompt', *self.other_conditions])
             raise ValueError(f'--{name}: this model has no such condition; it takes {known}')
     conditions = read_conditions(self.diffusion, texts) if texts else {}
-    options = given(prior=prior, candidates=candidates, constraint=constraint, steps=steps, step=step,
+    options = given(prior=prior, candidates=candidates, constraint=constraint, steps=steps, calls=calls, step=step,
                     guidance_scale=guidance_scale, precision=precision, negative_prompt=negative_prompt, watch=watch)
     if negative: options |= given(negative=_read_negative(self.diffusion, negative))
     return self.sample(prompt, n, seed=seed, first=first, progress=True, **conditions, **options), 8
@@ -841,12 +842,14 @@ def evaluate_command(self:TextToImage,
     prior:str=None, # codes or diffusion
     candidates:int=None, # pictures drawn for each one kept
     steps:int=None, # as in `sample`
+    calls:int=None, # as in `sample`
     step:str=None, # as in `sample`
     guidance_scale:float=None, # as in `sample`
 )->dict: # numbers by name
     "Score by held-out captions, and the codes by held-out pictures; icons by their judge."
     data = data_of(self, data)
-    options = given(prior=prior, candidates=candidates, steps=steps, step=step, guidance_scale=guidance_scale)
+    options = given(prior=prior, candidates=candidates, steps=steps, calls=calls, step=step,
+                    guidance_scale=guidance_scale)
     judge = _trained_for(data, 'classifier', 'IconClassifier')
     if judge: return evaluate_icons(self, data, n, root, classifier=load(judge), seed=seed, **options)
     return evaluate_texts(self, data, n, root, seed=seed, **options) | reconstruction_texts(self, data, n, root)

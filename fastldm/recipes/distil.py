@@ -10,7 +10,7 @@ import torch
 from ..core.models import fingerprint, fits_half, n_params
 from ..diffusion.cond import LabelEmbedder
 from ..diffusion.distill import PathDataset, check_scales, distill_loss, load_student, make_student
-from ..diffusion.ldm import LatentDiffusion, load, save
+from ..diffusion.ldm import load, save
 from .control import base_pictures
 from .stages import (begin, diffusion_of, embedders_of, full_path, recipe, save_grid, train_stage,
                                     write_card)
@@ -26,8 +26,15 @@ def path_conditions(
     if all(isinstance(embedder, LabelEmbedder) for embedder in embedders.values()):
         return {name: torch.arange(embedder.n_classes) for name,embedder in embedders.items()}
     ds = base_pictures(model, root, n)
-    rows = range(min(n, len(ds)))
+    rows = torch.randperm(len(ds), generator=torch.Generator().manual_seed(0))[:n]
+    parts = [_fields_of(ds, part.tolist(), model, embedders) for part in rows.split(256)]
+    return {name: torch.cat([part[name] for part in parts]) for name in embedders}
+
+def _fields_of(ds, rows, model, embedders):
+    "The conditions of some pictures; a text is encoded, in 16 bit."
     batch = ds.__getitems__(rows)
+    if 'text' in embedders and hasattr(model, 'text_encoder'):
+        batch['text'] = model.text_encoder.text_features(batch['caption']).half().cpu()
     return {name: batch[name] if name in batch else embedder.empty(len(rows)) for name,embedder in embedders.items()}
 
 # %% ../../nbs/recipes/12_distil.ipynb #d249da53
@@ -46,20 +53,20 @@ def train_student(
     precision:str=None, # 'bf16' where the processor has it
     progress:bool=True, # show bars
     cbs=(), # callbacks of the training
-)->LatentDiffusion: # the teacher with its student, saved in `folder`
+): # the teacher, a `LatentDiffusion` or a `TextToImage`, with its student, saved in `folder`
     "Train a student of a model for `sample(calls=...)`. Raises what the model and its data set raise, before work."
     arguments = dict(locals(), model=None, student=None)
     base = load(model)
-    if not isinstance(base, LatentDiffusion): raise ValueError(_expected(base))
+    ldm = diffusion_of(base)
     guidance = check_scales(guidance)
-    make_student(base.denoiser)                                         # a network that cannot be one raises now
-    mark = fingerprint(base.denoiser)
+    make_student(ldm.denoiser)                                          # a network that cannot be one raises now
+    mark = fingerprint(ldm.denoiser)
     folder = begin(folder, train_student, arguments, base=mark)
-    paths = PathDataset(base.denoiser, base.shape, path_conditions(base, root, n), n, path_steps, guidance, seed,
+    paths = PathDataset(ldm.denoiser, ldm.shape, path_conditions(base, root, n), n, path_steps, guidance, seed,
                         folder/'cache', precision, progress)
     def build():
-        if student is None: return make_student(base.denoiser)
-        return load_student(student, base.denoiser).requires_grad_(True)
+        if student is None: return make_student(ldm.denoiser)
+        return load_student(student, ldm.denoiser).requires_grad_(True)
     def card(learn):
         about = dict(teacher=full_path(model), teacher_fingerprint=mark, guidance=list(guidance), calls=[1,2,4],
                      n_paths=n)
@@ -70,18 +77,15 @@ def train_student(
     return _finish_student(folder, base, trained)
 
 # %% ../../nbs/recipes/12_distil.ipynb #b1abfac8
-def _expected(model):
-    kind = type(model).__name__
-    return f'{kind} has no student: expected a LatentDiffusion, such as `fashion`'
-
-def _finish_student(folder, ldm, student):
-    "Save the teacher with its student, and pictures of one, two and four calls, a row each."
-    ldm.add_student(student)
-    card = {name: value for name,value in ldm.meta.items() if name not in ('fingerprint','files')}
-    save(ldm, folder, half=fits_half(ldm), **card)
+def _finish_student(folder, model, student):
+    "Save the teacher with its student, and of a model of labels pictures of one, two and four calls, a row each."
+    model.add_student(student)
+    card = {name: value for name,value in model.meta.items() if name not in ('fingerprint','files')}
+    save(model, folder, max_file=15*2**20, half=fits_half(model), **card)
     write_card(folder)
-    if {*embedders_of(ldm)}<={'label'}:
-        labels = embedders_of(ldm)
+    ldm = diffusion_of(model)
+    labels = embedders_of(ldm)
+    if {*labels}<={'label'}:
         asked = dict(label=[i%labels['label'].n_classes for i in range(10)], guidance_scale=1.5) if labels else {}
         rows = [ldm.sample(10, calls=calls, seed=0, **asked) for calls in (1,2,4)]
         save_grid(torch.cat(rows), folder/'samples.png', 10)
