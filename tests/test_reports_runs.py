@@ -271,11 +271,14 @@ def clothed(**options):
 def scenes(root=None, split='train', download=True, size=64): return SyntheticScenes(16, split, size)
 
 def icons(split='train', **options):
-    "Scenes in two styles; `val` is a part of its own."
+    "Scenes in two styles and two groups, a third of them of one thing; `val` is a part of its own."
     ds = scenes(split='test' if split=='val' else split, **options)
-    ds.classes = ['flat','round']
+    ds.classes, ds.groups = ['flat','round'], ['near','far']
+    ds.rows = [dict(thing=max(i-4, 0), label=caption) for i,caption in enumerate(ds.caption)]
     fetch = ds.__getitems__
-    def with_style(self, idxs): return dict(fetch(idxs), style=torch.tensor([int(i)%2 for i in idxs]))
+    def with_style(self, idxs):
+        numbers = torch.tensor([int(i) for i in idxs])
+        return dict(fetch(idxs), style=numbers%2, group=numbers//2%2)
     ds.__class__ = type('Icons', (SyntheticScenes,), dict(__getitems__=with_style))
     return ds
 
@@ -294,6 +297,7 @@ SMALL = { # arguments that make a recipe quick, by its function
     text.text_to_image: dict(steps=2, text_encoder_steps=2, ae_steps=2, prior_steps=(2,2), channels=(8,8),
                              prior_channels=(8,8), size=16),
     text.train_scene_classifier: dict(steps=2, n=8),
+    text.train_icon_classifier: dict(steps=2, size=16),
     control.train_adapter: dict(steps=2, n=4),
     distil.train_student: dict(steps=2, n=4, path_steps=2),
 }
@@ -346,7 +350,11 @@ def test_text_with_a_style(tmp_path, small_sets):
     with pytest.raises(ValueError, match="class_field='size': icons has style"):
         train_by_name('emoji', tmp_path/'m', autoencoder=own, class_field='size')
     with pytest.raises(ValueError, match='copies=2: views are for codes only'):
-        train_by_name('emoji', tmp_path/'m', autoencoder=own, copies=2)
+        train_by_name('emoji', tmp_path/'m', autoencoder=own, copies=2, balance=0.)
+    with pytest.raises(ValueError, match='balance=0.5: scenes has no things to balance'):
+        train_by_name('scenes', tmp_path/'m', balance=.5)
+    with pytest.raises(ValueError, match='balance=0.5 and copies=2: give one of the two'):
+        train_by_name('emoji', tmp_path/'m', copies=2)
     assert not (tmp_path/'m').exists()
     train_by_name('emoji', tmp_path/'m', autoencoder=own)
     model = load(tmp_path/'m')

@@ -17,7 +17,7 @@ from ..codes.store import CodeDataset, write_codes
 from ..codes.text2image import CodeLatents, TextLatents, TextToImage
 from ..codes.vqvae import VQVAE, vqvae_loss
 from ..core.models import set_seed, whole_number
-from ..data.augment import Augmented
+from ..data.augment import Augmented, Balanced
 from ..data.icons import ICON_TONES, skin_tone
 from ..data.synthetic import SyntheticScenes, paraphrase, near_miss
 from ..diffusion.autoencoder import LatentDataset
@@ -152,6 +152,7 @@ def text_to_image(
     diffusion:dict=None, # settings to draw by diffusion with, as in `TextToImage`
     autoencoder:dict=None, # of the diffusion prior, as in `train_autoencoder`; None: it is of the codes' vectors
     class_field:str=None, # field with the class, that the diffusion prior is conditioned on too, e.g. 'style' of icons
+    balance:float=0., # of icons: 0: each caption equally often; 1: each thing, as in `Balanced`
     held_out:str='test', # part of the set that chooses among the PixelSNAIL's weights
     seed:int=0, # of everything
     precision:str=None, # 'bf16' where the processor has it
@@ -163,7 +164,7 @@ def text_to_image(
     arguments = dict(locals())
     ds = captioned_set(data, root, 'train', size)
     held_out = captioned_set(data, root, held_out, size)
-    _check_text_options(ds, held_out, data, class_field, autoencoder, copies)
+    _check_text_options(ds, held_out, data, class_field, autoencoder, copies, balance)
     _check_networks(prior_channels, channels, codes, diffusion)
     stages = _stages_of_text(prior_channels, autoencoder)
     folder = begin(folder, text_to_image, arguments, ds, multiple=8, stages=stages)
@@ -177,7 +178,8 @@ def text_to_image(
     latents = _own_latents(ds, own, encoder, folder, progress) if own else CodeLatents(stored, vqvae)
     parts = dict(text_encoder=encoder, vqvae=vqvae, size=size, diffusion=diffusion, autoencoder=own)
     draw = partial(_draw_by_diffusion, parts=parts, captions=held_out.caption)
-    denoiser = _train_text_denoiser(latents, parts, ds, folder, channels, class_field, steps, draw, training)
+    denoiser = _train_text_denoiser(_balanced(latents, ds, balance), parts, ds, folder, channels, class_field, steps,
+                                    draw, training)
     priors = []
     for level,(width,most) in enumerate(zip(prior_channels, prior_steps)):
         priors.append(train_prior(stored, stored_held_out, folder, level, width, most, **training))
@@ -190,6 +192,10 @@ def _own_latents(ds, autoencoder, text_encoder, folder, progress):
     "The set as latents of an autoencoder, with the features of its captions."
     latents = LatentDataset(ds, autoencoder, cache=Path(folder)/'cache', progress=progress)
     return TextLatents(latents, latents.caption, text_encoder, cache=Path(folder)/'cache')
+
+def _balanced(latents, ds, balance):
+    "The latents, with rare things more often."
+    return Balanced(latents, [row['thing'] for row in ds.rows], balance) if balance else latents
 
 def _train_text_denoiser(latents, parts, ds, folder, channels, class_field, steps, draw, training):
     "The diffusion prior of the latents of an autoencoder of its own, or of the VQ-VAE."
@@ -212,17 +218,21 @@ def _finish_text(folder, model, stages, ds, held_out, data, about):
     return finish(folder, model, stages, draw, data, licence_line(ds), **about)
 
 # %% ../../nbs/recipes/03_text.ipynb #d75924f0
-def _check_text_options(ds, held_out, data, class_field, autoencoder, copies):
+def _check_text_options(ds, held_out, data, class_field, autoencoder, copies, balance):
     "Raises `ValueError` for options that do not fit the set, or each other, and for too few held-out pictures."
     if len(held_out)<2:
         raise ValueError(f'{data} has {len(held_out)} pictures to test with: 2 are needed, '
                          'to choose a prior and to measure it')
+    if balance and not all('thing' in row for row in getattr(ds, 'rows', [{}])):
+        raise ValueError(f'balance={balance}: {data} has no things to balance, as icons have: leave it out')
+    if balance and copies>1: raise ValueError(f'balance={balance} and copies={copies}: give one of the two')
     if autoencoder and copies>1: raise ValueError(f'copies={copies}: views are for codes only; give autoencoder=None')
     if class_field is None: return
     fields = [name for name,value in ds.__getitems__([0]).items() if torch.is_tensor(value) and value.dim()==1]
     if not ds.classes or class_field not in fields:
         raise ValueError(f'class_field={class_field!r}: {data} has {", ".join(fields) or "no classes"}')
 
+# %% ../../nbs/recipes/03_text.ipynb #884c3b68
 def _for_each_level(value, name, n_levels):
     "A list with a value for each level; `ValueError` for another number of them."
     values = list(value) if isinstance(value, (list,tuple)) else [value]*n_levels
@@ -328,7 +338,7 @@ recipe('scenes', text_to_image, 'scenes',
 recipe('clipart', text_to_image, 'clipart+emoji', copies=8,
        text_encoder=_small_encoder, text_encoder_steps=2500,
        ae_steps=2000, prior_steps=(2500,3000), steps=9000, codes=_codes, diffusion=_diffusion)
-recipe('emoji', text_to_image, 'icons', held_out='val', class_field='style',
+recipe('emoji', text_to_image, 'icons', held_out='val', class_field='style', balance=.5,
        text_encoder=_small_encoder, text_encoder_steps=3000, ae_steps=3000,
        autoencoder=dict(c_latent=16, channels=(48,96,128), lr=2e-3, steps=3000), channels=(96,192), steps=12_000,
        prior_steps=(8000,8000), codes=_codes, diffusion=_diffusion)
