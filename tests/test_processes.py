@@ -2,16 +2,19 @@
 with what others began."""
 import importlib, itertools, json, os, subprocess, sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 import pytest, torch
 from accelerate import debug_launcher
 from torch.multiprocessing.spawn import ProcessExitedException
 from fastldm.codes import Blip, PixelSNAIL, blip_loss, pixelsnail_loss
 from fastldm.control import ControlAdapter, control_loss, random_region
-from fastldm.core import Callback, Learner, StopTraining, process_share, read_checkpoint, rows_of_batch, set_seed
+from fastldm.core import (Callback, Learner, ShardedLearner, StopTraining, process_share, read_checkpoint,
+                          rows_of_batch, set_seed)
 from fastldm.data import Digits
 from fastldm.diffusion import (Autoencoder, Conditioner, Cosine, Denoiser, LabelEmbedder, LatentDataset,
                                LatentDiffusion, UNet, autoencoder_loss, diffusion_loss, distill_loss, make_student)
+from fastldm.diffusion.unet import ResBlock
 from fastldm.recipes import eval_cli
 
 class StopAt(Callback):
@@ -90,7 +93,17 @@ def student():
     return make_student(teacher), Paths(), distill_loss
 
 STAGES = dict(autoencoder=autoencoder, denoiser=denoiser, prior=prior, text_encoder=text_encoder, adapter=adapter,
-              student=student)
+              student=student, divided=denoiser)
+
+def check_share_of_weights(learn):
+    "Each process has its part of the weights, of their average and of the optimiser's state."
+    state = learn.opt.state_dict()['state'].values()
+    moments = [value for of_weight in state for value in of_weight.values() if value.ndim]
+    for tensors in (learn.model.parameters(), learn.ema_model.parameters(), moments):
+        tensors = list(tensors)
+        total = sum(t.numel() for t in tensors)
+        own = sum(getattr(t, 'to_local', lambda t=t: t)().numel() for t in tensors)
+        assert abs(own/total*learn.acc.num_processes-1)<.05
 
 def train(*folders, until=None):
     "Eight steps of each stage, or to the step `until`; goes on from the checkpoint where there is one."
@@ -99,9 +112,11 @@ def train(*folders, until=None):
         set_seed(0)
         model, data, loss_fn = build()
         cbs = [] if until is None else [StopAt(until)]
-        learn = Learner(model, data, loss_fn, steps=8, batch_size=16, ema=.9, log_every=1, warmup=3, cbs=cbs,
+        learner = partial(ShardedLearner, blocks=[ResBlock]) if name=='divided' else Learner
+        learn = learner(model, data, loss_fn, steps=8, batch_size=16, ema=.9, log_every=1, warmup=3, cbs=cbs,
                         folder=Path(folder)/name, progress=False)
         learn.fit(resume=learn.checkpoint.exists())
+        if name=='divided': check_share_of_weights(learn)
 
 def begin(folder): train(folder, until=5)
 
@@ -122,16 +137,19 @@ def die_while_scoring(file):
 
 def score_nothing_together(file):
     "An evaluation of one's own in which each process would do the same; what it ends with, by each."
-    LatentDiffusion.evaluate_command = lambda self, n=0, steps=0, seed=0: dict(score=1.)
+    def evaluate_alone(self, n=0, steps=0, seed=0): return dict(score=1.)
+    LatentDiffusion.evaluate_command = evaluate_alone
     try: score(file)
     except SystemExit as end: Path(f'{file}-{process_share()[0]}').write_text(str(end))
 
 def on_processes(folder):
     "All of it on two processes; and the same begun by four and ended by two."
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]).step()                # so that forks need not import it
-    for name in ('torch._dynamo','accelerate.utils','transformers.models.blip.modeling_blip','torch_fidelity'):
+    for name in ('torch._dynamo','accelerate.utils','transformers.models.blip.modeling_blip','torch_fidelity',
+                 'torch.distributed.fsdp'):
         importlib.import_module(name)
-    with suppress(ProcessExitedException): debug_launcher(die_while_scoring, (f'{folder}/resumed.json',), num_processes=4)
+    with suppress(ProcessExitedException):
+        debug_launcher(die_while_scoring, (f'{folder}/resumed.json',), num_processes=4)
     assert any(Path(f'{folder}/resumed.json.parts').glob('00-*'))
     for name in ('two','resumed'): debug_launcher(score, (f'{folder}/{name}.json',), num_processes=2)
     debug_launcher(score_nothing_together, (f'{folder}/refused.json',), num_processes=2)

@@ -9,3 +9,4 @@ from .help import *
 from .download import *
 from .rows import *
 from .processes import *
+from .shard import *

@@ -376,10 +376,7 @@ def setup(self:Learner):
                          "give a multiple")
     self.model.zero_grad(set_to_none=True)
     self.prepare_networks()
-    self.params = [p for p in self.model.parameters() if p.requires_grad]
-    adamw = partial(torch.optim.AdamW, betas=self.betas, weight_decay=self.weight_decay)
-    optimizer = (self.optimizer or adamw)(self.params, lr=self.lr)
-    self.loss_module, self.opt = acc.prepare(_LossOf(self.model, self.loss_fn), optimizer)
+    self.prepare_training(_LossOf(self.model, self.loss_fn))
     if self.ema is not None: self.setup_average()
     self.batches = Batches(self.data, self.batch_size, self.seed, acc.process_index, acc.num_processes)
     self.reset()
@@ -392,6 +389,19 @@ def prepare_networks(self:Learner):
         if hasattr(module, 'gradient_checkpointing'): module.gradient_checkpointing = self.gradient_checkpointing
     if self.compile: self.model.compile()
 
+@patch
+def prepare_training(self:Learner,
+    module:nn.Module, # the loss of the model
+):
+    "Let Accelerate wrap the loss and the optimiser."
+    self.loss_module, self.opt = self.acc.prepare(module, self.new_optimizer())
+
+@patch
+def new_optimizer(self:Learner): # an optimiser of `params`, which are set here
+    "AdamW, or the one that was asked for, of all weights that are trained."
+    self.params = [p for p in self.model.parameters() if p.requires_grad]
+    adamw = partial(torch.optim.AdamW, betas=self.betas, weight_decay=self.weight_decay)
+    return (self.optimizer or adamw)(self.params, lr=self.lr)
 
 # %% ../../nbs/core/02_train.ipynb #a65dde90
 @patch
@@ -408,11 +418,16 @@ def train_step(self:Learner,
             with self.share_of_step(i): out = self.loss_module(batch)
             self.acc.backward(out['loss'])
             if self.clip and self.acc.sync_gradients:
-                out['grad_norm'] = self.acc.clip_grad_norm_(self.params, self.clip)
+                out['grad_norm'] = self.clip_gradient()
             self.opt.step()
             self.opt.zero_grad(set_to_none=True)
         self.remember(out)
     if self.ema is not None: self.average()
+
+@patch
+def clip_gradient(self:Learner)->torch.Tensor: # a number
+    "Shorten a gradient that is longer than `clip`; returns how long it was."
+    return self.acc.clip_grad_norm_(self.params, self.clip)
 
 @patch
 def remember(self:Learner,
@@ -722,20 +737,41 @@ def checkpoint(self:Learner)->Path:
 def save(self:Learner):
     "Write the checkpoint. Raises `FloatingPointError` for a state that is no longer finite."
     recent = self.recent_values()
-    if not torch.stack(torch._foreach_norm(self.params)).isfinite().all():
+    if not self.is_finite():
         raise FloatingPointError(f"weights are no longer finite at step {self.step}, so they are not saved: "
                                  "lower `lr`, or use another `precision`")
     moments = {}
     for i, of_parameter in self.opt.state_dict()['state'].items():
         for name, value in of_parameter.items(): moments[f'{i}.{name}'] = value
-    groups = dict(model=self.model.state_dict(), ema={}, optimizer={}, recent=recent)
-    if self.ema is not None: groups['ema'] = self.ema_model.state_dict()
-    groups['optimizer'] = {name: value for name, value in moments.items() if torch.is_tensor(value)}
+    groups = dict(model=self.whole(self.model.state_dict()), ema={}, recent=recent)
+    if self.ema is not None: groups['ema'] = self.whole(self.ema_model.state_dict())
+    groups['optimizer'] = self.whole({name: value for name, value in moments.items() if torch.is_tensor(value)})
     state = dict(step=self.step, seconds=self.seconds, settings=self.settings(), log=self.log, pending=self.pending)
     state['scaler'] = self.acc.scaler.state_dict() if self.acc.scaler else None
     state['optimizer'] = {name: value for name, value in moments.items() if not torch.is_tensor(value)}
     if self.acc.is_main_process: self.write_checkpoint(state, groups)
     self.acc.wait_for_everyone()
+
+# %% ../../nbs/core/02_train.ipynb #26e6d8ac
+@patch
+def is_finite(self:Learner)->bool:
+    "Whether all weights are."
+    return bool(torch.stack(torch._foreach_norm(self.params)).isfinite().all())
+
+@patch
+def whole(self:Learner,
+    tensors:dict, # {name: tensor}, as this process holds them
+)->dict: # the same names, with all that belongs to a tensor
+    "Weights, or what the optimiser keeps of them, as a checkpoint has them."
+    return tensors
+
+@patch
+def own_part(self:Learner,
+    tensors:dict, # {name: value}, as a checkpoint has them
+    like:dict, # {name: what it is going to be put into}
+)->dict: # the same names, as this process holds them
+    "The way back from `whole`."
+    return tensors
 
 # %% ../../nbs/core/02_train.ipynb #2982ed32
 @patch
@@ -852,7 +888,7 @@ def load_weights(self:Learner,
     "Put the weights of the checkpoint into a model."
     tensors = upgrade_weights(type(model).__name__, tensors)
     check_weights(model, tensors, self.checkpoint)
-    model.load_state_dict(tensors)
+    model.load_state_dict(self.own_part(tensors, model.state_dict()))
 
 @patch
 def load_optimizer(self:Learner,
@@ -863,4 +899,5 @@ def load_optimizer(self:Learner,
     for key, value in moments.items():
         i, name = key.split('.', 1)
         state.setdefault(int(i), {})[name] = value
+    for i, named in state.items(): state[i] = self.own_part(named, dict.fromkeys(named, self.params[i]))
     self.opt.load_state_dict(dict(state=state, param_groups=self.opt.state_dict()['param_groups']))
