@@ -1,5 +1,6 @@
 "Many pictures: drawn into shards by one process or several, killed and continued, scored from the files."
-import json, multiprocessing, signal, tarfile, time
+import importlib.util, json, multiprocessing, shutil, signal, tarfile, time
+from pathlib import Path
 import pytest, torch
 from fastldm.core import read_settings
 from fastldm.data import Shards
@@ -105,3 +106,21 @@ def test_killed_at_any_moment(here):
     assert contents(here/'killed')==contents(here/'whole')
     assert [file.name for file in (here/'killed').glob('.*')]==['.lock']
     assert Shards(shards(), size=8, channels=1).pixels(range(600))[:,0,0,0].tolist()==[i%256 for i in range(600)]
+
+def test_the_table_of_memory_is_drawn_anew(here, monkeypatch):
+    "One command measures what training on rows on disk takes, and puts the table into the notebook."
+    root = Path(__file__).parents[1]
+    spec = importlib.util.spec_from_file_location('measure_rows', root/'scripts/measure_rows.py')
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, 'in_a_process', script.child)          # in this process, which is quicker
+    shutil.copy(root/'nbs/core/07_rows.ipynb', 'rows.ipynb')
+    options = ['--rows','100','200', '--steps','2', '--folder',str(here), '--notebook','rows.ipynb']
+    monkeypatch.setattr('sys.argv', ['measure_rows.py', *options])
+    script.main()
+    cells = [''.join(cell['source']) for cell in json.loads((here/'rows.ipynb').read_text())['cells']]
+    text, = (source for source in cells if '| data | items |' in source)
+    assert text.count('\n|')==2+4 and '| latents and text | 100 |' in text
+    assert '\n\nMeasured on 20' in text and '1,000,000' not in text
+    numbers = json.loads((here/'measured.json').read_text())['rows on disk']
+    assert numbers['settings']==dict(rows=[100,200], steps=2)
