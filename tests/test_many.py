@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, torch
 from fastldm.core import read_settings
 from fastldm.data import Shards
-from fastldm.recipes import DrawnPictures, draw_shards, eval_cli, sample_cli
+from fastldm.recipes import DrawnPictures, codes_cli, draw_shards, eval_cli, sample_cli
 
 SETTINGS = dict(n=64, steps=2, seed=3, per_shard=16)
 
@@ -67,6 +67,7 @@ def test_processes_share_the_shards(here, drawing, monkeypatch):
     "What `torchrun` tells the processes decides who draws what; the files are those of one process."
     monkeypatch.setenv('WORLD_SIZE', '3')
     with pytest.raises(SystemExit, match='give --per_shard'): sample_cli('mnist', n=4, steps=2, out='grid.png')
+    with pytest.raises(SystemExit, match='codes are written by one process'): codes_cli('scenes', 'scenes', 'codes')
     for rank,shards in enumerate((['000000.tar','000003.tar'], ['000001.tar'], ['000002.tar'])):
         monkeypatch.setenv('RANK', str(rank))
         before = contents(here/'shared')

@@ -930,6 +930,8 @@ def codes_cli(
 ):
     "Encode pictures and their captions into LMDB. The same command goes on where an interrupted one stopped."
     require_package('lmdb', 'a store of codes')
+    _, world = process_share()
+    if world>1: raise ValueError(f'codes are written by one process, and {world} were started: start one')
     net = load(model, 'cpu')
     vqvae = getattr(net, 'vqvae', net)
     if not hasattr(vqvae, 'encode_codes'):
