@@ -8,7 +8,8 @@ pytest.importorskip('resvg_py')
 from fastldm.data import (EMOJI_GROUPS, ICON_KINDS, EmojiLabel, Icon, IconSet, draw_icon, find_label, get_dataset,
                           icon_captions, icon_split, kinds_of, label_keys, read_icons, read_labels, read_svg_folder,
                           thing_and_parts)
-from fastldm.recipes import TonedIcons, draw_icons, evaluate_icons, train_icon_classifier
+from fastldm.metrics import icon_classifier_loss, icon_scores
+from fastldm.recipes import TonedIcons, evaluate_icons, train_icon_classifier
 from fastldm.recipes.stages import captioned_set
 
 THINGS = [f'thing {chr(97+i)}' for i in range(26)]
@@ -450,8 +451,8 @@ class Copyist(torch.nn.Module):
     def sample(self, prompt, prior=None, style=None, seed=0, progress=False):
         if prior=='codes':
             prompt, words = zip(*(text.removesuffix(' style').split(' in ') for text in prompt))
-            style = [self.styles.index(word) for word in words]
-        return torch.stack([self.pictures[text, int(k)] for text, k in zip(prompt, style)])
+            style = words
+        return torch.stack([self.pictures[text, self.styles.index(name)] for text, name in zip(prompt, style)])
 
 @pytest.fixture
 def judged(folder, tmp_path):
@@ -476,6 +477,22 @@ def test_what_draws_real_pictures_has_their_scores(judged, folder):
     name = next(name for name in scores if name.startswith('memorisation_pixels'))
     assert scores[name]==pytest.approx(1, abs=1e-4)
     assert any(wrong[kind][name]!=scores[kind][name] for kind in kinds for name in ('style','group','tone'))
+
+def test_a_judge_of_other_styles_is_refused(judged, folder):
+    "With one set fewer, the numbers of the styles mean others."
+    judge, held_out = judged
+    (folder/'a.json').unlink()
+    fewer = Copyist(held_out)
+    with pytest.raises(ValueError, match='other classes of style than icons here: train one'):
+        evaluate_icons(fewer, root=folder, classifier=judge, net=judge, progress=False)
+
+def test_pictures_without_a_tone_do_not_count(judged):
+    "Neither in the loss, which would be nan, nor in the score."
+    judge, held_out = judged
+    batch = TonedIcons(held_out).__getitems__([0,1])
+    batch['tone'] = torch.tensor([-100,-100])
+    assert icon_classifier_loss(judge, batch)['loss'].isfinite()
+    assert 'tone' not in icon_scores(judge, batch) and 'style' in icon_scores(judge, batch)
 
 def test_tones_are_labels(folder):
     "A couple of two tones has none that counts."

@@ -349,6 +349,8 @@ def test_text_with_a_style(tmp_path, small_sets):
     own = dict(c_latent=2, channels=(8,8), steps=2)
     with pytest.raises(ValueError, match="class_field='size': icons has style"):
         train_by_name('emoji', tmp_path/'m', autoencoder=own, class_field='size')
+    with pytest.raises(ValueError, match="class_field='style': codes are stored with the field 'label' only"):
+        train_by_name('emoji', tmp_path/'m', autoencoder=None)
     with pytest.raises(ValueError, match='copies=2: views are for codes only'):
         train_by_name('emoji', tmp_path/'m', autoencoder=own, copies=2, balance=0.)
     with pytest.raises(ValueError, match='balance=0.5: scenes has no things to balance'):

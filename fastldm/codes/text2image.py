@@ -198,9 +198,10 @@ def check_settings(self:TextToImage):
 
 @patch
 def _defaults(self:TextToImage, prior, how):
-    "The model's own settings; for a student's few calls, only the guidance scale."
+    "The model's own settings; for few calls its guidance scale, or the nearest that the student was trained for."
     if how.get('calls') is None: return self.settings[prior]
-    return {name: value for name,value in self.settings[prior].items() if name=='guidance_scale'}
+    least, most = self.student().meta['guidance']
+    return dict(guidance_scale=min(max(self.settings[prior].get('guidance_scale', 1.), least), most))
 
 @patch
 def _features(self:TextToImage, prompts):

@@ -6,7 +6,7 @@
 __all__ = ['Augmented', 'Balanced']
 
 # %% ../../nbs/data/02_augment.ipynb #4e5361ee
-import torch, torch.nn.functional as F
+import math, torch, torch.nn.functional as F
 from fastcore.basics import patch
 from .images import Pictures,licence_of
 
@@ -95,15 +95,16 @@ class Balanced:
         ds, # a set whose batches are fetched by `__getitems__`
         things, # of each row, anything that can be compared
         power:float=.5, # 0: as in the set; 1: all things equally often
-        times:int=8, # how many times longer than the set, so that no row is left out
+        times:int=8, # how many times longer than the set, at least; more where a row would be left out
     ):
         self.ds = ds
         numbers = {thing: i for i,thing in enumerate(dict.fromkeys(things))}
         ids = torch.tensor([numbers[thing] for thing in things])
         weight = torch.bincount(ids)[ids].double()**-power
         share = weight.cumsum(0)/weight.sum()
-        n = times*len(ids)
-        self.row = torch.searchsorted(share, (torch.arange(n)+.5)/n).clamp(max=len(ids)-1)
+        n = max(times, math.ceil(weight.mean()/weight.min()))*len(ids)
+        place = (torch.arange(n, dtype=torch.double)+.5)/n
+        self.row = torch.searchsorted(share, place).clamp(max=len(ids)-1)
 
     def __len__(self): return len(self.row)
     def __getitems__(self, idxs)->dict: # as the set gives it

@@ -6,10 +6,12 @@
 __all__ = ['frequent_words', 'IconClassifier', 'matching_loss', 'icon_classifier_loss', 'icon_scores']
 
 # %% ../../nbs/metrics/06_icons.ipynb #a35e280a
+import zlib
 from collections import Counter
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
+from ..core.train import mean_count, whole_batch
 from .faces import blur_some
 from .images import Evaluator, check_pictures, random_affine
 from .text import retrieval, retrieval_candidates, tokenise
@@ -37,7 +39,7 @@ class IconClassifier(Evaluator):
         self.head = nn.ModuleDict({name: nn.Linear(channels[-1], len(values)) for name, values in self.classes.items()})
         self.image_embedding = nn.Linear(channels[-1], d)
         self.word_embedding = nn.EmbeddingBag(max(1, len(self.index)), d, mode='mean')
-        self.log_scale = nn.Parameter(torch.tensor(2.3))
+        self.log_scale = nn.Parameter(torch.tensor(10.).log())              # cosines times ten, to begin with
 
     def forward(self,
         x:torch.Tensor, # (B,3,H,W) in [-1,1]
@@ -45,7 +47,7 @@ class IconClassifier(Evaluator):
         "Classify pictures, and embed them."
         features = self.features(x)
         logits = {name: head(features) for name, head in self.head.items()}
-        return logits, F.normalize(self.image_embedding(features), dim=1)
+        return logits, F.normalize(self.image_embedding(features).float(), dim=1)
 
 # %% ../../nbs/metrics/06_icons.ipynb #a71f61d0
 @patch
@@ -57,12 +59,12 @@ def embed_captions(self:IconClassifier,
     known = [[self.index[word] for word in tokenise(caption) if word in self.index] for caption in captions]
     words = torch.tensor([i for row in known for i in row], dtype=torch.long, device=device)
     lengths = torch.tensor([0, *map(len, known)], device=device)
-    return F.normalize(self.word_embedding(words, lengths.cumsum(0)[:-1]), dim=1)
+    return F.normalize(self.word_embedding(words, lengths.cumsum(0)[:-1]).float(), dim=1)
 
 # %% ../../nbs/metrics/06_icons.ipynb #abc7d116
 def matching_loss(
     similarity:torch.Tensor, # (B,B): of picture i to caption j, scaled
-    captions:list, # B texts; equal ones are equally right
+    captions:list, # B texts, or numbers of texts; equal ones are equally right
 )->torch.Tensor: # scalar
     "Cross-entropy of finding the caption of each picture, and the picture of each caption."
     number = {caption: i for i, caption in enumerate(captions)}
@@ -77,21 +79,29 @@ def icon_classifier_loss(
 )->dict: # the loss and its terms
     "Cross-entropies of the labels and of the captions, on pictures that are moved, blurred and noisy."
     logits, embeddings = model(blur_some(random_affine(batch['image'], shift=2, turn=.1)))
-    terms = {name: F.cross_entropy(values.float(), batch[name]) for name, values in logits.items()}
-    similarity = model.log_scale.exp()*embeddings.float()@model.embed_captions(batch['caption']).T
-    terms['captions'] = matching_loss(similarity, batch['caption'])
+    terms = {name: _label_loss(values.float(), batch[name]) for name, values in logits.items()}
+    images = whole_batch(embeddings)                                            # several processes compare all rows
+    texts = whole_batch(model.embed_captions(batch['caption']))
+    ids = torch.tensor([zlib.crc32(caption.encode()) for caption in batch['caption']], device=images.device)
+    terms['captions'] = matching_loss(model.log_scale.exp()*images@texts.T, whole_batch(ids).tolist())
     return dict(loss=sum(terms.values()), **terms)
+
+def _label_loss(logits, labels):
+    "Mean cross-entropy over the pictures of the batch that have a label; 0 where none has."
+    n = mean_count((labels!=-100).sum())
+    return F.cross_entropy(logits, labels, reduction='sum')/max(n, 1)
 
 # %% ../../nbs/metrics/06_icons.ipynb #b6d95cdc
 @patch
 @torch.no_grad()
 def predict(self:IconClassifier,
     images:torch.Tensor, # (B,3,H,W) in [-1,1]
+    batch_size:int=256, # pictures at a time
 )->dict: # {label: classes (B,)}
     "The classes of pictures. Raises `ValueError` for what are no pictures in [-1,1]."
     check_pictures((images+1)/2)
-    logits, _ = self(images.to(self.log_scale))
-    return {name: values.argmax(1) for name, values in logits.items()}
+    parts = [self(batch.to(self.log_scale))[0] for batch in images.split(batch_size)]
+    return {name: torch.cat([logits[name] for logits in parts]).argmax(1) for name in self.classes}
 
 @patch
 def score(self:IconClassifier,
@@ -103,7 +113,7 @@ def score(self:IconClassifier,
     right = {}
     for name in labels:
         if name not in predicted: continue
-        label = torch.as_tensor(labels[name]).to(images.device)
+        label = torch.as_tensor(labels[name]).to(predicted[name].device)
         if len(label)!=len(images):
             raise ValueError(f'{len(images)} pictures and {len(label)} classes of {name}: expected one per picture')
         right[name] = (predicted[name]==label).float().masked_fill(label==-100, torch.nan)
@@ -129,7 +139,7 @@ def icon_scores(
     "What a judge finds in pictures. Raises `ValueError` as `score` does."
     if not isinstance(batch, dict): batch = batch.__getitems__(range(len(batch)))
     right = classifier.score(batch['image'], batch)
-    scores = {name: values.nanmean().item() for name, values in right.items()}
+    scores = {name: values.nanmean().item() for name, values in right.items() if not values.isnan().all()}
     similarity = classifier.similarity(batch['image'], batch['caption']).cpu()
     found = retrieval(similarity, batch['caption'], retrieval_candidates(batch['caption']))
     return scores | dict(retrieval=found['accuracy'], retrieval_chance=found['chance'])

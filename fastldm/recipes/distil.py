@@ -23,7 +23,7 @@ def path_conditions(
 )->dict: # {condition: raw field, as many rows for each}; empty for a model without conditions
     "Conditions for the paths of a model. Raises what its data set raises, if it needs one."
     embedders = embedders_of(diffusion_of(model))
-    if all(isinstance(embedder, LabelEmbedder) for embedder in embedders.values()):
+    if len(embedders)<2 and all(isinstance(embedder, LabelEmbedder) for embedder in embedders.values()):
         return {name: torch.arange(embedder.n_classes) for name,embedder in embedders.items()}
     ds = base_pictures(model, root, n)
     rows = torch.randperm(len(ds), generator=torch.Generator().manual_seed(0))[:n]
@@ -68,9 +68,8 @@ def train_student(
         if student is None: return make_student(ldm.denoiser)
         return load_student(student, ldm.denoiser).requires_grad_(True)
     def card(learn):
-        about = dict(teacher=full_path(model), teacher_fingerprint=mark, guidance=list(guidance), calls=[1,2,4],
-                     n_paths=n)
-        return about | dict(path_steps=path_steps, n_params=n_params(learn.model))
+        return dict(teacher=full_path(model), teacher_fingerprint=mark, guidance=list(guidance), calls=[1,2,4],
+                    n_paths=n, path_steps=path_steps, n_params=n_params(learn.model))
     trained = train_stage(folder/'distil', build, paths, distill_loss, seed=seed, batch_size=batch_size, card=card,
                           longer=True, steps=steps, lr=lr, warmup=min(100, steps//10), ema=.995, precision=precision,
                           progress=progress, cbs=cbs)
@@ -86,7 +85,9 @@ def _finish_student(folder, model, student):
     ldm = diffusion_of(model)
     labels = embedders_of(ldm)
     if {*labels}<={'label'}:
-        asked = dict(label=[i%labels['label'].n_classes for i in range(10)], guidance_scale=1.5) if labels else {}
+        least, most = student.meta['guidance']
+        scale = min(max(1.5, least), most)
+        asked = dict(label=[i%labels['label'].n_classes for i in range(10)], guidance_scale=scale) if labels else {}
         rows = [ldm.sample(10, calls=calls, seed=0, **asked) for calls in (1,2,4)]
         save_grid(torch.cat(rows), folder/'samples.png', 10)
     return load(folder)

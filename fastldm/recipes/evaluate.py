@@ -203,8 +203,8 @@ def evaluate_texts(
     seconds = (time.perf_counter()-start)/len(prompts)
     of_samples = _text_scores(drawn*2-1, prompts, references, model.text_encoder, classifier, batch_size)
     of_real = _text_scores(images, prompts, references, model.text_encoder, classifier, batch_size)
-    scores = dict(n=len(prompts), prior=prior or model.prior_for(sampling), candidates=candidates, seconds_per_picture=seconds,
-                  parameters=n_params(model))
+    scores = dict(n=len(prompts), prior=prior or model.prior_for(sampling), candidates=candidates,
+                  seconds_per_picture=seconds, parameters=n_params(model))
     for k in of_samples: scores |= {k: of_samples[k], f'real_{k}': of_real[k]}
     return scores | dict(retrieval_chance=1/retrieval_candidates(prompts))
 
@@ -223,6 +223,7 @@ def evaluate_icons(
     prior:str=None, # as in `model.sample`
     classifier:IconClassifier=None, # the judge; None: that of the set
     net=None, # a network with `features` for distances; None: EfficientNet-Lite0, where it is installed
+    split:str='test', # 'test'; 'val' to choose settings by
     seed:int=0, # of the pictures
     progress:bool=True, # show bars
     **sampling, # for `model.sample`: candidates, guidance_scale, steps, ...
@@ -234,8 +235,9 @@ def evaluate_icons(
         name = check_choice(f'{data}_classifier', available('IconClassifier'), 'classifier')
         classifier = load(name, model.device)
     options = dict(captions='label', size=model.size)
-    train, test = (get_dataset(data, root, split=split, **options) for split in ('train','test'))
-    prior = prior or model.prior_for(['style'])
+    train, test = (get_dataset(data, root, split=part, **options) for part in ('train',split))
+    _check_judge(classifier, TonedIcons(train).classes, data)
+    prior = prior or model.prior_for(['style', *sampling])
     scores = dict(prior=prior, parameters=n_params(model))
     drawn = []
     for kind in ICON_KINDS:
@@ -249,6 +251,14 @@ def evaluate_icons(
         drawn.append(pictures.cpu())
     return scores | _own_distances(torch.cat(drawn), train, test, net or _photo_network())
 
+# %% ../../nbs/recipes/05_evaluate.ipynb #3838a9db
+def _check_judge(classifier, classes, data):
+    "Raises `ValueError` for a judge whose numbers mean other classes."
+    different = [name for name in classes if classifier.classes.get(name)!=classes[name]]
+    if not different: return
+    raise ValueError(f'the judge has other classes of {" and ".join(different)} than {data} here: train one on this '
+                     'set, with `fastldm_train icons_classifier`, or give the same icon sets')
+
 def draw_icons(
     model:TextToImage, # that draws icons
     batch:dict, # with `caption` and `style`, of a set of icons
@@ -258,7 +268,7 @@ def draw_icons(
 )->torch.Tensor: # (n,3,H,W) in [0,1]
     "Draw captions in their styles: by the condition `style` where the prior has it, else in the words of the prompt."
     if prior=='diffusion' and 'style' in model.other_conditions:
-        return model.sample(batch['caption'], prior=prior, style=batch['style'], **sampling)
+        return model.sample(batch['caption'], prior=prior, style=[styles[k] for k in batch['style']], **sampling)
     prompts = [in_style(caption, styles[style]) for caption, style in zip(batch['caption'], batch['style'])]
     return model.sample(prompts, prior=prior, **sampling)
 
@@ -543,10 +553,11 @@ def _photo_network():
 # %% ../../nbs/recipes/05_evaluate.ipynb #cce8c9b0
 def _own_distances(drawn, train, test, net, most=2000):
     "How far drawn pictures are from real ones, and from the nearest training picture, and the same of real pictures."
-    known = _some_pictures(train, most)
     unseen = None if test is None else _some_pictures(test, most)
-    scores = dict(memorisation_pixels=_newness(drawn, known, unseen))
+    in_memory = 150_000_000//drawn[0].numel()                           # training pictures, 600 MB of them
+    scores = dict(memorisation_pixels=_newness(drawn, _some_pictures(train, max(most, in_memory)), unseen))
     if net is None: return scores
+    known = _some_pictures(train, most)
     drawn, known = image_features(drawn, net), image_features(known, net)
     if unseen is not None: unseen = image_features(unseen, net)
     scores |= {f'memorisation_{net_name(net)}': _newness(drawn, known, unseen)}

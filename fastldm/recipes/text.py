@@ -152,7 +152,7 @@ def text_to_image(
     diffusion:dict=None, # settings to draw by diffusion with, as in `TextToImage`
     autoencoder:dict=None, # of the diffusion prior, as in `train_autoencoder`; None: it is of the codes' vectors
     class_field:str=None, # field with the class, that the diffusion prior is conditioned on too, e.g. 'style' of icons
-    balance:float=0., # of icons: 0: each caption equally often; 1: each thing, as in `Balanced`
+    balance:float=0., # of icons, for the diffusion prior: 0: captions equally often; 1: things, as in `Balanced`
     held_out:str='test', # part of the set that chooses among the PixelSNAIL's weights
     seed:int=0, # of everything
     precision:str=None, # 'bf16' where the processor has it
@@ -184,7 +184,7 @@ def text_to_image(
     for level,(width,most) in enumerate(zip(prior_channels, prior_steps)):
         priors.append(train_prior(stored, stored_held_out, folder, level, width, most, **training))
     model = TextToImage(priors=priors, denoiser=denoiser, codes=codes, **parts)
-    about = dict(n_pictures=len(ds), seed=seed) | (card or {})
+    about = dict(n_pictures=len(getattr(ds, 'firsts', ds)), seed=seed) | (card or {})
     return _finish_text(folder, model, stages, ds, held_out, data, about)
 
 # %% ../../nbs/recipes/03_text.ipynb #41cefe70
@@ -201,10 +201,14 @@ def _train_text_denoiser(latents, parts, ds, folder, channels, class_field, step
     "The diffusion prior of the latents of an autoencoder of its own, or of the VQ-VAE."
     set_seed(training['seed'])
     first_stage = parts['autoencoder'] or parts['vqvae']
-    classes = {class_field: len(ds.classes)} if class_field else {}
+    classes = {class_field: len(_class_names(ds, class_field))} if class_field else {}
     denoiser = text_denoiser(first_stage.c_latent, parts['text_encoder'].d_text, channels, **classes)
     loss_fn = partial(diffusion_loss, weight=edm_weight, sample_t=_text_times)
     return train_denoiser(latents, folder, denoiser, loss_fn, steps, draw=draw, **training)
+
+def _class_names(ds, field):
+    "Names of the classes of a field: `groups` of 'group'; of the class itself, `classes`."
+    return list(getattr(ds, f'{field}s', None) or ds.classes)
 
 def _stages_of_text(prior_channels, autoencoder):
     "The names of the stages, in their order."
@@ -213,7 +217,7 @@ def _stages_of_text(prior_channels, autoencoder):
 
 def _finish_text(folder, model, stages, ds, held_out, data, about):
     "Save the model, with held-out captions drawn by each prior."
-    if model.other_conditions: about['classes'] = list(ds.classes)
+    if model.other_conditions: about['classes'] = _class_names(ds, *model.other_conditions)
     draw = partial(_draw_captions, held_out=held_out)
     return finish(folder, model, stages, draw, data, licence_line(ds), **about)
 
@@ -231,6 +235,9 @@ def _check_text_options(ds, held_out, data, class_field, autoencoder, copies, ba
     fields = [name for name,value in ds.__getitems__([0]).items() if torch.is_tensor(value) and value.dim()==1]
     if not ds.classes or class_field not in fields:
         raise ValueError(f'class_field={class_field!r}: {data} has {", ".join(fields) or "no classes"}')
+    if autoencoder is None and class_field!='label':
+        raise ValueError(f"class_field={class_field!r}: codes are stored with the field 'label' only; give that, or "
+                         'an `autoencoder`')
 
 # %% ../../nbs/recipes/03_text.ipynb #884c3b68
 def _for_each_level(value, name, n_levels):
@@ -320,9 +327,10 @@ def train_icon_classifier(
     if not icons.groups: raise ValueError(f'{data} has no labels of emoji, so no groups to learn: add their JSON file')
     folder = begin(folder, train_icon_classifier, arguments, icons)
     train = TonedIcons(icons)
+    by_label = TonedIcons(held_out).__getitems__(list(getattr(held_out, 'firsts', range(len(held_out)))))
     def build(): return IconClassifier(train.classes, frequent_words(train.caption))
     def card(learn): return dict(name=f'{data}_classifier', data=data, licence=licence_line(icons),
-                                 held_out=icon_scores(learn.ema_model.eval(), TonedIcons(held_out)))
+                                 held_out=icon_scores(learn.ema_model.eval(), by_label))
     return train_stage(folder, build, train, icon_classifier_loss, seed=seed, card=card, longer=True,
                        steps=steps, lr=3e-3, weight_decay=.05, warmup=min(200, steps//10), ema=.999,
                        precision=precision, progress=progress)
