@@ -448,7 +448,7 @@ class Copyist(torch.nn.Module):
 
     def prior_for(self, names): return 'diffusion' if 'style' in self.other_conditions else 'codes'
 
-    def sample(self, prompt, prior=None, style=None, seed=0, progress=False):
+    def sample(self, prompt, prior=None, style=None, seed=0, first=0, progress=False):
         if prior=='codes':
             prompt, words = zip(*(text.removesuffix(' style').split(' in ') for text in prompt))
             style = words

@@ -280,12 +280,16 @@ class Control(Constraint):
             by_interval[part.interval] = features
         return [f for features in by_interval.values() for f in features]
 
-    def start(self, ldm, denoise, x, ts, data):
-        n_levels = len(data)//len(self.intervals)
-        for i,interval in enumerate(self.intervals):
-            features = list(data[i*n_levels:(i+1)*n_levels])
-            denoise = Controlled(denoise, features, self.branch, interval)
-        return denoise, x, ts
+
+# %% ../../nbs/control/00_adapter.ipynb #ea505ebb
+@patch
+def start(self:Control, ldm, denoise, x, ts, data):
+    "The denoiser with the features of each interval."
+    n_levels = len(data)//len(self.intervals)
+    for i,interval in enumerate(self.intervals):
+        features = list(data[i*n_levels:(i+1)*n_levels])
+        denoise = Controlled(denoise, features, self.branch, interval)
+    return denoise, x, ts
 
 # %% ../../nbs/control/00_adapter.ipynb #46ef45bb
 def control(

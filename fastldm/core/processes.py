@@ -6,8 +6,8 @@
 __all__ = ['process_share', 'map_parts', 'shared_work']
 
 # %% ../../nbs/core/08_processes.ipynb #ead3f81c
-import json, os, shutil
-from contextlib import contextmanager
+import json, os
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 import torch
@@ -35,7 +35,9 @@ def map_parts(
     part:int, # rows at a time
     progress:bool=False, # show a bar, where there are several parts
 ): # what `fn` returns, for all rows
-    "Compute rows part by part. In `shared_work` each process computes some of the parts, and all of them get all."
+    """Compute rows part by part. In `shared_work` each process computes some of the parts, and all of them get all.
+    Raises `ValueError` for no rows."""
+    if n<1: raise ValueError(f'n={n}: expected at least one row')
     if _work is not None: return _work.map(fn, n, part, progress)
     bar = tqdm(_parts(n, part), disable=not progress or n<=part, leave=False)
     return _joined([fn(rows) for rows in bar])
@@ -83,13 +85,16 @@ def _device_of(rows):
 def map(self:_SharedWork, fn, n, part, progress):
     "Compute the parts of this process, and get those of the others."
     parts = _parts(n, min(part, -(-n//max(8, self.world))))
-    mine = range(self.rank, len(parts), self.world)
-    bar = tqdm(mine, disable=not progress or self.rank>0, leave=False)
+    own = range(self.rank, len(parts), self.world)
+    bar = tqdm(own, disable=not progress or self.rank>0, leave=False)
     with _alone(): done = {i: self.one(fn, parts[i]) for i in bar}
     self.n_calls += 1
-    device = next((_device_of(rows) for rows,_ in done.values()), 'cpu')
-    everything = self.gather({i: (_moved(rows, 'cpu'), was_read) for i,(rows,was_read) in done.items()})
-    self.n_read += sum(was_read for _,was_read in everything.values())
+    mine = {}
+    for i,(rows,was_read) in done.items(): mine[i] = _moved(rows, 'cpu'), was_read, torch.device(_device_of(rows)).type
+    everything = self.gather(mine)
+    self.n_read += sum(was_read for _,was_read,_ in everything.values())
+    kinds = {kind for _,_,kind in everything.values()} - {'cpu'}
+    device = next(iter(kinds), 'cpu')                      # 'cuda' is the GPU of this process
     return _moved(_joined([everything[i][0] for i in range(len(parts))]), device)
 
 @patch
@@ -128,25 +133,37 @@ def shared_work(
     begins = world>1 and not dist.is_initialized()
     if begins: dist.init_process_group('gloo', timeout=timedelta(days=1))    # parts may take long
     folder = None if folder is None else Path(folder)
-    if folder is not None and rank==0: _check_same_work(folder, settings or {})
-    if world>1: dist.barrier()
-    _work = _SharedWork(rank, world, folder)
-    try: yield _work
+    before = _work
+    try:
+        if folder is not None: _check_together(folder, settings or {}, rank, world)
+        _work = _SharedWork(rank, world, folder)
+        yield _work
     finally:
-        _work = None
+        _work = before
         if begins: dist.destroy_process_group()
-        if folder is not None and rank==0 and not _has_parts(folder): shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None and rank==0 and not _has_parts(folder): _forget(folder)
 
 # %% ../../nbs/core/08_processes.ipynb #c4e139ae
 def _has_parts(folder): return any(folder.glob('[0-9]*.safetensors'))
 
-def _check_same_work(folder, settings):
-    "Write down what the parts in a folder depend on. Raises `ValueError` where it has parts of something else."
+def _forget(folder):
+    "Take away the settings of work without parts, and the folder if nothing else is in it."
+    (folder/'settings.json').unlink(missing_ok=True)
+    with suppress(OSError): folder.rmdir()
+
+def _check_together(folder, settings, rank, world):
+    "In all processes, raises `ValueError` where the first finds parts of something else in a folder."
+    problem = [_other_work(folder, settings) if rank==0 else None]
+    if world>1: dist.broadcast_object_list(problem)
+    if problem[0]: raise ValueError(problem[0])
+
+def _other_work(folder, settings):
+    "Write down what the parts in a folder depend on; an error message where it has parts of something else."
     folder.mkdir(parents=True, exist_ok=True)
     file = folder/'settings.json'
     now = json.loads(json_text(settings))
     different = differences(json.loads(file.read_text(encoding='utf-8')), now) if _has_parts(folder) else []
     if different:
-        raise ValueError(f"{folder} has parts of an interrupted run with other settings: {'; '.join(different)}. "
-                         'Give the same to go on, or delete that folder')
+        return (f"{folder} has parts of an interrupted run with other settings: {'; '.join(different)}. "
+                'Give the same to go on, or delete that folder')
     with write_atomic(file) as temporary: temporary.write_text(json_text(now), encoding='utf-8')

@@ -24,8 +24,8 @@ class ShardedLearner(Learner):
         blocks=(), # classes of modules whose weights are gathered when they are computed; others: for all of a step
         **settings, # as in `Learner`
     ):
-        """Raises `ValueError` for settings that cannot work, such as a callback that uses the network: it would do so
-        in one process, which has only a part."""
+        """Raises `ValueError` for settings that cannot work, such as a `SampleCB` or `HeldOutCB`: it would use the
+        network in one process, which has only a part."""
         super().__init__(model, data, loss_fn, **settings)
         self.blocks = tuple(blocks)
         if self.precision=='fp16': raise ValueError("precision='fp16' needs whole gradients: give 'bf16' or None")

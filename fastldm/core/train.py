@@ -118,7 +118,7 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)            # autograd may share it with other nodes
         dist.all_reduce(grad)
         return grad[ctx.mine], None, None
 

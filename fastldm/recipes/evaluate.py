@@ -270,7 +270,8 @@ def draw_icons(
     if prior=='diffusion' and 'style' in model.other_conditions:
         return model.sample(batch['caption'], prior=prior, style=[styles[k] for k in batch['style']], **sampling)
     prompts = [in_style(caption, styles[style]) for caption, style in zip(batch['caption'], batch['style'])]
-    return model.sample(prompts, prior=prior, **sampling)
+    def draw(rows): return model.sample(prompts[rows], prior=prior, first=rows.start, **sampling)
+    return map_parts(draw, len(prompts), 64)                            # several processes draw parts of them
 
 # %% ../../nbs/recipes/05_evaluate.ipynb #346c0e4a
 def reconstruction_texts(
