@@ -437,7 +437,7 @@ def test_without_a_package(monkeypatch, package):
     with pytest.raises(ImportError, match=fr"`{package}`: pip install .fastldm\[text\]."): Blip.small(CAPTIONS)
 
 @pytest.mark.parametrize('package', ['transformers','tokenizers'])
-@pytest.mark.parametrize('name', ['scenes','paintings'])
+@pytest.mark.parametrize('name', ['scenes','emoji'])
 def test_a_shipped_model_without_a_package(monkeypatch, name, package):
     "Loading says what to install, not that the model is damaged."
     monkeypatch.setitem(sys.modules, package, None)

@@ -85,7 +85,7 @@ def test_options_that_a_model_does_not_take(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     def fails(message, command, *args, **options):
         with pytest.raises(SystemExit, match=message): command(*args, **options)
-    fails('mnist is a LatentDiffusion, which takes no --prompt; these models do: paintings, scenes',
+    fails('mnist is a LatentDiffusion, which takes no --prompt; these models do: emoji, scenes',
           sample_cli, 'mnist', prompt='three')
     fails('--style: this model has no such condition; it takes --prompt', sample_cli, 'scenes', prompt='', style='flat')
     fails('scenes is a TextToImage, which takes no --label; these models do: .*mnist', sample_cli, 'scenes', label=3)

@@ -76,7 +76,7 @@ def test_a_kind_it_was_not_trained_for(adapter):
 def test_an_adapter_of_another_model(model, scene):
     edges = scene[1][0]
     with pytest.raises(ValueError, match='trained for another model'):
-        load('paintings').sample('a cat', 1, constraint=control(load('local_scenes'), edges), steps=2)
+        load('emoji').sample('a cat', 1, constraint=control(load('local_scenes'), edges), steps=2)
     narrow = ControlAdapter(['edges'], 1, (8,16))
     with pytest.raises(ValueError, match='this model has'):
         model.sample('a cat', 1, constraint=control(narrow, edges), steps=2)

@@ -111,7 +111,7 @@ def test_what_is_elsewhere_is_said(installed, tmp_path):
     names,*table,no_address,misspelt = out.splitlines()
     assert names==str([n for n in available() if n in in_manifest()])
     assert len(table)==len(published())
-    assert [line for line in table if re.match('paintings .*TextToImage .*not here: set FASTLDM_HUB.*research', line)]
+    assert [line for line in table if re.match('faces .*LatentDiffusion .*not here: set FASTLDM_HUB.*research', line)]
     assert [line for line in table if re.match('local_scenes .*ControlAdapter', line)]
     assert 'does not ship in the installed package' in no_address and 'set FASTLDM_HUB' in no_address
     assert "did you mean 'flowers5_evaluator'" in misspelt

@@ -365,6 +365,11 @@ def test_text_with_a_style(tmp_path, small_sets):
     by_name = model.sample('a red ship', 2, style='round', seed=0, steps=2)
     assert torch.equal(by_name, model.sample('a red ship', 2, style=1, prior='diffusion', seed=0, steps=2))
     assert not torch.equal(by_name, model.sample('a red ship', 2, style='flat', seed=0, steps=2))
+    each = dict(style=['flat','round'], negative_prompt=['a bird',''], seed=0, steps=2)
+    best = model.sample(['a red ship','a green sun'], candidates=3, **each)      # a style for each image, not candidate
+    for_all = dict(each, style=['flat']*3+['round']*3, negative_prompt=['a bird']*3+['']*3)
+    all_six = model.sample(['a red ship']*3+['a green sun']*3, **for_all)
+    assert all(any(torch.allclose(x, y, atol=1e-4) for y in all_six[3*i:3*i+3]) for i,x in enumerate(best))
     with pytest.raises(ValueError, match="unknown style 'oval'"): model.sample('a red ship', style='oval')
     with pytest.raises(ValueError, match="unknown setting 'style': sampling by codes"):
         model.sample('a red ship', prior='codes', style='flat')

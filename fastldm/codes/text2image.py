@@ -210,6 +210,20 @@ def _features(self:TextToImage, prompts):
     row = [unique.index(p) for p in prompts]
     return self.text_encoder.text_features(unique)[row].to(self.device)
 
+# %% ../../nbs/codes/05_text2image.ipynb #9d44c56b
+@patch
+def _for_candidates(self:TextToImage, how, n, candidates):
+    "The settings, in which what each of n images has for itself is repeated for all its candidates."
+    def repeated(value):
+        has_one_each = isinstance(value, (list,tuple)) or torch.is_tensor(value) and value.ndim>0
+        if not has_one_each or len(value)!=n: return value
+        if torch.is_tensor(value): return value.repeat_interleave(candidates, 0)
+        return [v for v in value for _ in range(candidates)]
+    of_images = {*self.other_conditions, 'negative_prompt', 'latents'} & {*how}
+    how = how | {name: repeated(how[name]) for name in of_images}
+    if how.get('negative'): how['negative'] = {name: repeated(value) for name,value in how['negative'].items()}
+    return how
+
 @patch
 def _best(self:TextToImage, images, prompts, candidates):
     "Of every `candidates` images the one that matches its prompt best."
@@ -265,6 +279,7 @@ def sample(self:TextToImage,
     candidates = whole_number(candidates, 'candidates', 1)
     if candidates>1 and not hasattr(self.text_encoder, 'match'):
         raise ValueError(f'candidates={candidates}: expected 1, or a text encoder that can match (a `Blip`)')
+    how = self._for_candidates(how, len(prompts), candidates)
     prompts = [p for p in prompts for _ in range(candidates)]
     seed = check_seed(seed)
     settings = {**self._defaults(prior, how), **how}
