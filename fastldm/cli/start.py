@@ -89,7 +89,8 @@ def _facts_of(config):
     facts = {}
     if 'size' in kwargs: facts['size'] = kwargs['size']
     parts = (kwargs.get('autoencoder') or {}).get('kwargs', {})
-    if 'patch' in parts and 'shape' in kwargs: facts['size'] = kwargs['shape'][-1]*parts['patch']*2**(len(parts['channels'])-1)
+    if 'patch' in parts and 'shape' in kwargs:                          # of a text model, `size` says it
+        facts['size'] = kwargs['shape'][-1]*parts['patch']*2**(len(parts['channels'])-1)
     steps = kwargs.get('steps') or (kwargs.get('diffusion') or {}).get('steps')
     return facts | (dict(steps=steps) if steps else {})
 
