@@ -259,8 +259,16 @@ def card_metadata(
     if cls in _TASKS: facts['pipeline_tag'] = _TASKS[cls]
     data = info.get('data')
     if data and '/' not in str(data): facts['datasets'] = str(data).split('+')
-    measures = sorted({name.partition(' ')[0] for name in info.get('metrics', {})})
+    measures = sorted(_measures(info.get('metrics', {})))
     return facts | (dict(metrics=measures) if measures else {})
+
+def _measures(metrics):
+    "Names of what was measured, without of what and by which network."
+    found = set()
+    for name,value in metrics.items():
+        if isinstance(value, dict): found |= _measures(value)
+        elif isinstance(value, float) and not name.startswith('real_'): found.add(name.partition(' ')[0])
+    return found
 
 # %% ../../nbs/recipes/00_stages.ipynb #84389587
 def card_rows(
@@ -273,7 +281,8 @@ def card_rows(
     for stage,about in info.get('stages', {}).items():
         rows |= {f'{stage}: {k}': v for k,v in short(about).items() if k!='stage'}
     for metric,value in info.get('metrics', {}).items():
-        rows[f'metric: {metric}'] = f'{value:.4g}' if isinstance(value, float) else value
+        parts = {f'{metric}, {name}': v for name,v in value.items()} if isinstance(value, dict) else {metric: value}
+        rows |= {f'metric: {name}': f'{v:.4g}' if isinstance(v, float) else v for name,v in parts.items()}
     return rows
 
 def write_card(
