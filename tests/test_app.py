@@ -23,7 +23,7 @@ def test_every_model_has_a_form():
     for name in list_models():
         form = form_of(read_config(name))
         assert {'text','label','attributes','mask'} & form.keys(), name
-        assert set(form['others'])<={'augment'} and form['priors'] in ([], ['diffusion','codes']), name
+        assert set(form['others'])<={'augment'} and form['priors'] in ([], ['diffusion'], ['diffusion','codes']), name
 
 def test_samplers_exist():
     assert {name for name in SAMPLERS.values() if name}<=set(samplers.__all__)

@@ -229,7 +229,7 @@ def test_one_bar_for_pictures_of_a_text(monkeypatch, prior, positions):
         def close(self):
             if not self.disable: shown.append((self.n, self.total))
             self.disable = True
-    for name in ('codes.pixelsnail','codes.text2image','diffusion.ldm','diffusion.samplers'):
+    for name in ('codes.pixelsnail','codes.text2image','core.processes','diffusion.samplers'):
         monkeypatch.setattr(f'fastldm.{name}.tqdm', Bar)
     vqvae = VQVAE(channels=(8,8), d_code=4, n_codes=8)
     priors = [PixelSNAIL(8, (2,2), 8, d_text=4), PixelSNAIL(8, (4,4), 8, above=(8,(2,2)), d_text=4)]

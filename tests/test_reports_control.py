@@ -173,7 +173,7 @@ def test_one_bar_for_a_run(digits, monkeypatch):
     def bar(items, disable=False, **options):
         if not disable: shown.append(len(list(items)))
         return items
-    for name in ('ldm','samplers'): monkeypatch.setattr(f'fastldm.diffusion.{name}.tqdm', bar)
+    for name in ('core.processes','diffusion.samplers'): monkeypatch.setattr(f'fastldm.{name}.tqdm', bar)
     def bars(**options):
         shown.clear()
         digits.sample(3, steps=2, **options)
