@@ -263,7 +263,7 @@ def card_metadata(
     return facts | (dict(metrics=measures) if measures else {})
 
 def _measures(metrics):
-    "Names of what was measured, without of what and by which network."
+    "Names of the measures in a record: `fid` of 'fid mnist_evaluator'."
     found = set()
     for name,value in metrics.items():
         if isinstance(value, dict): found |= _measures(value)
