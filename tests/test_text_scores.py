@@ -4,6 +4,7 @@ import numpy as np, pytest, torch
 from fastcore.test import test_close as close, test_eq as eq
 from itertools import combinations
 from fastldm.metrics import bleu, caption_scores, cider, match_report, meteor, retrieval, rouge, tokenise
+from fastldm.metrics.text import retrieval_candidates
 from fastldm.metrics import pairwise_diversity
 import fastldm.metrics.text as text_module
 for package in ('nltk','rouge_score','sacrebleu'): pytest.importorskip(package)
@@ -217,12 +218,34 @@ def test_retrieval_with_equal_captions():
     eq(retrieval(s, ['a','a','b','c','d'], among=4)['accuracy'], 1.)
     assert retrieval(s, among=4)['accuracy']<1
 
+@pytest.mark.parametrize('copies', [1,5,25])
+def test_copies_of_a_caption_are_one_candidate(copies):
+    "Repeated captions change neither what is right nor chance: it is as among the different ones, each once."
+    generator = torch.Generator().manual_seed(copies)
+    texts = [str(i) for i in range(12)]*25
+    of_texts = torch.randn(300, 12, generator=generator)
+    s = of_texts.repeat(1, 25)
+    different = texts[:12*copies]
+    res = retrieval(s[:12*copies,:12*copies], different, among=12)
+    best = of_texts[:12*copies].argmax(1)==torch.arange(12*copies)%12
+    close(res['accuracy'], best.float().mean().item(), eps=1e-6)
+    eq(retrieval_candidates(different), 12)
+    for unequal in (['a','b','b','b'],['a','a','a','b']): eq(retrieval_candidates(unequal), 2)
+
+@pytest.mark.parametrize('among', [2,5,12])
+def test_copies_do_not_lower_chance(among):
+    generator = torch.Generator().manual_seed(0)
+    texts = ['the most frequent']*200+[f'text {i}' for i in range(11) for _ in range(9)]
+    s = torch.randn(299, 12, generator=generator)[:,[0]*200+[i for i in range(1,12) for _ in range(9)]]
+    close(retrieval(s, texts, among=among)['accuracy'], 1/among, eps=.05)
+
 @pytest.mark.parametrize('s,options,says', [
     (torch.eye(9), {}, 'too few to choose among 100'),
     (torch.ones(3,4), {}, r'\(3, 4\)'),
     (torch.full((3,3), math.nan), {}, 'NaN'),
     (torch.eye(3), dict(captions=['a']), '1 captions'),
-    (torch.eye(3), dict(captions=['a']*3, among=2), 'as few as 0'),
+    (torch.eye(3), dict(captions=['a']*3, among=2), '3 pairs of 1 different texts'),
+    (torch.eye(4), dict(captions=['a','a','b','c'], among=4), '4 pairs of 3 different texts'),
 ])
 def test_bad_matrix(s, options, says):
     with pytest.raises(ValueError, match=says): retrieval(s, **options)

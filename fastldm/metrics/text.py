@@ -205,7 +205,7 @@ def _win_probability(n_better, n_equal, n_others, among):
 # %% ../../nbs/metrics/01_text.ipynb #5484293f
 def retrieval(
     similarity, # (n,n): row i belongs to column i; transpose it for the other direction
-    captions=None, # the texts, so that equal ones do not count as others; None: all differ
+    captions=None, # the texts; equal ones are one candidate; None: all differ
     among:int=100, # texts to choose from
 )->dict: # accuracy, chance, times_chance, rank (median of the right one among all, from 1), n
     """How often the right one of `among` is the most similar: the exact mean over all choices of the others.
@@ -214,18 +214,19 @@ def retrieval(
     s = torch.as_tensor(similarity).double()
     _check_similarity(s, captions)
     n = len(s)
-    texts = range(n) if captions is None else captions
-    number = {text: i for i,text in enumerate(dict.fromkeys(texts))}
-    ids = torch.tensor([number[text] for text in texts])
-    is_other = ids[:,None]!=ids
-    n_others = is_other.sum(1).tolist()
-    if min(n_others)+1<among:
-        raise ValueError(f'{n} pairs, with as few as {min(n_others)} other texts for one: '
-                         f'that is too few to choose among {among}')
+    texts = list(range(n) if captions is None else captions)
+    first_row = {text: i for i,text in reversed([*enumerate(texts)])}
+    columns = list(first_row.values())                         # equal texts are one candidate
+    if len(columns)<among:
+        raise ValueError(f'{n} pairs of {len(columns)} different texts: that is too few to choose among {among}')
+    ids = torch.tensor([first_row[text] for text in texts])
+    is_other = ids[:,None]!=torch.tensor(columns)
     right = s.diag()[:,None]
-    n_better = (is_other&(s>right)).sum(1).tolist()
-    n_equal = (is_other&(s==right)).sum(1).tolist()
-    chances = [_win_probability(*counts, among) for counts in zip(n_better, n_equal, n_others)]
+    candidates = s[:,columns]
+    n_better = (is_other&(candidates>right)).sum(1).tolist()
+    n_equal = (is_other&(candidates==right)).sum(1).tolist()
+    n_others = len(columns)-1
+    chances = [_win_probability(better, equal, n_others, among) for better,equal in zip(n_better, n_equal)]
     accuracy = float(sum(chances)/n)
     rank = float(np.median([1+better+equal/2 for better,equal in zip(n_better, n_equal)]))
     return dict(accuracy=accuracy, chance=1/among, times_chance=accuracy*among, rank=rank, n=n)
@@ -235,9 +236,8 @@ def retrieval_candidates(
     captions, # of all pictures
     most:int=100, # texts to choose from
 )->int: # for `among` of `retrieval`
-    "Among how many captions each picture can look for its own: as many as always differ from it, and `most` at most."
-    most_frequent = max(Counter(captions).values())
-    return min(most, 1+len(captions)-most_frequent)
+    "Among how many different captions each picture can look for its own: all that there are, and `most` at most."
+    return min(most, len({*captions}))
 
 # %% ../../nbs/metrics/01_text.ipynb #634823c0
 def _parse_labels(labels):
