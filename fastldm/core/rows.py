@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from fastcore.basics import patch
 from safetensors import safe_open
-from .models import write_atomic
+from .models import whole_number, write_atomic
 
 # %% ../../nbs/core/07_rows.ipynb #8290284b
 class Texts(Sequence):
@@ -33,17 +33,19 @@ class Texts(Sequence):
         start = int(self.ends[i-1]) if i else 0
         return json.loads(self.raw[start:int(self.ends[i])].tobytes())
 
-    def __eq__(self, other): return len(self)==len(other) and all(mine==theirs for mine,theirs in zip(self, other))
+    def __eq__(self, other):
+        if not isinstance(other, Sequence): return NotImplemented
+        return len(self)==len(other) and all(mine==theirs for mine,theirs in zip(self, other))
 
     __hash__ = None
 
 def _encoded(items):
-    "The items of a list as bytes, one after the other, and the length of each."
-    pieces = [json.dumps(item, ensure_ascii=False).encode() for item in items]
+    "The items of a list as bytes, each with a line break behind it, and the length of each."
+    pieces = [json.dumps(item, ensure_ascii=False).encode()+b'\n' for item in items]   # so that [1,23] is not [12,3]
     return b''.join(pieces), [len(piece) for piece in pieces]
 
 # %% ../../nbs/core/07_rows.ipynb #859017b2
-_NAMES = {torch.float64:'F64', torch.float32:'F32', torch.float16:'F16', torch.bfloat16:'BF16', torch.int64:'I64',
+_FORMATS = {torch.float64:'F64', torch.float32:'F32', torch.float16:'F16', torch.bfloat16:'BF16', torch.int64:'I64',
           torch.int32:'I32', torch.int16:'I16', torch.int8:'I8', torch.uint8:'U8', torch.bool:'BOOL'} # in the format
 
 def _bytes_of(tensor): return tensor.contiguous().flatten().view(torch.uint8).numpy()
@@ -55,20 +57,48 @@ class RowWriter:
         n:int, # rows that there will be
     ):
         self.file = file
-        self.n = n
+        self.n = whole_number(n, 'n', 1)
         self.done = 0                                      # rows that are written
         self.header = {}                                   # {name: what safetensors wants to know of it}
         self.texts = {}                                    # {name: temporary file of a list}
 
     def add(self,
-        fields:dict, # {name: tensor (B,...) or list of B}, as in the first batch
+        fields:dict, # {name: tensor (B,...) or list of B}; names, types and shapes of rows as in the first batch
     ):
-        "Write the next rows."
+        "Write the next rows. Raises `ValueError` for fields that differ from the first batch's, and too many rows."
+        n_rows = _count_rows(fields)
+        if self.done+n_rows>self.n: raise ValueError(f'given {self.done+n_rows} rows for a file of {self.n}')
         if not self.header: self._lay_out(fields)
+        self._check_layout(fields)
         for name,values in fields.items():
             if torch.is_tensor(values): self._put(name, values)
             else: self._put_texts(name, values)
-        self.done += len(next(iter(fields.values())))
+        self.done += n_rows
+
+# %% ../../nbs/core/07_rows.ipynb #87136a68
+def _count_rows(fields):
+    "How many rows a batch has. Raises `ValueError` where its fields differ in that, and for types without a format."
+    for name,values in fields.items():
+        if not torch.is_tensor(values): continue
+        if not values.dim(): raise ValueError(f'{name} is a single number: expected a row for each item')
+        if values.dtype not in _FORMATS:
+            raise ValueError(f'{name} is {values.dtype}: expected one of {", ".join(map(str, _FORMATS))}')
+    lengths = {name: len(values) for name,values in fields.items()}
+    if len({*lengths.values()})!=1:
+        raise ValueError(f'the fields of a batch have {lengths} rows: expected as many of each')
+    return next(iter(lengths.values()))
+
+@patch
+def _check_layout(self:RowWriter, fields):
+    "Raises `ValueError` for a batch that does not fit the layout: its bytes would be written over other fields."
+    tensors = {name: values for name,values in fields.items() if torch.is_tensor(values)}
+    given = {name: (_FORMATS[values.dtype], [*values.shape[1:]]) for name,values in tensors.items()}
+    ends = {f'{name}.ends' for name in self.texts}
+    wanted = {name: (facts['dtype'], facts['shape'][1:]) for name,facts in self.header.items() if name not in ends}
+    lists = {*fields}-{*tensors}
+    if given==wanted and lists=={*self.texts}: return
+    raise ValueError(f'this batch has rows of {given} and lists {sorted(lists)}, '
+                     f'the first had {wanted} and {sorted(self.texts)}: expected the same')
 
 # %% ../../nbs/core/07_rows.ipynb #fbea26bb
 @patch
@@ -79,9 +109,10 @@ def _lay_out(self:RowWriter, fields):
     tensors |= {f'{name}.ends': torch.zeros(1, dtype=torch.int64) for name in self.texts}
     end = 0
     for name,values in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
-        begin, end = end, end+self.n*values[0].nbytes
+        begin = end
+        end += self.n*values.shape[1:].numel()*values.element_size()
         shape = [self.n, *values.shape[1:]]
-        self.header[name] = dict(dtype=_NAMES[values.dtype], shape=shape, data_offsets=[begin, end])
+        self.header[name] = dict(dtype=_FORMATS[values.dtype], shape=shape, data_offsets=[begin, end])
     self.start = 4096+512*len(fields)                      # room for the header
     self.end = end
 
@@ -134,7 +165,7 @@ def finish(self:RowWriter):
     self.file.truncate(self.start+self.end)
     self.file.flush()
     digest = _digest(self.file, self.start, _about(self.header))
-    header = json.dumps(dict(__metadata__=dict(spread=digest), **self.header)).encode()
+    header = json.dumps(dict(__metadata__=dict(digest=digest), **self.header)).encode()
     self.file.seek(0)
     self.file.write(struct.pack('<Q', self.start-8)+header.ljust(self.start-8))
 
@@ -145,7 +176,7 @@ def row_writer(
     path, # of the file, which is there when the block has ended
     n:int, # rows
 ):
-    "Gives a `RowWriter`. After an error nothing is left of the file."
+    "Gives a `RowWriter`, which raises `ValueError` for batches that do not fit. After an error no file is left."
     with write_atomic(path) as temporary, open(temporary, 'wb+') as file:
         writer = RowWriter(file, n)
         yield writer
@@ -161,18 +192,25 @@ def write_rows(
         for batch in batches: writer.add(batch)
 
 # %% ../../nbs/core/07_rows.ipynb #1398ee55
+_REMEDY = 'delete it, and it is made again'
+
 def _check_digest(path):
-    "Raises `ValueError` for a file that is not as it was written."
+    "Raises `ValueError` for a file that is not as `row_writer` wrote it."
     with open(path, 'rb') as file:
-        length, = struct.unpack('<Q', file.read(8))
-        header = json.loads(file.read(length))
-        digest = header.pop('__metadata__')['spread']
-        if _digest(file, 8+length, _about(header))!=digest: raise ValueError('its content was altered')
+        try:
+            length, = struct.unpack('<Q', file.read(8))
+            header = json.loads(file.read(length))
+            metadata = header.pop('__metadata__')
+            digest = metadata['digest'] if 'digest' in metadata else metadata['spread']     # its earlier name
+            is_whole = _digest(file, 8+length, _about(header))==digest
+        except (struct.error,KeyError,TypeError,AttributeError,ValueError,OverflowError,MemoryError) as error:
+            raise ValueError(f'it is cut off, or no file of rows ({error}); {_REMEDY}: {path}') from error
+    if not is_whole: raise ValueError(f'it was changed after it was written; {_REMEDY}: {path}')
 
 def read_rows(
     path, # of a file that `row_writer` wrote
 )->dict: # {name: tensor (n,...) or `Texts`}, mapped, not read
-    "The fields of a file. Raises `ValueError`, `OSError` or safetensors' error for a damaged one."
+    "The fields of a file. Raises `ValueError` for one that is damaged, and `OSError` where it cannot be read."
     _check_digest(path)
     with safe_open(path, 'pt') as file: tensors = {name: file.get_tensor(name) for name in file.keys()}
     lists = [name.removesuffix('.ends') for name in tensors if name.endswith('.ends')]
