@@ -9,8 +9,11 @@ from accelerate import debug_launcher
 from torch.multiprocessing.spawn import ProcessExitedException
 from fastldm.codes import Blip, PixelSNAIL, blip_loss, pixelsnail_loss
 from fastldm.control import ControlAdapter, control_loss, random_region
+import fastldm.core.processes as processes
 from fastldm.core import (Callback, Learner, ShardedLearner, StopTraining, process_share, read_checkpoint,
                           rows_of_batch, set_seed)
+from fastldm.core.processes import map_parts, shared_work
+from fastldm.core.rows import write_rows
 from fastldm.data import Digits
 from fastldm.diffusion import (Autoencoder, Conditioner, Cosine, Denoiser, LabelEmbedder, LatentDataset,
                                LatentDiffusion, UNet, autoencoder_loss, diffusion_loss, distill_loss, make_student)
@@ -200,3 +203,65 @@ def test_an_evaluation_that_divides_nothing(runs):
     said = [(runs/f'refused.json-{rank}').read_text() for rank in range(2)]
     assert all('divides nothing among processes, and 2 would do the same' in text for text in said)
     assert not (runs/'refused.json').exists()
+
+
+# --- parts in a folder, by one process
+
+def as_tensor(rows): return torch.arange(rows.start, rows.stop)
+def as_list(rows): return [f'item {i}' for i in range(rows.start, rows.stop)]
+def as_dict(rows): return dict(words=as_list(rows), bytes=as_tensor(rows).byte(), floats=as_tensor(rows)/7)
+def as_dict_of_rows(rows): return dict(rows=as_tensor(rows))
+def as_dict_of_a_list(rows): return dict(rows=as_list(rows))
+
+def same(one, other):
+    "Whether two results are equal, in type and order, too."
+    if type(one) is not type(other): return False
+    if isinstance(one, dict): return [*one]==[*other] and all(same(one[name], other[name]) for name in one)
+    return torch.equal(one, other) and one.dtype==other.dtype if torch.is_tensor(one) else one==other
+
+@pytest.mark.parametrize('fn', [as_tensor, as_list, as_dict, as_dict_of_rows, as_dict_of_a_list])
+def test_what_is_read_is_what_was_computed(tmp_path, fn):
+    "The same object in the same order, whatever it is, and also outside of `shared_work`."
+    found = []
+    for _ in range(2):
+        with shared_work(tmp_path/'parts') as work: found.append(map_parts(fn, 20, 3))
+    assert work.n_read==7                                              # all parts, none computed again
+    for other in found: assert same(map_parts(fn, 20, 3), other)
+
+@pytest.mark.parametrize('damage', ['cut','bit','empty','of an earlier version'])
+def test_a_damaged_part_is_computed_again(tmp_path, damage):
+    with shared_work(tmp_path) as work: map_parts(as_dict, 20, 3)
+    file = sorted(tmp_path.glob('0*.safetensors'))[2]
+    whole = file.read_bytes()
+    if damage=='of an earlier version': write_rows(file, 3, [as_dict(slice(6, 9))])
+    else: file.write_bytes(dict(cut=whole[:-3], bit=whole[:-3]+b'x'+whole[-2:], empty=b'')[damage])
+    with pytest.warns(UserWarning, match='is damaged and computed again'):
+        with shared_work(tmp_path) as work: found = map_parts(as_dict, 20, 3)
+    assert work.n_read==6 and same(found, map_parts(as_dict, 20, 3))
+    assert file.read_bytes()==whole
+
+def test_parts_that_were_read_are_where_they_were_computed(tmp_path, monkeypatch):
+    "On the kind of device that is written beside them; on the CPU of a computer that has none of the kind."
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, '_device_of', lambda rows: 'meta')
+        with shared_work(tmp_path/'a'): assert map_parts(as_tensor, 20, 3).device.type=='meta'
+    with shared_work(tmp_path/'a') as work: assert map_parts(as_tensor, 20, 3).device.type=='meta'
+    assert work.n_read==7
+    absent = 'cuda' if not torch.cuda.is_available() else 'xpu'
+    monkeypatch.setattr(processes, '_device_of', lambda rows: absent)
+    with shared_work(tmp_path/'b'): assert map_parts(as_tensor, 20, 3).device.type=='cpu'
+
+WRONG_ROWS = {'tuple': ((1,2), 'a tuple'), 'number': (7, 'a int'), 'nothing': (None, 'a NoneType'),
+              'text': ('ab', 'a str'), 'dict in a dict': (dict(a=dict(b=[1,2])), 'a dict'),
+              'too few': ([1], '1 rows: expected the 2'), 'one number': (torch.tensor(2.), '0 rows'),
+              'too many': (dict(a=[1,2], b=torch.ones(3)), '3 rows')}
+
+@pytest.mark.parametrize('wrong', WRONG_ROWS)
+@pytest.mark.parametrize('shared', [None,'memory','folder'])
+def test_a_function_that_returns_something_else(tmp_path, wrong, shared):
+    "It is refused at its first part, wherever parts are kept."
+    found, message = WRONG_ROWS[wrong]
+    def run():
+        if shared is None: return map_parts(lambda rows: found, 16, 2)
+        with shared_work(tmp_path if shared=='folder' else None): map_parts(lambda rows: found, 16, 2)
+    with pytest.raises(ValueError, match=message): run()

@@ -3,7 +3,7 @@ import json, struct
 import pytest, torch
 import safetensors.torch
 from fastcore.test import test_eq as eq
-from fastldm.core.rows import Texts, digest_of_list, read_rows, row_writer, write_rows
+from fastldm.core.rows import Texts, digest_of_list, read_rows, write_rows
 
 def batch(**changed):
     "Two rows of four fields, some of them others."

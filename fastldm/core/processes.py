@@ -6,10 +6,11 @@
 __all__ = ['process_share', 'map_parts', 'shared_work']
 
 # %% ../../nbs/core/08_processes.ipynb #ead3f81c
-import json, os
+import json, os, warnings
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
@@ -36,13 +37,25 @@ def map_parts(
     progress:bool=False, # show a bar, where there are several parts
 ): # what `fn` returns, for all rows
     """Compute rows part by part. In `shared_work` each process computes some of the parts, and all of them get all.
-    Raises `ValueError` for no rows."""
+    Raises `ValueError` for no rows, and where the function returns something else, or other rows."""
     if n<1: raise ValueError(f'n={n}: expected at least one row')
     if _work is not None: return _work.map(fn, n, part, progress)
     bar = tqdm(_parts(n, part), disable=not progress or n<=part, leave=False)
-    return _joined([fn(rows) for rows in bar])
+    return _joined([_computed(fn, rows) for rows in bar])
 
 def _parts(n, size): return [slice(start, min(start+size, n)) for start in range(0, n, size)]
+
+def _computed(fn, rows):
+    "What a function returns for some rows. Raises `ValueError` where these are not as many tensor rows or list items."
+    n = rows.stop-rows.start
+    found = fn(rows)
+    for values in found.values() if isinstance(found, dict) else [found]:
+        if not isinstance(values, (torch.Tensor,list)):
+            raise ValueError(f'the function returned a {type(values).__name__}: expected a tensor, a list, '
+                             'or a dict of these')
+        n_found = 0 if torch.is_tensor(values) and not values.dim() else len(values)
+        if n_found!=n: raise ValueError(f'the function returned {n_found} rows: expected the {n} it was asked for')
+    return found
 
 def _joined(parts):
     "Rows of all parts, one after the other."
@@ -63,7 +76,7 @@ class _SharedWork:
 # %% ../../nbs/core/08_processes.ipynb #3480e928
 @contextmanager
 def _alone():
-    "In the block this process computes all that it asks for: within a part nothing is divided once more."
+    "In the block a call of `map_parts` is computed by this process alone."
     global _work
     before = _work
     _work = None
@@ -76,49 +89,78 @@ def _moved(rows, device):
     return rows.to(device) if torch.is_tensor(rows) else rows
 
 def _device_of(rows):
-    "Where the first tensor is."
+    "The kind of device that the first tensor is on."
     values = rows.values() if isinstance(rows, dict) else [rows]
-    return next((value.device for value in values if torch.is_tensor(value)), 'cpu')
+    return next((value.device.type for value in values if torch.is_tensor(value)), 'cpu')
+
+def _if_available(device):
+    "A kind of device; 'cpu' where this computer has none of the kind, as when a run goes on elsewhere."
+    try: torch.empty(0, device=device)
+    except (RuntimeError,AssertionError,NotImplementedError): return 'cpu'
+    return device
 
 # %% ../../nbs/core/08_processes.ipynb #56952e1d
+class _Part(NamedTuple):
+    "What one part gave."
+    rows:object # a tensor, a list, or a dict of these, on the CPU
+    device:str # the kind of device that they were computed on
+    was_read:bool=False # from the folder, and not computed
+
 @patch
 def map(self:_SharedWork, fn, n, part, progress):
     "Compute the parts of this process, and get those of the others."
-    parts = _parts(n, min(part, -(-n//max(8, self.world))))
-    own = range(self.rank, len(parts), self.world)
-    bar = tqdm(own, disable=not progress or self.rank>0, leave=False)
-    with _alone(): done = {i: self.one(fn, parts[i]) for i in bar}
+    parts = _parts(n, self.size_of(n, part))
+    own = tqdm(range(self.rank, len(parts), self.world), disable=not progress or self.rank>0, leave=False)
+    with _alone(): mine = {i: self.one(fn, parts[i]) for i in own}
     self.n_calls += 1
-    mine = {}
-    for i,(rows,was_read) in done.items(): mine[i] = _moved(rows, 'cpu'), was_read, torch.device(_device_of(rows)).type
     everything = self.gather(mine)
-    self.n_read += sum(was_read for _,was_read,_ in everything.values())
-    kinds = {kind for _,_,kind in everything.values()} - {'cpu'}
-    device = next(iter(kinds), 'cpu')                      # 'cuda' is the GPU of this process
-    return _moved(_joined([everything[i][0] for i in range(len(parts))]), device)
+    self.n_read += sum(part.was_read for part in everything.values())
+    rows = _joined([everything[i].rows for i in range(len(parts))])
+    computed_on = {part.device for part in everything.values()} - {'cpu'}
+    return _moved(rows, _if_available(next(iter(computed_on), 'cpu')))     # 'cuda' is the GPU of this process
+
+@patch
+def size_of(self:_SharedWork, n, part):
+    "Rows in a part: at most an eighth of all; with more processes than eight, a share for each of them."
+    return min(part, -(-n//max(8, self.world)))
 
 @patch
 def gather(self:_SharedWork, mine):
-    "{part: rows} of all processes."
+    "{number: `_Part`} of all processes."
     if self.world==1: return mine
     of_all = [None]*self.world
     dist.all_gather_object(of_all, mine)
-    return {i: rows for some in of_all for i,rows in some.items()}
+    return {i: part for some in of_all for i,part in some.items()}
 
 # %% ../../nbs/core/08_processes.ipynb #06f641e3
 @patch
 def one(self:_SharedWork, fn, rows):
-    "The rows of one part, and whether they were read from the folder."
-    if self.folder is None: return fn(rows), False
-    file = self.folder/f'{self.n_calls:02d}-{rows.start:08d}-{rows.stop:08d}.safetensors'
-    if not file.exists():
-        computed = fn(rows)
-        named = computed if isinstance(computed, dict) else dict(rows=computed)
-        write_rows(file, rows.stop-rows.start, [_moved(named, 'cpu')])
-        return computed, False
-    fields = {name: values.clone() if torch.is_tensor(values) else list(values)
-              for name,values in read_rows(file).items()}
-    return (fields['rows'] if [*fields]==['rows'] else fields), True
+    "A part: read from the folder where it is there and whole, else computed."
+    file = self.folder and self.folder/f'{self.n_calls:02d}-{rows.start:08d}-{rows.stop:08d}.safetensors'
+    if file and file.exists():
+        try: return _read_part(file)
+        except (KeyError,ValueError,OSError) as error: warnings.warn(f'{file} is damaged and computed again: {error}')
+    computed = _computed(fn, rows)
+    part = _Part(_moved(computed, 'cpu'), _device_of(computed))
+    if file: _write_part(file, part, rows.stop-rows.start)
+    return part
+
+_ABOUT = 'about this part'                                 # a field whose first item says what the others are
+
+def _write_part(file, part, n):
+    "Write the rows of a part, and what they have to be again when they are read."
+    is_dict = isinstance(part.rows, dict)
+    about = dict(device=part.device, names=[*part.rows] if is_dict else None)
+    fields = part.rows if is_dict else dict(rows=part.rows)
+    write_rows(file, n, [{**fields, _ABOUT: [about, *[None]*(n-1)]}])
+
+def _read_part(file):
+    "The part that `_write_part` wrote."
+    fields = read_rows(file)
+    about = fields.pop(_ABOUT)[0]
+    fields = {name: values.clone() if torch.is_tensor(values) else list(values) for name,values in fields.items()}
+    rows = fields['rows'] if about['names'] is None else {name: fields[name] for name in about['names']}
+    return _Part(rows, about['device'], was_read=True)
 
 # %% ../../nbs/core/08_processes.ipynb #7a7b3d9c
 @contextmanager
@@ -127,7 +169,8 @@ def shared_work(
     settings:dict=None, # what the parts depend on, fit for JSON
 ):
     """In the block all processes run the same program, and `map_parts` divides its rows among them. Gives an object
-    with `n_calls` of it, and `n_read`, parts that were read. Raises `ValueError` for a folder of other settings."""
+    that counts: `n_calls` of `map_parts`, and `n_read`, the parts that an interrupted run had left.
+    Raises `ValueError` for a folder of other settings."""
     global _work
     rank, world = process_share()
     begins = world>1 and not dist.is_initialized()
