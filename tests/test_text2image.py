@@ -136,7 +136,17 @@ def test_no_text_is_the_empty_text(trained):
     (('a',1), dict(steps=5, temperature=.5), "unknown setting 'steps'"),
     (('a',1), dict(candidates=-1), 'candidates=-1'),
     (('a',1), dict(top_p=0.), 'top_p'),
-    (('a',1), dict(temperature=-1), 'temperature')])
+    (('a',1), dict(temperature=-1), 'temperature'),
+    (('a',1), dict(temperature='x'), "temperature='x'"),
+    (('a',1), dict(temperature=[.5,'x']), "temperature='x'"),
+    (('a',1), dict(top_p='x'), "top_p='x'"),
+    (('a',1), dict(top_k=[1]*7), 'one per level'),
+    (('a',1), dict(candidates=2, latents=True), 'chooses among images'),
+    (('a',1), dict(negative='sea'), 'as negative_prompt'),
+    (('a',1), dict(negative=7), 'as negative_prompt'),
+    (('a',1), dict(negative=['sea']), 'as negative_prompt'),
+    (('a',1), dict(negative=dict(text='sea')), 'as negative_prompt'),
+    (('a',1), dict(negative=dict(sea=1)), 'sea')])
 def test_bad_input(trained, args, kw, message):
     with pytest.raises(ValueError, match=message): trained[0].sample(*args, **kw)
 
@@ -144,6 +154,25 @@ def test_priors_of_another_map(trained):
     m, _ = trained
     with pytest.raises(ValueError, match='train priors on the codes of this VQ-VAE'):
         TextToImage(m.text_encoder, m.vqvae, list(m.priors), size=64)
+
+def test_a_student_folder_without_diffusion(trained):
+    "There is none, and nothing is wrong with asking."
+    m, _ = trained
+    by_codes = TextToImage(m.text_encoder, m.vqvae, list(m.priors), size=32)
+    assert m.student_folder is None and by_codes.student_folder is None and not by_codes.has_student
+    assert by_codes.kinds==['codes'] and m.kinds==['codes','diffusion']
+
+def test_a_denoiser_of_another_model(trained):
+    "Of other latents or another text encoder: it is refused when the model is made."
+    m, _ = trained
+    other = copy.deepcopy(m.denoiser)
+    other.net.c_in += 1
+    with pytest.raises(ValueError, match='train a denoiser on the latents'):
+        TextToImage(m.text_encoder, m.vqvae, (), other, size=32)
+    other = copy.deepcopy(m.denoiser)
+    other.conditioner.embedders['text'].d_text += 1
+    with pytest.raises(ValueError, match='train a denoiser with this text encoder'):
+        TextToImage(m.text_encoder, m.vqvae, (), other, size=32)
 
 def test_candidates_are_what_the_text_encoder_finds_best(trained):
     "Of the very images that are sampled without choosing."

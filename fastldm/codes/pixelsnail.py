@@ -14,7 +14,7 @@ import torch, torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 from fastcore.basics import patch, store_attr
-from ..core.models import Module, evaluating, fetch_batch, write_atomic
+from ..core.models import Module, evaluating, fetch_batch, real_number, write_atomic
 from ..core.train import Callback, StopTraining, rows_of_batch
 from ..diffusion.autoencoder import Residual
 from ..diffusion.samplers import sample_generators
@@ -441,9 +441,8 @@ def _check_settings(n, temperature, guidance_scale, top_k, top_p, text):
     lowest = dict(n=1, temperature=0, guidance_scale=0, top_k=1)
     given = dict(n=n, temperature=temperature, guidance_scale=guidance_scale, top_k=top_k)
     for name, value in given.items():
-        if value is not None and not lowest[name]<=value<=1e9:
-            raise ValueError(f"{name}={value!r}: expected a number of at least {lowest[name]}")
-    if top_p is not None and not 1e-9<=top_p<=1:
+        if value is not None: real_number(value, name, lowest[name], 1e9)
+    if top_p is not None and not 1e-9<=real_number(top_p, 'top_p')<=1:
         raise ValueError(f"top_p={top_p!r}: expected a number from 0 to 1, 0 left out")
     if guidance_scale!=1 and text is None:
         raise ValueError(f"guidance_scale={guidance_scale}, but no text was given to be guided by")

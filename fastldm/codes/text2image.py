@@ -22,12 +22,12 @@ from .pixelsnail import sample_codes
 # %% ../../nbs/codes/05_text2image.ipynb #dd64cc09
 class TextToImage(Module):
     """A text encoder, a `VQVAE`, and priors: a `PixelSNAIL` for each level, a `Denoiser` of the latents, or both.
-    Raises `ValueError` where the priors do not fit the VQ-VAE."""
+    Raises `ValueError` where the priors do not fit the VQ-VAE, the autoencoder or the text encoder."""
     def __init__(self,
         text_encoder, # with `text_features(captions)`, such as `Blip` or `MiniLM`
         vqvae, # the model of the codes
         priors=(), # a `PixelSNAIL` for each level, coarsest first
-        denoiser=None, # a `Denoiser` conditioned on `text`
+        denoiser=None, # a `Denoiser` conditioned on `text`, of latents with the autoencoder's channels
         size:int=64, # side of the images
         codes=None, # settings of `sample` by codes, e.g. dict(top_p=.95)
         diffusion=None, # settings of `sample` by diffusion, e.g. dict(steps=20)
@@ -36,6 +36,7 @@ class TextToImage(Module):
         if not priors and denoiser is None:
             raise ValueError('TextToImage needs a prior: a PixelSNAIL for each level of codes, a Denoiser, or both')
         if priors: _check_priors(priors, vqvae, size)
+        if denoiser is not None: _check_denoiser(denoiser, autoencoder or vqvae, text_encoder)
         super().__init__()
         self.text_encoder = text_encoder
         self.vqvae = vqvae
@@ -59,12 +60,15 @@ class TextToImage(Module):
 
 # %% ../../nbs/codes/05_text2image.ipynb #dba75da1
 @patch(as_prop=True)
-def device(self:TextToImage): return self.vqvae.shift.device
+def device(self:TextToImage):
+    "Where the weights are."
+    return self.vqvae.shift.device
 
 @patch(as_prop=True)
 def kinds(self:TextToImage)->list: # of 'codes' (PixelSNAIL) and 'diffusion'
     "The kinds of prior that this model has."
-    return ['codes']*bool(self.priors) + ['diffusion']*(self.denoiser is not None)
+    has = dict(codes=len(self.priors)>0, diffusion=self.denoiser is not None)
+    return [kind for kind in has if has[kind]]
 
 # %% ../../nbs/codes/05_text2image.ipynb #3506108a
 def _check_priors(priors, vqvae, size):
@@ -74,6 +78,20 @@ def _check_priors(priors, vqvae, size):
     if given!=expected:
         raise ValueError(f"the priors are of maps {given}, the VQ-VAE makes {expected} of {size} pixels "
                          "(codes, height, width): train priors on the codes of this VQ-VAE")
+
+def _check_denoiser(denoiser, first_stage, text_encoder):
+    "`ValueError` for a denoiser of other latents than the decoder's, or of other text features than the encoder's."
+    channels = getattr(denoiser.net, 'c_in', first_stage.c_latent)      # a network of one's own may not tell
+    if channels!=first_stage.c_latent:
+        raise ValueError(f'the denoiser is of latents with {channels} channels, the autoencoder makes '
+                         f'{first_stage.c_latent}: train a denoiser on the latents of this autoencoder')
+    embedders = {} if denoiser.conditioner is None else denoiser.conditioner.embedders
+    if 'text' not in embedders: raise ValueError('the denoiser has no condition `text`: expected one that has')
+    width = getattr(embedders['text'], 'd_text', None)
+    made = getattr(text_encoder, 'd_text', None)
+    if None not in (width, made) and width!=made:
+        raise ValueError(f'the denoiser takes text features of width {width}, the text encoder makes {made}: '
+                         'train a denoiser with this text encoder')
 
 # %% ../../nbs/codes/05_text2image.ipynb #6475b361
 def _prompts(prompt, n):
@@ -85,6 +103,12 @@ def _prompts(prompt, n):
     if n not in (None,len(prompt)):
         raise ValueError(f'got {len(prompt)} prompts for n={n} images: give one text for all, or one an image')
     return list(prompt)
+
+def _unique(texts):
+    "Each text once, and which of them each item has."
+    unique = list(dict.fromkeys(texts))
+    number = {text:i for i,text in enumerate(unique)}
+    return unique, torch.tensor([number[text] for text in texts])
 
 # %% ../../nbs/codes/05_text2image.ipynb #a033e4b2
 def _per_level(settings, n_levels):
@@ -98,6 +122,7 @@ def _per_level(settings, n_levels):
 @patch
 def _by_codes(self:TextToImage, text, seed, first, batch_size, progress, *,
               temperature=1., top_k=None, top_p=None, guidance_scale=1.):
+    "Sample the codes of each level in turn, and decode them."
     settings = dict(temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale)
     levels = _per_level(settings, len(self.priors))
     images = []
@@ -123,21 +148,26 @@ def other_conditions(self:TextToImage)->list: # of names
     if self.denoiser is None: return []
     return [name for name in self.denoiser.conditioner.embedders if name!='text']
 
+_DIFFUSION_SETTINGS = ['steps', 'calls', 'step', 'times', 'guidance_scale', 'interval', 'precision', 'constraint',
+                       'watch', 'latents', 'negative_prompt', 'negative']
+
 @patch
-def _by_diffusion(self:TextToImage, text, seed, first, batch_size, progress, *, steps=None, calls=None, step=None,
-                  times=None, guidance_scale=1., interval=(0.,1.), precision=None, constraint=None, watch=None,
-                  latents=False, negative_prompt=None, negative=None, **conditions):
-    if negative_prompt is not None: negative = (negative or {}) | dict(text=negative_prompt)
-    if steps is None and calls is None: steps = 20
-    settings = dict(steps=steps, calls=calls, step=step, times=times, guidance_scale=guidance_scale, interval=interval,
-                    precision=precision, constraint=constraint, watch=watch, latents=latents, negative=negative)
-    return self.diffusion.sample(len(text), seed=seed, first=first, batch_size=batch_size, progress=progress, text=text,
-                                 **settings, **conditions)
+def _by_diffusion(self:TextToImage, text, seed, first, batch_size, progress, *, negative_prompt=None, **settings):
+    "Sample with the settings and conditions of `LatentDiffusion.sample`: in 20 steps, unless it is told otherwise."
+    if negative_prompt is not None:
+        settings['negative'] = (settings.get('negative') or {}) | dict(text=negative_prompt)
+    if settings.get('steps') is None and settings.get('calls') is None: settings['steps'] = 20
+    return self.diffusion.sample(len(text), text=text, seed=seed, first=first, batch_size=batch_size,
+                                 progress=progress, **settings)
 
 # %% ../../nbs/codes/05_text2image.ipynb #ef2ccde9
-def _student_folder(self): return self.diffusion.student_folder
-def _set_student_folder(self, folder): self.diffusion.student_folder = folder
-TextToImage.student_folder = property(_student_folder, _set_student_folder)     # where `load` found a student
+@patch(as_prop=True)
+def student_folder(self:TextToImage):
+    "Where `load` found a student of the diffusion prior; None without one."
+    return None if self.denoiser is None else self.diffusion.student_folder
+
+@patch(set_prop=True)
+def student_folder(self:TextToImage, folder): self.diffusion.student_folder = folder
 
 @patch
 def add_student(self:TextToImage,
@@ -185,10 +215,9 @@ def _choose_prior(self:TextToImage, prior, settings):
 @patch
 def _settings_of(self:TextToImage, prior):
     "Names of the settings of a prior."
-    draw = self._by_codes if prior=='codes' else self._by_diffusion
-    parameters = inspect.signature(draw).parameters
-    own = [name for name,p in parameters.items() if p.kind==p.KEYWORD_ONLY]
-    return own + (self.other_conditions if prior=='diffusion' else [])
+    if prior=='diffusion': return _DIFFUSION_SETTINGS + self.other_conditions
+    parameters = inspect.signature(self._by_codes).parameters
+    return [name for name,p in parameters.items() if p.kind==p.KEYWORD_ONLY]
 
 # %% ../../nbs/codes/05_text2image.ipynb #6e962d44
 @patch
@@ -206,8 +235,7 @@ def _defaults(self:TextToImage, prior, how):
 @patch
 def _features(self:TextToImage, prompts):
     "The features of each prompt; equal prompts are encoded once."
-    unique = list(dict.fromkeys(prompts))
-    row = [unique.index(p) for p in prompts]
+    unique, row = _unique(prompts)
     return self.text_encoder.text_features(unique)[row].to(self.device)
 
 # %% ../../nbs/codes/05_text2image.ipynb #9d44c56b
@@ -221,7 +249,8 @@ def _for_candidates(self:TextToImage, how, n, candidates):
         return [v for v in value for _ in range(candidates)]
     of_images = {*self.other_conditions, 'negative_prompt', 'latents'} & {*how}
     how = how | {name: repeated(how[name]) for name in of_images}
-    if how.get('negative'): how['negative'] = {name: repeated(value) for name,value in how['negative'].items()}
+    negative = how.get('negative')
+    if isinstance(negative, dict): how['negative'] = {name: repeated(value) for name,value in negative.items()}
     return how
 
 @patch
@@ -237,8 +266,9 @@ def _encode(self:TextToImage, prompts, settings):
     "The features of the prompts, and settings in which a negative prompt is its features, of the same length."
     settings = dict(settings)
     others = settings.get('negative') or {}
-    if isinstance(others, str) or 'text' in others:
-        raise ValueError(f'negative={others!r:.60}: give the text that guidance moves away from as negative_prompt')
+    if not isinstance(others, dict) or 'text' in others:
+        raise ValueError(f'negative={others!r:.60}: expected {{condition: value}}; '
+                         'give the text that guidance moves away from as negative_prompt')
     negative = settings.pop('negative_prompt', None)
     if not negative: return self._features(prompts), settings
     both = self._features(prompts + _prompts(negative, len(prompts)))
@@ -279,6 +309,9 @@ def sample(self:TextToImage,
     candidates = whole_number(candidates, 'candidates', 1)
     if candidates>1 and not hasattr(self.text_encoder, 'match'):
         raise ValueError(f'candidates={candidates}: expected 1, or a text encoder that can match (a `Blip`)')
+    if candidates>1 and how.get('latents') is True:
+        raise ValueError(f'candidates={candidates} and latents=True: the text encoder chooses among images; '
+                         'leave out one of the two')
     how = self._for_candidates(how, len(prompts), candidates)
     prompts = [p for p in prompts for _ in range(candidates)]
     seed = check_seed(seed)
@@ -333,22 +366,17 @@ class TextLatents:
         return dict({k:v for k,v in batch.items() if torch.is_tensor(v)}, text=text)
 
 # %% ../../nbs/codes/05_text2image.ipynb #f136ab1b
-def _unique(captions):
-    "Each caption once, and which of them each item has."
-    unique = list(dict.fromkeys(captions))
-    number = {caption:i for i,caption in enumerate(unique)}
-    return unique, torch.tensor([number[caption] for caption in captions])
-
 def _kept_features(captions, text_encoder, folder, batch_size=1024):
     "Which features each item has, and the features, both in files; encoded where the files are not there."
     name = f'texts-{fingerprint(text_encoder)}-{digest_of_list(captions)}'
-    files = folder/f'{name}-rows.safetensors', folder/f'{name}.safetensors'
-    if all(file.exists() for file in files):
-        try: return [read_rows(file)[field] for file,field in zip(files, ('row','text'))]
-        except Exception as error: warnings.warn(f'{files[1]} is damaged ({error}) and is made again')
+    rows_file = folder/f'{name}-rows.safetensors'
+    texts_file = folder/f'{name}.safetensors'
+    if rows_file.exists() and texts_file.exists():
+        try: return read_rows(rows_file)['row'], read_rows(texts_file)['text']
+        except Exception as error: warnings.warn(f'the features of texts are made again: {error}')
     unique, row = _unique(captions)
     parts = (unique[start:start+batch_size] for start in range(0, len(unique), batch_size))
     encoded = (dict(text=text_encoder.text_features(part).half().cpu()) for part in parts)
-    write_rows(files[1], len(unique), encoded)
-    write_rows(files[0], len(row), [dict(row=row)])
-    return read_rows(files[0])['row'], read_rows(files[1])['text']
+    write_rows(texts_file, len(unique), encoded)
+    write_rows(rows_file, len(row), [dict(row=row)])
+    return read_rows(rows_file)['row'], read_rows(texts_file)['text']

@@ -233,6 +233,7 @@ class UNet(Module):
         position_embedding:bool=False, # as in `SpatialTransformer`
     ):
         super().__init__()
+        self.c_in = c_in
         self.d_time = channels[0]
         self.d_emb = d_emb or 4*channels[0]
         self.n_blocks = n_blocks
