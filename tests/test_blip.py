@@ -409,7 +409,7 @@ class Alone:
 def words(): return WordVectors.from_minilm(Alone(), dim=2, n_place=4, max_len=5)
 
 def test_word_vectors_are_principal_components(words):
-    "Distances are those of the encoded pieces, in units of their spread; other alphabets and unused pieces are left out."
+    "Distances are those of the encoded pieces, in units of their spread; other alphabets are left out."
     assert words.vocab==['[PAD]','[UNK]','[CLS]','[SEP]','[MASK]','dog','puppy','lorry','##s','!']
     assert not words.vectors[:5].any()
     pieces = ['dog','puppy','lorry','##s','!']
