@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+import fastldm.recipes.commands as commands_module
 from commands import run
 from fastldm import load
 
@@ -192,3 +193,18 @@ def test_a_missing_package_is_named_before_work(tmp_path, monkeypatch):
     book.write_text(json.dumps(dict(cells=[dict(cell_type='code', source='import no_such_package')])))
     monkeypatch.setattr(figures, '_figure_notebooks', lambda: dict(book=book))
     with pytest.raises(SystemExit, match='no_such_package not installed, needed for book'): figures_cli(['book'])
+
+@pytest.mark.parametrize('name', ['icons_classifier','avatars_classifier','mnist_evaluator','pens_classifier'])
+def test_a_network_of_ones_own_scores_first(tmp_path, monkeypatch, name):
+    "One that was trained in `runs` comes before the shipped one, which may know other classes."
+    monkeypatch.chdir(tmp_path)
+    data, what = name.split('_')
+    kind = dict(icons='IconClassifier', avatars='FaceClassifier', mnist='Evaluator', pens='FaceClassifier')[data]
+    shipped = None if data=='pens' else name
+    assert commands_module._trained_for(data, what, kind)==shipped
+    own = tmp_path/'runs'/name
+    own.mkdir(parents=True)
+    assert commands_module._trained_for(data, what, kind)==shipped       # nothing was saved yet
+    (own/'config.json').write_text('{}')
+    assert commands_module._trained_for(data, what, kind)==str(own.relative_to(tmp_path))
+    assert commands_module._trained_for(f'sets/{data}', what, kind) is None

@@ -8,8 +8,9 @@ pytest.importorskip('resvg_py')
 from fastldm.data import (EMOJI_GROUPS, ICON_KINDS, EmojiLabel, Icon, IconSet, draw_icon, find_label, get_dataset,
                           icon_captions, icon_split, kinds_of, label_keys, read_icons, read_labels, read_svg_folder,
                           thing_and_parts)
+import fastldm.recipes.evaluate as evaluate_module
 from fastldm.metrics import icon_classifier_loss, icon_scores
-from fastldm.recipes import TonedIcons, evaluate_icons, train_icon_classifier
+from fastldm.recipes import evaluate_icons, train_icon_classifier
 from fastldm.recipes.stages import captioned_set
 
 THINGS = [f'thing {chr(97+i)}' for i in range(26)]
@@ -130,7 +131,8 @@ def test_files_that_are_no_labels(tmp_path, data, says):
     (dict(kind='old', split='test'), "kind is 'old'"), (dict(kind='new'), "is for split='val' or 'test'"),
     (dict(groups='animals'), "groups has 'animals'; it can have activities, animals-nature"),
     (dict(captions=()), r'captions is \(\)'), (dict(captions=('label','names')), "'keywords'"),
-    (dict(ground='no colour'), 'ground is'), (dict(ground=None), 'ground is'), (dict(held_out=.5), 'held_out is'),
+    (dict(ground='no colour'), 'ground is'), (dict(ground=None), 'ground is'),
+    (dict(held_out=.5), 'held_out=0.5: expected'),
     (dict(size=0), 'size is 0'), (dict(size=8.), 'size is 8.0'), (dict(channels=2), 'channels is 2'),
     (dict(skip='yes'), "skip is 'yes'")])
 def test_options_that_cannot_be(folder, options, says):
@@ -432,7 +434,7 @@ def test_without_resvg(folder, monkeypatch):
     with pytest.raises(ImportError, match=r'pip install "fastldm\[icons\]"'): IconSet(folder)
 
 
-# ---- the judge
+# ---- the classifier
 
 class Copyist(torch.nn.Module):
     "Draws the real picture of a caption and style, or that of another caption."
@@ -455,15 +457,15 @@ class Copyist(torch.nn.Module):
         return torch.stack([self.pictures[text, self.styles.index(name)] for text, name in zip(prompt, style)])
 
 @pytest.fixture
-def judged(folder, tmp_path):
-    "A judge that was trained for a few steps, and what was held out."
-    judge = train_icon_classifier(folder=tmp_path/'judge', root=folder, size=16, steps=30, progress=False)
-    return judge, IconSet(folder, 'test', captions='label', size=16)
+def trained_classifier(folder, tmp_path):
+    "A classifier that was trained for a few steps, and what was held out."
+    classifier = train_icon_classifier(folder=tmp_path/'classifier', root=folder, size=16, steps=30, progress=False)
+    return classifier, IconSet(folder, 'test', captions='label', size=16)
 
-def test_what_draws_real_pictures_has_their_scores(judged, folder):
+def test_what_draws_real_pictures_has_their_scores(trained_classifier, folder):
     "With the style as a condition and as words; and not where the pictures are those of other captions."
-    judge, held_out = judged
-    options = dict(root=folder, classifier=judge, net=judge, progress=False)
+    classifier, held_out = trained_classifier
+    options = dict(root=folder, classifier=classifier, net=classifier, progress=False)
     scores = evaluate_icons(Copyist(held_out), **options)
     by_words = evaluate_icons(Copyist(held_out, conditions=()), **options)
     wrong = evaluate_icons(Copyist(held_out, wrong=True), **options)
@@ -478,34 +480,80 @@ def test_what_draws_real_pictures_has_their_scores(judged, folder):
     assert scores[name]==pytest.approx(1, abs=1e-4)
     assert any(wrong[kind][name]!=scores[kind][name] for kind in kinds for name in ('style','group','tone'))
 
-def test_a_judge_of_other_styles_is_refused(judged, folder):
+def test_a_classifier_of_other_styles_is_refused(trained_classifier, folder):
     "With one set fewer, the numbers of the styles mean others."
-    judge, held_out = judged
+    classifier, held_out = trained_classifier
     (folder/'a.json').unlink()
     fewer = Copyist(held_out)
     with pytest.raises(ValueError, match='other classes of style than icons here: train one'):
-        evaluate_icons(fewer, root=folder, classifier=judge, net=judge, progress=False)
+        evaluate_icons(fewer, root=folder, classifier=classifier, net=classifier, progress=False)
 
-def test_pictures_without_a_tone_do_not_count(judged):
+def test_pictures_without_a_tone_do_not_count(trained_classifier):
     "Neither in the loss, which would be nan, nor in the score."
-    judge, held_out = judged
-    batch = TonedIcons(held_out).__getitems__([0,1])
+    classifier, held_out = trained_classifier
+    batch = held_out.__getitems__([0,1])
     batch['tone'] = torch.tensor([-100,-100])
-    assert icon_classifier_loss(judge, batch)['loss'].isfinite()
-    assert 'tone' not in icon_scores(judge, batch) and 'style' in icon_scores(judge, batch)
+    assert icon_classifier_loss(classifier, batch)['loss'].isfinite()
+    assert 'tone' not in icon_scores(classifier, batch) and 'style' in icon_scores(classifier, batch)
 
 def test_tones_are_labels(folder):
     "A couple of two tones has none that counts."
     icons = IconSet(folder, size=8, captions='label')
     icons.rows[0]['label'] = 'kiss: dark skin tone, light skin tone'
-    toned = TonedIcons(icons)
-    names = [toned.classes['tone'][k] if k>=0 else None for k in toned.__getitems__([0,1,2])['tone'].tolist()]
+    icons._hold_rows()
+    names = [icons.label_names['tone'][k] if k>=0 else None for k in icons.__getitems__([0,1,2])['tone'].tolist()]
     expected = [{'':'none'}.get(row['label'].partition(': ')[2], row['label'].partition(': ')[2].split(' ')[0])
                 for row in icons.rows[1:3]]
-    assert names==[None,*expected] and len(toned)==len(icons)
+    assert names==[None,*expected]
 
-def test_a_judge_needs_labels(folder):
+def test_label_names_without_labels(folder):
+    "The style is known of every set; group and tone with labels of emoji only."
+    assert [*IconSet(folder, size=8).label_names]==['style','group','tone']
+    without = IconSet(folder, size=8, labels=False)
+    assert without.label_names==dict(style=without.classes) and 'tone' not in without.__getitems__([0])
+
+@pytest.mark.parametrize('labels,message', [
+    (dict(stlye=[0,1]), "no label 'stlye': this classifier has style, group, tone"),
+    (dict(style=[0,1], caption=['a','b']), "no label 'caption'"),
+    (dict(style=[0]), '2 pictures and 1 classes of style'),
+])
+def test_labels_that_there_are_not(trained_classifier, labels, message):
+    classifier, held_out = trained_classifier
+    pictures = held_out.__getitems__([0,1])['image']
+    with pytest.raises(ValueError, match=message): classifier.score(pictures, labels)
+
+def test_means_over_things(trained_classifier, folder):
+    "A thing with many pictures counts as one with few."
+    classifier, held_out = trained_classifier
+    scores = evaluate_icons(Copyist(held_out), root=folder, classifier=classifier, net=classifier, progress=False)
+    for kind in ICON_KINDS:
+        rows = [i for i,row in enumerate(held_out.rows) if row['kind']==kind]
+        if not rows: continue
+        batch = held_out.__getitems__(rows)
+        right = classifier.score(batch['image'], dict(style=batch['style']))['style']
+        of_thing = {}
+        for i,value in zip(rows, right.tolist()): of_thing.setdefault(held_out.rows[i]['thing'], []).append(value)
+        found = scores[f'{kind}_by_thing']
+        assert found['n']==len(of_thing) and scores[kind]['n']==len(rows)
+        assert found['style']==pytest.approx(np.mean([np.mean(values) for values in of_thing.values()]), abs=1e-5)
+        assert scores[kind]['style']==pytest.approx(right.mean().item(), abs=1e-5)
+        assert 'real_retrieval_chance' not in scores[kind] and 'real_retrieval' in found
+
+def test_few_pictures_are_compared_with_those_they_stand_for(trained_classifier, folder, monkeypatch):
+    "And not with all held-out pictures, of which other shares are new."
+    classifier, held_out = trained_classifier
+    compared = []
+    monkeypatch.setattr(evaluate_module, '_own_distances',
+                        lambda drawn, train, test, net: compared.append((drawn, test)) or {})
+    evaluate_icons(Copyist(held_out), n=1, root=folder, classifier=classifier, net=classifier, progress=False)
+    (drawn, test), = compared
+    assert len(test)==len(drawn)<len(held_out)
+    real = (torch.stack([test[i]['image'] for i in range(len(test))])+1)/2
+    assert torch.equal(drawn, real)                                     # the copyist draws what it stands for
+
+def test_a_classifier_needs_labels(folder):
     "It says so before work starts."
     (folder/'labels.json.gz').unlink()
-    with pytest.raises(ValueError, match='groups'): train_icon_classifier(folder=folder.parent/'judge', root=folder)
-    assert not (folder.parent/'judge').exists()
+    with pytest.raises(ValueError, match='groups'):
+        train_icon_classifier(folder=folder.parent/'classifier', root=folder)
+    assert not (folder.parent/'classifier').exists()

@@ -89,16 +89,16 @@ def test_scenes_show_what_was_asked(prior):
 
 @pytest.mark.slow
 def test_pictures_find_their_prompts():
-    """Of fifty held-out combinations in their styles, a judge that took no part finds the prompt at least ten times as
-    often as by chance, and the style in most pictures."""
+    """Of fifty held-out combinations in their styles, a classifier that took no part finds the prompt at least ten
+    times as often as by chance, and the style in most pictures."""
     figures = Path(__file__).parents[1]/'figures'
     asked = json.loads((figures/'c9_emoji.json').read_text())['numbers']['prompts']['combination']
-    judge = load('icons_classifier')
+    classifier = load('icons_classifier')
     pictures = load('emoji').sample(asked['captions'], style=asked['styles'], seed=1)*2-1
-    found = judge.similarity(pictures, asked['captions']).argmax(1)
+    found = classifier.similarity(pictures, asked['captions']).argmax(1)
     assert (found==torch.arange(50)).float().mean() >= 10/50
-    styles = torch.tensor([judge.classes['style'].index(name) for name in asked['styles']])
-    assert judge.score(pictures, dict(style=styles))['style'].mean() >= .6
+    styles = torch.tensor([classifier.classes['style'].index(name) for name in asked['styles']])
+    assert classifier.score(pictures, dict(style=styles))['style'].mean() >= .6
 
 @pytest.mark.slow
 @pytest.mark.bench

@@ -6,8 +6,9 @@
 __all__ = ['RENAMED_CLASSES', 'RENAMED_ARGUMENTS', 'RENAMED_WEIGHTS', 'PICKLES', 'EXTRAS', 'Recorded', 'Module', 'upgrade_record',
            'upgrade_weights', 'from_config', 'write_atomic', 'Busy', 'json_text', 'fingerprint', 'config_fingerprint',
            'n_params', 'tensor_digest', 'fits_half', 'check_folder', 'save_model', 'check_weights', 'default_device',
-           'check_device', 'load_model', 'check_saveable', 'evaluating', 'fetch_batch', 'set_seed', 'should_run',
-           'install_line', 'require_package', 'check_choice', 'check_flags', 'whole_number', 'real_number']
+           'check_device', 'load_model', 'check_saveable', 'evaluating', 'fetch_batch', 'spread_indices', 'set_seed',
+           'should_run', 'install_line', 'require_package', 'check_choice', 'check_flags', 'whole_number',
+           'real_number']
 
 # %% ../../nbs/core/00_models.ipynb #c0a18586
 import difflib, hashlib, importlib, inspect, json, math, os, pkgutil, random, sys
@@ -446,6 +447,14 @@ def fetch_batch(
     if torch.is_tensor(data): return dict(image=data[indices])
     items = data.__getitems__(indices) if hasattr(data, '__getitems__') else [data[i] for i in indices]
     return items if isinstance(items, dict) else default_collate(items)
+
+def spread_indices(
+    n:int, # items that there are
+    most:int, # of them that are wanted
+)->list: # `most` whole numbers below n, or all where there are fewer
+    "Indices at equal distances, so that they are from all over a set."
+    n_chosen = min(most, n)
+    return [i*n//n_chosen for i in range(n_chosen)]
 
 # %% ../../nbs/core/00_models.ipynb #e172d400
 def set_seed(

@@ -103,12 +103,17 @@ def _root(aliases, name):
 def _all_icons(data):
     "{name: Icon} of a set, without those that are hidden."
     aliases = {k:v for k,v in (data.get('aliases') or {}).items() if isinstance(v, dict)}
-    roots = {name:_root(aliases, name) for name in aliases}
-    names = {name:[] for name in [*data['icons'],*(a for a,root in roots.items() if a==root)]}
+    roots = {alias:_root(aliases, alias) for alias in aliases}
+    pictures = {*data['icons'], *(alias for alias,root in roots.items() if alias==root)}
+    other_names = {name:[] for name in pictures}
     for alias,root in roots.items():
-        if alias!=root and root in names and not aliases[alias].get('hidden'): names[root].append(alias)
-    icons = {name:_icon(data, name) for name in sorted(names)}
-    return {name:icon._replace(other_names=tuple(sorted(names[name]))) for name,icon in icons.items() if icon}
+        is_a_name = alias!=root and root in pictures and not aliases[alias].get('hidden')
+        if is_a_name: other_names[root].append(alias)
+    found = {}
+    for name in sorted(pictures):
+        icon = _icon(data, name)
+        if icon is not None: found[name] = icon._replace(other_names=tuple(sorted(other_names[name])))
+    return found
 
 # %% ../../nbs/data/09_icons.ipynb #a4242113
 def _icons_of(path, data):
@@ -144,7 +149,7 @@ def draw_icon(
     icon:Icon, # of a set
     size:int=64, # side of the picture
     channels:int=3, # 3 colour, 1 grey
-    ground='white', # a colour by name, '#rrggbb', or three numbers from 0 to 255
+    ground='white', # a colour by name, or '#rrggbb'
 )->torch.Tensor: # uint8 (channels,size,size)
     """Draw an icon on a ground.
     Raises ValueError that says why it cannot be drawn, ImportError without the package resvg-py."""
@@ -281,7 +286,7 @@ _GENDERED = dict(merman='mer man', mermaid='mer woman', merperson='mer person', 
 def thing_and_parts(
     label:str, # e.g. 'woman cook: dark skin tone'
 )->tuple: # the thing, and a sorted tuple of what varies on it; e.g. 'cook', ('dark skin tone', 'woman')
-    "What a label is about, whatever its skin tone, gender and hair."
+    "What a label is about, whatever its skin tone and gender."
     text = label.lower().replace('woman and man', 'people')
     tones = [f'{tone.replace(" ", "-")} skin tone' for tone in _TONE.findall(text)]
     head,_,tail = _TONE.sub('', text).partition(':')
@@ -499,8 +504,8 @@ def _why_broken(icon):
 # %% ../../nbs/data/09_icons.ipynb #a7274f2c
 class IconSet(Captioned):
     """Icons with captions, in several styles: Iconify's JSON files, or folders of .svg files. The label is the style;
-    with labels of emoji, `group` and `subgroup` are numbers for classifiers. `rows` has for each caption the `thing`,
-    its `parts`, `keywords` and, where it is held out, the `kind`.
+    with labels of emoji, `group`, `subgroup` and `tone` are numbers for classifiers. `rows` has for each caption the
+    `thing`, its `parts`, `keywords` and, where it is held out, the `kind`.
     Raises FileNotFoundError and ValueError for files that are not icon sets, ImportError without resvg-py."""
     def __init__(self,
         root=None, # a folder of JSON or .svg files, a JSON file, or a list of these; None: icons in the usual places
@@ -544,7 +549,9 @@ def _check_options(self:IconSet, kind, ground, held_out):
     if kind not in (None,*ICON_KINDS): raise ValueError(f"kind is {kind!r}; it can be 'combination', 'new' or None")
     if kind and self.split=='train':
         raise ValueError(f"kind={kind!r} is for split='val' or 'test': training has one kind")
-    if not 0<=held_out<.5: raise ValueError(f"held_out is {held_out!r}; it is a share from 0 to below .5, twice")
+    if not 0<=held_out<.5:
+        raise ValueError(f"held_out={held_out!r}: expected a share from 0 to below .5; it is held out once for testing "
+                         "and once for validation")
     if self.channels not in (1,3) or not isinstance(self.size, int) or self.size<1:
         raise ValueError(f"size is {self.size}, channels is {self.channels}; size is a whole number from 1, "
                          "channels 1 (grey) or 3 (colour)")
@@ -571,6 +578,12 @@ def _check_styles(self:IconSet, styles):
     for style in styles:
         if style not in self.classes: raise ValueError(f"styles has {style!r}; there are {', '.join(self.classes)}")
     return sorted({*styles})
+
+@patch(as_prop=True)
+def label_names(self:IconSet)->dict: # {label: names of its classes}
+    "What a classifier of icons can learn: the style and, with labels of emoji, group and tone of the skin."
+    names = dict(style=self.classes, group=self.groups, tone=self.tones)
+    return {label: classes for label,classes in names.items() if classes}
 
 # %% ../../nbs/data/09_icons.ipynb #a4e65394
 @patch
@@ -599,6 +612,7 @@ def _set_classes(self:IconSet, rows, labels):
     self.classes = sorted({r['style'] for r in rows})
     self.groups = sorted({r['group'] for r in rows}) if labels else []
     self.subgroups = sorted({r['subgroup'] for r in rows}) if labels else []
+    self.tones = list(ICON_TONES) if labels else []
 
 @patch
 def _choose(self:IconSet, rows, styles, kind, captions):
@@ -624,6 +638,8 @@ def _hold_rows(self:IconSet):
     if self.groups:
         self.group = torch.tensor([self.groups.index(r['group']) for r in self.rows])
         self.subgroup = torch.tensor([self.subgroups.index(r['subgroup']) for r in self.rows])
+        tones = [skin_tone(r['label']) for r in self.rows]
+        self.tone = torch.tensor([-100 if tone is None else ICON_TONES.index(tone) for tone in tones])
 
 # %% ../../nbs/data/09_icons.ipynb #46ada6c0
 @patch
@@ -637,13 +653,13 @@ def pixels(self:IconSet, idxs)->torch.Tensor: # uint8 (B,C,H,W)
     return image
 
 @patch
-def __getitems__(self:IconSet, idxs)->dict: # image (B,C,H,W), caption, name, label, style, and group and subgroup
-    """A batch at once: pictures in [-1,1], captions and names as lists of text, and numbers of styles and groups.
-    The label is the style."""
+def __getitems__(self:IconSet, idxs)->dict: # image (B,C,H,W), caption, name, label, style, group, subgroup and tone
+    """A batch at once: pictures in [-1,1], captions and names as lists of text, and numbers of styles, groups and tones
+    (-100 for people of several tones). The label is the style."""
     idxs = [int(i) for i in idxs]
     batch = Captioned.__getitems__(self, idxs)
     batch['style'] = batch['label']
-    if self.groups: batch |= dict(group=self.group[idxs], subgroup=self.subgroup[idxs])
+    if self.groups: batch |= dict(group=self.group[idxs], subgroup=self.subgroup[idxs], tone=self.tone[idxs])
     return batch
 
 @patch

@@ -20,21 +20,21 @@ from .text import retrieval, retrieval_candidates, tokenise
 # %% ../../nbs/metrics/06_icons.ipynb #321af1ab
 def frequent_words(
     captions, # texts
-    least:int=3, # how often a word has to occur
+    least:int=3, # in how many captions a word has to occur
 )->list: # in alphabetical order
-    "The words of captions that occur often enough to be learned."
-    counts = Counter(word for caption in captions for word in tokenise(caption))
+    "The words that occur in captions often enough to be learned."
+    counts = Counter(word for caption in captions for word in {*tokenise(caption)})
     return sorted(word for word, count in counts.items() if count>=least)
 
 class IconClassifier(Evaluator):
     "Predicts several labels of a picture, and compares pictures with captions (Radford et al. 2021)."
     def __init__(self,
         classes:dict, # names of the classes of each label, e.g. dict(style=['flat','thin'])
-        words, # that captions are made of; others are passed over
+        words, # of captions that have an embedding; all others are passed over
         channels=(32,64,128), # widths of the levels, each half as large as the one before
         d:int=64, # of the embeddings of pictures and captions
     ):
-        super().__init__(1, 3, channels)
+        super().__init__(n_classes=1, c_in=3, channels=channels)            # its head is replaced
         self.classes = {name: list(values) for name, values in classes.items()}
         self.index = {word: i for i, word in enumerate(words)}
         self.head = nn.ModuleDict({name: nn.Linear(channels[-1], len(values)) for name, values in self.classes.items()})
@@ -99,11 +99,13 @@ def score(self:IconClassifier,
     images:torch.Tensor, # (B,3,H,W) in [-1,1]
     labels:dict, # {label: classes (B,)}, all or some; -100 where a picture has none
 )->dict: # {label: (B,)}: 1 right, 0 wrong, nan where a picture has none
-    "Whether each picture shows its classes. Raises `ValueError` for another number of them, and as `predict` does."
+    """Whether each picture shows its classes. Raises `ValueError` for a label that there is not, another number of
+    classes, and as `predict` does."""
+    unknown = [name for name in labels if name not in self.classes]
+    if unknown: raise ValueError(f'no label {unknown[0]!r}: this classifier has {", ".join(self.classes)}')
     predicted = self.predict(images)
     right = {}
     for name in labels:
-        if name not in predicted: continue
         label = torch.as_tensor(labels[name]).to(predicted[name].device)
         if len(label)!=len(images):
             raise ValueError(f'{len(images)} pictures and {len(label)} classes of {name}: expected one per picture')
@@ -124,13 +126,22 @@ def similarity(self:IconClassifier,
 
 # %% ../../nbs/metrics/06_icons.ipynb #d2250e39
 def icon_scores(
-    classifier:IconClassifier, # the judge
+    classifier:IconClassifier, # trained on real pictures
     batch, # a batch, or a set, with `image`, `caption` and labels
+    weights=None, # of the pictures in all means, (B,); None: equal
 )->dict: # share of right answers for each label, `retrieval`, and `retrieval_chance`
-    "What a judge finds in pictures. Raises `ValueError` as `score` does."
+    """How often pictures show their labels, and how often they find their captions. Raises `ValueError` as `score`
+    does."""
     if not isinstance(batch, dict): batch = batch.__getitems__(range(len(batch)))
-    right = classifier.score(batch['image'], batch)
-    scores = {name: values.nanmean().item() for name, values in right.items() if not values.isnan().all()}
+    weights = torch.ones(len(batch['image'])) if weights is None else torch.as_tensor(weights).float()
+    labels = {name: batch[name] for name in classifier.classes if name in batch}
+    right = classifier.score(batch['image'], labels)
+    scores = {name: _weighted_mean(values.cpu(), weights) for name, values in right.items() if not values.isnan().all()}
     similarity = classifier.similarity(batch['image'], batch['caption']).cpu()
-    found = retrieval(similarity, batch['caption'], retrieval_candidates(batch['caption']))
+    found = retrieval(similarity, batch['caption'], retrieval_candidates(batch['caption']), weights)
     return scores | dict(retrieval=found['accuracy'], retrieval_chance=found['chance'])
+
+def _weighted_mean(values, weights):
+    "Mean of the values that are numbers."
+    counts = ~values.isnan()
+    return ((weights*values)[counts].sum()/weights[counts].sum()).item()

@@ -207,6 +207,7 @@ def retrieval(
     similarity, # (n,n): row i belongs to column i; transpose it for the other direction
     captions=None, # the texts; equal ones are one candidate; None: all differ
     among:int=100, # texts to choose from
+    weights=None, # of the rows in the accuracy, (n,); None: equal
 )->dict: # accuracy, chance, times_chance, rank (median of the right one among all, from 1), n
     """How often the right one of `among` is the most similar: the exact mean over all choices of the others.
 
@@ -227,7 +228,8 @@ def retrieval(
     n_equal = (is_other&(candidates==right)).sum(1).tolist()
     n_others = len(columns)-1
     chances = [_win_probability(better, equal, n_others, among) for better,equal in zip(n_better, n_equal)]
-    accuracy = float(sum(chances)/n)
+    weights = [1]*n if weights is None else list(map(float, weights))
+    accuracy = float(sum(weight*chance for weight,chance in zip(weights, chances))/sum(weights))
     rank = float(np.median([1+better+equal/2 for better,equal in zip(n_better, n_equal)]))
     return dict(accuracy=accuracy, chance=1/among, times_chance=accuracy*among, rank=rank, n=n)
 

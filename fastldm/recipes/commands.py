@@ -39,6 +39,7 @@ from ..data.images import to_image
 from ..diffusion.cond import (AttributeEmbedder, Embedder, LabelEmbedder, MaskEmbedder, NumberEmbedder,
                                     WordEmbedder)
 from ..diffusion.ldm import LatentDiffusion, available, load, weights_folders
+from ..metrics.images import Reference
 from .conditions import (conditions_of_options, known_conditions, named_values, split_negative,
                                         words_left)
 from .evaluate import (evaluate_conditions, evaluate_control, evaluate_faces, evaluate_icons,
@@ -812,16 +813,17 @@ def evaluate_command(self:LatentDiffusion,
     if of_faces: return evaluate_faces(self, data, classifier=load(of_faces), **options)
     if any(hasattr(e, 'score') for e in embedders.values()): return evaluate_conditions(self, data, **options)
     evaluator = _trained_for(data, 'evaluator', 'Evaluator') if 'label' in embedders else None
-    if evaluator: return evaluate_ldm(self, load(evaluator), data, **options)
+    if evaluator: return evaluate_ldm(self, load(evaluator), data, reference=Reference.load(evaluator), **options)
     train, test = _parts_of(self, data, options.pop('root', None))
     return evaluate_pictures(self, train, test, **options)
 
 # %% ../../nbs/recipes/06_commands.ipynb #fbb4d552
 def _trained_for(data, what, kind):
-    "The shipped network that scores pictures of a set, or one that was trained for it in `runs`; None without any."
-    if f'{data}_{what}' in available(kind, details=True).names: return f'{data}_{what}'
-    own = Path('runs')/f'{data}_{what}'
-    return str(own) if '/' not in str(data) and (own/'config.json').exists() else None
+    "The network that scores pictures of a set: one that was trained for it in `runs`, or a shipped one; None without."
+    name = f'{data}_{what}'
+    own = Path('runs')/name
+    if '/' not in str(data) and (own/'config.json').exists(): return str(own)
+    return name if name in available(kind, details=True).names else None
 
 def _parts_of(ldm, data, root):
     "A set for training, and its part for testing; None where there is none."
@@ -846,12 +848,14 @@ def evaluate_command(self:TextToImage,
     step:str=None, # as in `sample`
     guidance_scale:float=None, # as in `sample`
 )->dict: # numbers by name
-    "Score by held-out captions, and the codes by held-out pictures; icons by their judge."
+    "Score by held-out captions, and the codes by held-out pictures; icons by their classifier."
     data = data_of(self, data)
     options = given(prior=prior, candidates=candidates, steps=steps, calls=calls, step=step,
                     guidance_scale=guidance_scale)
-    judge = _trained_for(data, 'classifier', 'IconClassifier')
-    if judge: return evaluate_icons(self, data, n, root, classifier=load(judge), seed=seed, **options)
+    classifier = _trained_for(data, 'classifier', 'IconClassifier')
+    if classifier:
+        scores = evaluate_icons(self, data, n, root, classifier=load(classifier), seed=seed, **options)
+        return dict(classifier=classifier, **scores)
     return evaluate_texts(self, data, n, root, seed=seed, **options) | reconstruction_texts(self, data, n, root)
 
 @patch

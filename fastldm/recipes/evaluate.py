@@ -12,12 +12,14 @@ import math
 import os
 import time
 import torch
+from collections import Counter
 from fastcore.basics import patch
 from functools import partial
+from torch.utils.data import Subset
 from ..codes.text2image import TextToImage
 from ..codes.vqvae import perplexity
 from ..control.adapter import BlendedControl, ControlAdapter, control, picture_control
-from ..core.models import check_choice, fetch_batch, n_params, require_package, whole_number
+from ..core.models import check_choice, fetch_batch, n_params, require_package, spread_indices, whole_number
 from ..core.processes import map_parts
 from ..core.perceptual import perceptual
 from ..data.captioned import shuffled_pictures
@@ -32,7 +34,6 @@ from ..metrics.images import (EfficientNetLite, Evaluator, Reference, evaluate, 
 from ..metrics.scenes import SceneClassifier
 from ..metrics.text import caption_scores, pairwise_diversity, retrieval, retrieval_candidates, tokenise
 from .stages import captioned_set, diffusion_of, embedders_of, training_set, with_article
-from .text import TonedIcons
 
 # %% ../../nbs/recipes/05_evaluate.ipynb #a0a304c1
 def picture_shape(
@@ -71,11 +72,12 @@ def evaluate_ldm(
     root=None, # where the real pictures are looked for first
     seed:int=0, # of the pictures
     progress:bool=True, # show a bar
+    reference:Reference=None, # of the test set, by the evaluator; None: the one beside the shipped evaluator of the set
     **sampling, # for `ldm.sample`: steps, step, guidance_scale, ...
 )->dict: # numbers by name
     """Draw the labels of the test set, and score. Raises `ValueError` for an evaluator of other pictures, as
     `check_count`, and what `sample` raises, before work starts."""
-    ref = Reference.load(f'{data}_evaluator')
+    ref = reference or Reference.load(f'{data}_evaluator')
     if list(ref.shape)!=list(picture_shape(ldm)):
         raise ValueError(f'this model draws pictures of {picture_shape(ldm)}, those of {data} are {tuple(ref.shape)}: '
                          'give the set that it was trained on')
@@ -217,47 +219,68 @@ def _check_describes(text_encoder):
 # %% ../../nbs/recipes/05_evaluate.ipynb #3a23f842
 def evaluate_icons(
     model:TextToImage, # that draws icons
-    data='icons', # a set of icons by name, for which there is a judge
+    data='icons', # a set of icons by name, for which there is a classifier
     n:int=500, # held-out pictures of each kind; all where there are fewer
     root=None, # where the set is looked for first
     prior:str=None, # as in `model.sample`
-    classifier:IconClassifier=None, # the judge; None: that of the set
+    classifier:IconClassifier=None, # trained on real pictures; None: that of the set
     net=None, # a network with `features` for distances; None: EfficientNet-Lite0, where it is installed
     split:str='test', # 'test'; 'val' to choose settings by
     seed:int=0, # of the pictures
     progress:bool=True, # show bars
     **sampling, # for `model.sample`: candidates, guidance_scale, steps, ...
 )->dict: # numbers by name, and those of each kind; `real_...`: the same of the real pictures
-    """Draw captions of held-out icons in their styles, and score new combinations and new things apart. Raises
-    `ValueError` where there is no judge, and what the set and `sample` raise, before work starts."""
+    """Draw captions of held-out icons in their styles, and score new combinations and new things apart, each as means
+    over pictures and as means over things (`..._by_thing`). Raises `ValueError` where there is no classifier, and what
+    the set and `sample` raise, before work starts."""
     n = whole_number(n, 'n', 1)
     if classifier is None:
         name = check_choice(f'{data}_classifier', available('IconClassifier'), 'classifier')
         classifier = load(name, model.device)
     options = dict(captions='label', size=model.size)
     train, test = (get_dataset(data, root, split=part, **options) for part in ('train',split))
-    _check_judge(classifier, TonedIcons(train).classes, data)
+    _check_classes(classifier, train.label_names, data)
     prior = prior or model.prior_for(['style', *sampling])
     scores = dict(prior=prior, parameters=n_params(model))
+    asked = []
     drawn = []
     for kind in ICON_KINDS:
-        rows = [i for i, row in enumerate(test.rows) if row['kind']==kind]
+        rows = _rows_of_kind(test, kind, n)
         if not rows: continue                                           # a small set may have none of a kind
-        batch = TonedIcons(test).__getitems__([rows[i] for i in _spread(len(rows), n)])
+        batch = test.__getitems__(rows)
         pictures = draw_icons(model, batch, train.classes, prior, seed=seed, progress=progress, **sampling)
-        of_real = icon_scores(classifier, batch)
-        of_drawn = icon_scores(classifier, dict(batch, image=pictures*2-1))
-        scores[kind] = dict(n=len(pictures), **of_drawn) | {f'real_{name}': value for name, value in of_real.items()}
+        weights = _weights_of_things([test.rows[i]['thing'] for i in rows])
+        scores[kind] = dict(n=len(rows), **_beside_real(classifier, batch, pictures))
+        n_things = round(sum(weights))
+        scores[f'{kind}_by_thing'] = dict(n=n_things, **_beside_real(classifier, batch, pictures, weights))
+        asked += rows
         drawn.append(pictures.cpu())
-    return scores | _own_distances(torch.cat(drawn), train, test, net or _photo_network())
+    return scores | _own_distances(torch.cat(drawn), train, Subset(test, asked), net or _photo_network())
 
 # %% ../../nbs/recipes/05_evaluate.ipynb #3838a9db
-def _check_judge(classifier, classes, data):
-    "Raises `ValueError` for a judge whose numbers mean other classes."
+def _rows_of_kind(icons, kind, n):
+    "Up to `n` rows of a kind of held-out pictures, from all over the set."
+    rows = [i for i, row in enumerate(icons.rows) if row['kind']==kind]
+    return [rows[i] for i in spread_indices(len(rows), n)]
+
+def _weights_of_things(things):
+    "A weight for each picture, with which all pictures of a thing together count one."
+    n_pictures = Counter(things)
+    return [1/n_pictures[thing] for thing in things]
+
+def _beside_real(classifier, batch, pictures, weights=None):
+    "Scores of drawn pictures, and as `real_...` those of the real ones that they stand for."
+    of_drawn = icon_scores(classifier, dict(batch, image=pictures*2-1), weights)
+    of_real = icon_scores(classifier, batch, weights)
+    del of_real['retrieval_chance']                                     # the same of both
+    return of_drawn | {f'real_{name}': value for name, value in of_real.items()}
+
+def _check_classes(classifier, classes, data):
+    "Raises `ValueError` for a classifier whose numbers mean other classes."
     different = [name for name in classes if classifier.classes.get(name)!=classes[name]]
     if not different: return
-    raise ValueError(f'the judge has other classes of {" and ".join(different)} than {data} here: train one on this '
-                     'set, with `fastldm_train icons_classifier`, or give the same icon sets')
+    raise ValueError(f'the classifier has other classes of {" and ".join(different)} than {data} here: train one on '
+                     'this set, with `fastldm_train icons_classifier`, or give the same icon sets')
 
 def draw_icons(
     model:TextToImage, # that draws icons
@@ -271,30 +294,41 @@ def draw_icons(
         return model.sample(batch['caption'], prior=prior, style=[styles[k] for k in batch['style']], **sampling)
     prompts = [in_style(caption, styles[style]) for caption, style in zip(batch['caption'], batch['style'])]
     def draw(rows): return model.sample(prompts[rows], prior=prior, first=rows.start, **sampling)
-    return map_parts(draw, len(prompts), 64)                            # several processes draw parts of them
+    return map_parts(draw, len(prompts), 64)                            # a batch at a time; the above divides by itself
 
 # %% ../../nbs/recipes/05_evaluate.ipynb #346c0e4a
 def reconstruction_texts(
-    model:TextToImage, # whose VQ-VAE is measured
+    model:TextToImage, # whose VQ-VAE and autoencoder are measured
     data='scenes', # as in `evaluate_texts`
     n:int=1000, # held-out pictures; all where there are fewer
     root=None, # where the set is looked for first
     batch_size:int=64, # pictures at a time
 )->dict: # psnr in dB, ssim, lpips and by which network; of each level the share of codes used, and the perplexity
-    "How well the codes keep held-out pictures. Raises what the set raises, before work starts."
+    """How well the decoder that draws keeps held-out pictures: the autoencoder of the diffusion prior, where it has one
+    (then those of the VQ-VAE are `codes_psnr`, ...), else the VQ-VAE. Raises what the set raises, before work
+    starts."""
     images, _, _ = held_out_pairs(model, data, n, root)
     def reconstruct(rows):
         codes = model.vqvae.encode_codes(images[rows])
-        named = {f'level_{level}': of_level for level,of_level in enumerate(codes)}
-        return named | dict(decoded=model.vqvae.decode_codes(codes))
+        found = {f'level_{level}': of_level for level,of_level in enumerate(codes)}
+        found['vqvae'] = model.vqvae.decode_codes(codes)
+        if model.autoencoder is not None:
+            found['autoencoder'] = model.autoencoder.decode(model.autoencoder.encode(images[rows]))
+        return found
     found = map_parts(reconstruct, len(images), batch_size)
-    decoded, images = (((x+1)/2).clamp(0, 1).cpu() for x in (found.pop('decoded'), images))
-    scores = dict(n=len(images), psnr=float(psnr(decoded, images)), ssim=float(ssim(decoded, images)))
-    scores |= _lpips(decoded, images)
+    kept = {name: _kept(found.pop(name), images) for name in ('vqvae','autoencoder') if name in found}
+    scores = dict(n=len(images), **kept.get('autoencoder', kept['vqvae']))
+    if 'autoencoder' in kept: scores |= {f'codes_{name}': value for name,value in kept['vqvae'].items()}
     for level,codes in enumerate(found.values()):
         scores[f'codes_used_{level}'] = len(codes.unique())/model.vqvae.n_codes
         scores[f'perplexity_{level}'] = float(perplexity(codes, model.vqvae.n_codes))
     return scores
+
+# %% ../../nbs/recipes/05_evaluate.ipynb #c23c9166
+def _kept(decoded, images):
+    "How well pictures in [-1,1] are kept."
+    decoded, images = (((x+1)/2).clamp(0, 1).cpu() for x in (decoded, images))
+    return dict(psnr=float(psnr(decoded, images)), ssim=float(ssim(decoded, images)), **_lpips(decoded, images))
 
 def _lpips(images, others):
     "Perceptual distance, and by which network; empty where none is installed."
@@ -480,13 +514,17 @@ def _classifier_scores(data, drawn, batch):
 
 def _fid(real, drawn):
     "FID in EfficientNet-Lite0's features; empty where that network, or torch-fidelity, is not installed."
+    net = _photo_network()
+    return {} if net is None else dict(fid=float(fid(real, drawn, net)))
+
+def _photo_network():
+    "EfficientNet-Lite0; None where it, or the package that computes distances, is not installed."
     try:
-        net = EfficientNetLite()
         require_package('torch_fidelity', 'the distance of sets of pictures')
-    except (FileNotFoundError,ImportError) as e:
-        print(f'fid is left out: {e}')
-        return {}
-    return dict(fid=float(fid(real, drawn, net)))
+        return EfficientNetLite()
+    except (FileNotFoundError,ImportError) as error:
+        print(f'scores in the features of a network of photographs (fid, kid, ...) are left out: {error}')
+        return None
 
 # %% ../../nbs/recipes/05_evaluate.ipynb #975a1d4f
 def evaluate_conditions(
@@ -542,15 +580,6 @@ def evaluate_pictures(
     if test is not None: scores |= reconstruction(ldm, test)
     return scores
 
-def _photo_network():
-    "EfficientNet-Lite0; None where it, or the package that computes distances, is not installed."
-    try:
-        require_package('torch_fidelity', 'the distance of sets of pictures')
-        return EfficientNetLite()
-    except (FileNotFoundError,ImportError) as error:
-        print(f'kid is left out: {error}')
-        return None
-
 # %% ../../nbs/recipes/05_evaluate.ipynb #cce8c9b0
 def _own_distances(drawn, train, test, net, most=2000):
     "How far drawn pictures are from real ones, and from the nearest training picture, and the same of real pictures."
@@ -564,18 +593,13 @@ def _own_distances(drawn, train, test, net, most=2000):
     scores |= {f'memorisation_{net_name(net)}': _newness(drawn, known, unseen)}
     scores |= _distance_scores(known if unseen is None else unseen, drawn)
     if unseen is None: return scores
-    as_many = known[_spread(len(known), len(drawn))]                    # real pictures as drawn ones, where there are
+    as_many = known[spread_indices(len(known), len(drawn))]             # real pictures as drawn ones, where there are
     floor = _distance_scores(unseen, as_many)
     return scores | {f'real_{name}': value for name,value in floor.items()}
 
 def _some_pictures(ds, most):
     "(n,C,H,W) in [0,1]: all pictures of a set, or so many of them, spread over it."
-    return (fetch_batch(ds, _spread(len(ds), most))['image']+1)/2
-
-def _spread(n, most):
-    "So many of n indices, or all of them, at equal distances."
-    n_chosen = min(most, n)
-    return [i*n//n_chosen for i in range(n_chosen)]
+    return (fetch_batch(ds, spread_indices(len(ds), most))['image']+1)/2
 
 # %% ../../nbs/recipes/05_evaluate.ipynb #c161bb81
 def _newness(drawn, known, unseen):

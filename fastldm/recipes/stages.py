@@ -23,7 +23,7 @@ from functools import partial, wraps
 from inspect import signature, unwrap
 from pathlib import Path
 from ..core.models import (check_folder, check_saveable, fingerprint, fits_half, json_text, load_model, n_params,
-                                 real_number, save_model, set_seed, whole_number, write_atomic)
+                                 real_number, save_model, set_seed, spread_indices, whole_number, write_atomic)
 from ..core.show import image_grid, labelled_grid, write_picture
 from ..core.train import Callback, Learner, name_of, steps_asked
 from ..core.watch import HeldOutCB, TrackCB
@@ -216,9 +216,8 @@ def reconstructions(
     autoencoder, # a `FirstStage`
     ds, # a data set of pictures
 )->torch.Tensor: # (16,C,H,W) in [0,1]: eight pictures, then what is left of them
-    "What an autoencoder makes of eight pictures, spread over a data set."
-    indices = [i*len(ds)//8 for i in range(8)]
-    pictures = torch.stack([ds[i]['image'] for i in indices]).to(autoencoder.shift.device)
+    "What an autoencoder makes of eight pictures, spread over a data set, or of all where there are fewer."
+    pictures = torch.stack([ds[i]['image'] for i in spread_indices(len(ds), 8)]).to(autoencoder.shift.device)
     return (torch.cat([pictures, autoencoder.decode(autoencoder.encode(pictures))])+1)/2
 
 # %% ../../nbs/recipes/00_stages.ipynb #6c14ab18
