@@ -97,6 +97,19 @@ def test_another_vqvae_under_the_same_codes(trained, tmp_path):
     with pytest.raises(ValueError, match=message): text_to_image(str(d/'set'), run, **dict(SMALL, ae_steps=6))
     assert not (run/'prior_0').exists()
 
+def test_a_frozen_text_encoder(trained, tmp_path):
+    "It is that of another model, nothing of it is trained, and the model brings it along."
+    model, d = trained
+    options = dict(SMALL, text_encoder=str(d/'run'), prior_channels=(16,16))
+    other = text_to_image(str(d/'set'), tmp_path/'run', **options)
+    assert fingerprint(other.text_encoder)==fingerprint(model.text_encoder)
+    assert not (tmp_path/'run'/'text_encoder').exists()
+    again = load(tmp_path/'run').sample('a red square', 2, seed=0)
+    assert again.equal(other.sample('a red square', 2, seed=0))
+    with pytest.raises(ValueError, match="mnist.* reads no texts: expected 'minilm', 'word_vectors'"):
+        text_to_image(str(d/'set'), tmp_path/'no', **dict(SMALL, text_encoder='mnist'))
+    assert not (tmp_path/'no').exists()
+
 # ---- what is sampled
 
 @pytest.mark.parametrize('prior', ['codes','diffusion'])

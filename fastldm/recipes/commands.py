@@ -153,6 +153,7 @@ def train_cli(
     steps:int=None, # of the denoiser's training, or of the only stage
     ae_steps:int=None, # of the training of the autoencoder, or VQ-VAE
     text_encoder_steps:int=None, # of the text encoder's training, for `captioned`
+    text_encoder:str=None, # for `captioned`: one that is not trained: minilm, word_vectors, or that of a model
     prior_steps:str=None, # of the training of each level's prior, for `captioned`: one number, or as in 8000,6000
     epochs:int=None, # of the last stage, for `mnist_tutorial` and classifiers
     ae_epochs:int=None, # of the autoencoder's training, for `mnist_tutorial`
@@ -179,7 +180,7 @@ def train_cli(
     use_device(device)
     train = RECIPES[check_choice(recipe, RECIPES, 'recipe')]
     options = given(data=data, model=model, kinds=kinds, size=size, steps=steps, ae_steps=ae_steps,
-                    text_encoder_steps=text_encoder_steps, epochs=epochs, ae_epochs=ae_epochs,
+                    text_encoder_steps=text_encoder_steps, text_encoder=text_encoder, epochs=epochs, ae_epochs=ae_epochs,
                     batch_size=batch_size, lr=lr, copies=copies, conditions=conditions, test=test, patience=patience)
     if prior_steps is not None: options['prior_steps'] = _numbers(prior_steps, '--prior_steps')
     if channels is not None: options['channels'] = _listed(_numbers(channels, '--channels'))
