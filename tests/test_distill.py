@@ -226,6 +226,49 @@ def test_no_condition_is_left_out_of_a_path():
     assert torch.equal(loss(), loss())
     assert (batch['label']==3).any()                                # the null label, as in training
 
+@pytest.mark.parametrize('drop,drop_all', [(.3,.1), (.3,0.), (0.,.5), ({'label':.2},.25)])
+def test_conditions_are_left_out_of_paths_as_in_training(drop, drop_all):
+    "Each as often, and all together as often, as the teacher's conditioner does it."
+    conditioner = Conditioner(drop=drop, drop_all=drop_all, label=LabelEmbedder(3, 16), style=LabelEmbedder(3, 16))
+    teacher = Denoiser(UNet(1, (8,16), d_emb=16), Cosine(), conditioner)
+    n = 6000
+    raw = dict(label=torch.zeros(n).long(), style=torch.zeros(n).long())
+    seen = []                                                       # by the embedders, in training
+    for embedder in conditioner.embedders.values():
+        embedder.register_forward_hook(lambda module, args, out: seen.append(args[0]==3))
+    torch.manual_seed(0)
+    conditioner.train()(raw)
+    paths = PathDataset(teacher, (1,4,4), raw, n=n, steps=1, part=n, progress=False)
+    recorded = [paths.fields[name]==3 for name in ('label','style')]
+    for one,other in zip([*seen[:2], seen[0]&seen[1]], [*recorded, recorded[0]&recorded[1]]):
+        assert one.float().mean().item()==pytest.approx(other.float().mean().item(), abs=.03)
+
+@pytest.mark.parametrize('damage', ['cut','empty','text'])
+def test_a_damaged_part_of_the_paths_is_recorded_again(tmp_path, damage):
+    ldm = teacher_of()
+    def record():
+        return PathDataset(ldm.denoiser, ldm.shape, dict(label=torch.arange(3)), 12, 2, part=4, cache=tmp_path,
+                           progress=False)
+    whole = record()
+    file = sorted(tmp_path.iterdir())[1]
+    file.write_bytes(dict(cut=file.read_bytes()[:-9], empty=b'', text=b'no safetensors')[damage])
+    with pytest.warns(UserWarning, match=f'{file.name} is damaged .* and is recorded again'): again = record()
+    for name,values in whole.fields.items(): assert torch.equal(again.fields[name], values)
+
+@pytest.mark.parametrize('guidance', [(3.,1.), (1.,), (1.,2.,3.), 2., 'ab', (1.,'x'), None, (-1.,2.)])
+def test_guidance_scales_that_make_no_sense(guidance):
+    ldm = teacher_of()
+    with pytest.raises(ValueError, match='expected two scales from 0 to 100, the smaller first'):
+        PathDataset(ldm.denoiser, ldm.shape, dict(label=torch.arange(3)), guidance=guidance)
+
+def test_the_loss_leaves_the_student_in_training():
+    "Though no condition may be left out once more."
+    ldm = teacher_of()
+    paths = PathDataset(ldm.denoiser, ldm.shape, dict(label=torch.arange(3)), n=6, steps=2, progress=False)
+    student = make_student(ldm.denoiser).train()
+    distill_loss(student, paths[torch.arange(6)])
+    assert student.training and student.conditioner.training
+
 def test_paths_need_labels_only():
     assert path_conditions(load('mnist', 'cpu'))['label'].tolist()==list(range(10))
     assert path_conditions(teacher_of(conditions=False))=={}

@@ -7,13 +7,13 @@ __all__ = ['path_points', 'with_calls', 'distill_loss', 'make_student', 'GuidedR
            'check_scales', 'save_student', 'load_student']
 
 # %% ../../nbs/diffusion/09_distill.ipynb #41d97876
-import json, math, torch
+import json, math, torch, warnings
 from copy import deepcopy
 from fastcore.basics import patch
 from pathlib import Path
 from tqdm.auto import tqdm
-from ..core.models import (check_folder, fingerprint, json_text, real_number, tensor_digest, whole_number,
-                                 write_atomic)
+from ..core.models import (check_folder, evaluating, fingerprint, json_text, real_number, tensor_digest,
+                                 whole_number, write_atomic)
 from ..core.train import once_in_batch, rows_of_batch
 from .cond import Conditioner, VectorEmbedder, stack_conds
 from .denoiser import Denoiser, scales
@@ -48,17 +48,17 @@ def distill_loss(
 )->dict: # `loss`, a scalar
     "Compute how far a student's jumps miss the path (Luhman and Luhman 2021; Frans et al. 2024)."
     path = batch['path'].to(next(student.parameters()).dtype)
-    n = calls[once_in_batch(lambda: torch.randint(len(calls), ()))]
+    n = calls[once_in_batch(lambda: torch.randint(len(calls), ()))]     # jumps of a path
     def draw(rows): return torch.randint(n, (rows,), device=path.device)
-    i = rows_of_batch(draw, len(path))                                  # which of the n jumps
+    jump = rows_of_batch(draw, len(path))                               # which of them
     ts = angle_times(student.schedule, n).to(path.device)
-    x, target = (path_points(path, place/n) for place in (i, i+1))
-    α, σ = scales(student, ts[i], x)
-    α_s, σ_s = scales(student, ts[i+1], x)
-    x0 = (σ*target-σ_s*x)/(σ*α_s-σ_s*α)                                 # from this, DDIM lands on the target
-    student.conditioner.eval()                                          # no condition is left out: the paths have them
-    predicted = student(x, ts[i], student.conditioner(with_calls(batch, n, len(path), path.device))).float()
-    error = (predicted-x0).flatten(1).square().mean(1)
+    x, target = (path_points(path, place/n) for place in (jump, jump+1))
+    α, σ = scales(student, ts[jump], x)
+    α_s, σ_s = scales(student, ts[jump+1], x)
+    wanted = (σ*target-σ_s*x)/(σ*α_s-σ_s*α)                             # from this, DDIM lands on the target
+    with evaluating(student.conditioner):                               # in training it would leave out parts once more
+        cond = student.conditioner(with_calls(batch, n, len(path), path.device))
+    error = (student(x, ts[jump], cond).float()-wanted).flatten(1).square().mean(1)
     return dict(loss=(error + c**2).sqrt().mean() - c)
 
 # %% ../../nbs/diffusion/09_distill.ipynb #c1841aa0
@@ -104,9 +104,12 @@ class GuidedRows:
 def _draw_conditions(conditioner, fields):
     "Fields of a batch, parts of them and whole ones left out at random, as in training."
     drawn = {}
+    n = len(next(iter(fields.values())))
+    all_dropped = torch.rand(n)<conditioner.drop_all if conditioner.drop_all else torch.zeros(n, dtype=torch.bool)
     for name,embedder in conditioner.embedders.items():
         raw = embedder.drop_part(fields[name])
-        dropped = torch.rand(len(raw))<conditioner.drop[name]
+        dropped = torch.rand(n)<conditioner.drop[name]
+        if conditioner.drop[name]: dropped = dropped | all_dropped
         drawn[name] = torch.where(dropped.view(-1, *[1]*(raw.ndim-1)), embedder.null(raw), raw)
     return drawn
 
@@ -123,7 +126,8 @@ def record_paths(
 
 # %% ../../nbs/diffusion/09_distill.ipynb #e3aa3d55
 class PathDataset:
-    "Paths of a teacher with their conditions, recorded part by part; parts that are in the cache already are read."
+    """Paths of a teacher with their conditions, all in memory, recorded part by part; parts that are in the cache
+    already are read. Raises `ValueError` for guidance scales, steps or a number of paths that make no sense."""
     def __init__(self,
         teacher, # a `Denoiser`
         shape, # of a latent
@@ -152,14 +156,16 @@ class PathDataset:
     def __getitem__(self, i): return {name: values[i] for name,values in self.fields.items()}
     def __getitems__(self, indices): return self[torch.as_tensor([int(i) for i in indices])]
 
+# %% ../../nbs/diffusion/09_distill.ipynb #9fb28b02
 def check_scales(
     guidance, # two scales, e.g. (1,3)
 )->tuple: # the same, as floats
     "Raises `ValueError` for anything but two guidance scales, the smaller first."
+    problem = f'guidance={guidance!r}: expected two scales from 0 to 100, the smaller first'
     try: least, most = (real_number(w, 'guidance', 0, 100) for w in guidance)
-    except (TypeError,ValueError): least, most = 1., 0.                 # refused below
-    if least<=most: return least, most
-    raise ValueError(f'guidance={guidance!r}: expected two scales from 0 to 100, the smaller first')
+    except (TypeError,ValueError) as error: raise ValueError(problem) from error
+    if least>most: raise ValueError(problem)
+    return least, most
 
 # %% ../../nbs/diffusion/09_distill.ipynb #20d351f9
 @patch
@@ -168,11 +174,16 @@ def _part(self:PathDataset, start, n, cache):
     from safetensors.torch import load_file, save_file
     if cache is None: return self._record(start, n)
     settings = [fingerprint(self.teacher), self.shape, self.steps, self.guidance, self.seed, self.precision, start, n]
+    left_out = getattr(self.teacher.conditioner, 'drop_all', 0.)
+    if left_out: settings.append(f'{left_out} without any condition')
     digest = tensor_digest(*settings, *self.conditions.values())
     file = Path(cache)/f'paths-{digest}.safetensors'
-    if not file.exists():
-        with write_atomic(file) as temporary: save_file(self._record(start, n), temporary)
-    return load_file(file)
+    if file.exists():
+        try: return load_file(file)
+        except Exception as error: warnings.warn(f'{file} is damaged ({error}) and is recorded again')
+    recorded = self._record(start, n)
+    with write_atomic(file) as temporary: save_file(recorded, temporary)
+    return recorded
 
 # %% ../../nbs/diffusion/09_distill.ipynb #428a487d
 @patch
