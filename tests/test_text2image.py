@@ -7,7 +7,8 @@ from PIL import Image
 from fastldm.codes import CodeDataset, CodeLatents, TextToImage, sample_codes
 from fastldm.core import fingerprint, perceptual
 from fastldm.data import Captioned
-from fastldm.diffusion import load, make_student
+from fastldm.diffusion import Autoencoder, load, make_student
+from fastldm.metrics import psnr
 from fastldm.recipes import codes_cli, eval_cli, evaluate, evaluate_texts, held_out_pairs, reconstruction_texts
 from fastldm.recipes import sample_cli, text_to_image, train_cli, train_student
 
@@ -339,6 +340,22 @@ def test_scores_of_codes(trained):
     for level,n_codes in enumerate((4*4*4,4*8*8)):                      # codes of all images together
         used = scores[f'codes_used_{level}']*model.vqvae.n_codes
         assert 1<=scores[f'perplexity_{level}']<=used+1e-3<=n_codes+1
+
+def test_reconstruction_by_what_draws(trained):
+    "An autoencoder of the diffusion prior is measured, and the codes beside it, as they are of a model without one."
+    m, d = trained
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(3, 2, (8,), patch=4).eval()
+    two = TextToImage(m.text_encoder, m.vqvae, list(m.priors), size=32, autoencoder=autoencoder)
+    of_codes, of_both = (reconstruction_texts(model, str(d/'set')) for model in (m, two))
+    for name in ('psnr','ssim'):
+        assert of_both[f'codes_{name}']==pytest.approx(of_codes[name], rel=1e-5) and of_both[name]!=of_codes[name]
+    assert {k: v for k,v in of_both.items() if k[-2:] in ('_0','_1')}=={
+        k: v for k,v in of_codes.items() if k[-2:] in ('_0','_1')}
+    assert not any(name.startswith('codes_psnr') for name in of_codes)
+    images = held_out_pairs(two, str(d/'set'), 4)[0]
+    with torch.no_grad(): decoded = autoencoder.decode(autoencoder.encode(images)).clamp(-1, 1)
+    assert of_both['psnr']==pytest.approx(float(psnr((decoded+1)/2, (images+1)/2)), rel=1e-4)
 
 class Deaf: text_features = None
 

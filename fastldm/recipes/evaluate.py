@@ -297,6 +297,7 @@ def draw_icons(
     return map_parts(draw, len(prompts), 64)                            # a batch at a time; the above divides by itself
 
 # %% ../../nbs/recipes/05_evaluate.ipynb #346c0e4a
+@torch.no_grad()
 def reconstruction_texts(
     model:TextToImage, # whose VQ-VAE and autoencoder are measured
     data='scenes', # as in `evaluate_texts`
