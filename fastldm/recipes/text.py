@@ -62,8 +62,8 @@ def frozen_text_encoder(
     if name=='word_vectors': return WordVectors.from_minilm()
     model = load(name, 'cpu')
     if hasattr(model, 'text_encoder'): return model.text_encoder.eval()
-    raise ValueError(f"text_encoder={str(name)!r} is a {type(model).__name__}, which reads no texts: expected 'minilm', "
-                     "'word_vectors', or a model that draws from texts")
+    raise ValueError(f"text_encoder={str(name)!r} is a {type(model).__name__}, which reads no texts: "
+                     "expected 'minilm', 'word_vectors', or a model that draws from texts")
 
 # %% ../../nbs/recipes/03_text.ipynb #65e98c73
 def train_vqvae(
