@@ -181,7 +181,8 @@ def train_cli(
     train = RECIPES[check_choice(recipe, RECIPES, 'recipe')]
     options = given(data=data, model=model, kinds=kinds, size=size, steps=steps, ae_steps=ae_steps,
                     text_encoder_steps=text_encoder_steps, text_encoder=text_encoder, epochs=epochs,
-                    ae_epochs=ae_epochs, batch_size=batch_size, lr=lr, copies=copies, conditions=conditions, test=test, patience=patience)
+                    ae_epochs=ae_epochs, batch_size=batch_size, lr=lr, copies=copies, conditions=conditions,
+                    test=test, patience=patience)
     if prior_steps is not None: options['prior_steps'] = _numbers(prior_steps, '--prior_steps')
     if channels is not None: options['channels'] = _listed(_numbers(channels, '--channels'))
     options |= given(start=start, lora=lora, tune_autoencoder=tune_autoencoder or None)
