@@ -133,23 +133,42 @@ def network_cost(
     return dict(parameters=n_params(network), flops=count_flops(lambda: network(x, t)))
 
 # %% ../../nbs/metrics/05_bench.ipynb #947c0aac
+_PRECISION = dict(fp32=None, bf16='bf16')
+
 def race(
     widths, # of the first level, fastldm's and diffusers': ¾ of the first, for as many parameters
     side:int, # of the latent
     n:int, # pictures at a time
-)->dict: # pictures per second, by '{sample or train} {fastldm or diffusers} {fp32 or bf16}'
-    "Time 20-call sampling and one training step of both libraries."
+    turns:int=5, # of each program
+)->dict: # pictures per second in each turn, by '{sample or train} {fastldm or diffusers} {fp32 or bf16}'
+    "Time 20-call sampling and four training steps of both libraries, in turn."
     set_seed(0)
     x = torch.randn(n, 4, side, side)
     rates = {}
-    for precision in (None,'bf16'):
-        label = precision or 'fp32'
+    for label,precision in _PRECISION.items():
+        tasks = {}
         for (name,program),width in zip(PROGRAMS.items(), widths):
-            model = program.network(width, side).eval()
-            with torch.autocast('cpu', torch.bfloat16, enabled=precision is not None):
-                rates[f'sample {name} {label}'] = n/best_seconds(partial(program.sample, model, x), 2)
-            rates[f'train {name} {label}'] = n/best_seconds(program.trainer(model, x, precision), 4, 2)
+            tasks[f'sample {name} {label}'] = _sampling(program, width, x, precision)
+            tasks[f'train {name} {label}'] = _training(program, width, x, precision)
+        for run in tasks.values(): run()                                # warm up
+        for turn in range(turns):
+            for task,run in tasks.items(): rates.setdefault(task, []).append(run())
     return rates
+
+# %% ../../nbs/metrics/05_bench.ipynb #133e04da
+def _sampling(program, width, x, precision):
+    "A function that samples once, and returns how many pictures a second that is."
+    model = program.network(width, x.shape[-1]).eval()
+    def run():
+        with torch.autocast('cpu', torch.bfloat16, enabled=precision is not None):
+            return len(x)/seconds(partial(program.sample, model, x))
+    return run
+
+def _training(program, width, x, precision, steps=4):
+    "A function that takes some training steps, and returns how many pictures a second the fastest is."
+    step = program.trainer(program.network(width, x.shape[-1]), x, precision)
+    def run(): return len(x)/min(seconds(step) for _ in range(steps))
+    return run
 
 # %% ../../nbs/metrics/05_bench.ipynb #1066664a
 def peak_memory(
@@ -255,7 +274,7 @@ def gpu_race(
     device='cuda', # where
     compiled:bool=True, # both networks, by `torch.compile`
     calls:int=20, # of the network for a picture
-)->dict: # pictures per second, as `race` gives; and '{program} {precision} share of peak', in sampling
+)->dict: # pictures per second, named as by `race`; and '{program} {precision} share of peak', in sampling
     "Time sampling and training steps of both libraries on a GPU. Raises `ValueError` for a device that is not here."
     device = check_device(str(device))
     set_seed(0)
