@@ -170,16 +170,10 @@ def visitor(served, chromium):
 # ---- what it draws
 
 @pytest.mark.slow
-@pytest.mark.parametrize('width', [1400, 400])
-def test_every_tab_draws(served, chromium, tmp_path, width):
-    "A desk and a telephone: each tab of a model of faces draws what it is for, and nothing is asked of the network."
-    visitor = Visitor(chromium, served[0], width)
-    visitor.choose('model', 'avatars')
-    visitor.page.get_by_label('attributes: yes').wait_for()
-    visitor.number(pictures=1, steps=2)
-    assert visitor.draw()['tab']=='new'
-    picture = tmp_path/'face.png'
-    picture.write_bytes(Path(visitor.download()).read_bytes())
+def test_every_tab_draws(served, chromium, tmp_path):
+    "Each tab of a model of faces draws what it is for, and nothing is asked of the network."
+    visitor = Visitor(chromium, served[0], 1400)
+    picture = draw_a_face(visitor, tmp_path)
     visitor.open('mask')
     visitor.paint()
     assert 'mask' in visitor.draw()
@@ -195,9 +189,41 @@ def test_every_tab_draws(served, chromium, tmp_path, width):
         if tab in ('fill','edit'): visitor.paint()
         settings = visitor.draw()
         assert settings['tab']==tab and 'picture' in settings and ('hole' in settings)==(tab in ('fill','edit'))
+    nothing_is_outside(visitor, served, 1400)
+
+@pytest.mark.slow
+def test_a_telephone(served, chromium, tmp_path):
+    "On a narrow screen every tab fits, and what is painted there counts."
+    visitor = Visitor(chromium, served[0], 400)
+    picture = draw_a_face(visitor, tmp_path)
+    for tab in ('mask','sketch','vary','enlarge','fill','edit'):
+        visitor.open(tab)
+        assert visitor.page.evaluate('document.documentElement.scrollWidth')<=400, tab
+    visitor.open('mask')
+    visitor.paint()
+    assert 'mask' in visitor.draw()
+    visitor.open('vary')
+    visitor.upload(picture)
+    visitor.page.locator('.uploaded img').locator('visible=true').wait_for()
+    visitor.open('fill')
+    visitor.paint()
+    assert {'picture','hole'}<=visitor.draw().keys()
+    nothing_is_outside(visitor, served, 400)
+
+def draw_a_face(visitor, folder):
+    "A picture of the first tab, downloaded."
+    visitor.choose('model', 'avatars')
+    visitor.page.get_by_label('attributes: yes').wait_for()
+    visitor.number(pictures=1, steps=2)
+    assert visitor.draw()['tab']=='new'
+    picture = folder/'face.png'
+    picture.write_bytes(Path(visitor.download()).read_bytes())
+    return picture
+
+def nothing_is_outside(visitor, served, width):
+    "The page is no wider than the screen, and asked nobody else for anything."
     assert visitor.page.evaluate('document.documentElement.scrollWidth')<=width
-    outside = [url for url in visitor.asked if not url.startswith((served[0], 'data:', 'blob:'))]
-    assert not outside
+    assert not [url for url in visitor.asked if not url.startswith((served[0], 'data:', 'blob:'))]
     visitor.page.close()
 
 @pytest.mark.slow

@@ -280,6 +280,8 @@ def icons(split='train', **options):
         numbers = torch.tensor([int(i) for i in idxs])
         return dict(fetch(idxs), style=numbers%2, group=numbers//2%2)
     ds.__class__ = type('Icons', (SyntheticScenes,), dict(__getitems__=with_style))
+    ds.firsts = list(range(len(ds)))
+    ds.label_names = dict(style=ds.classes, group=ds.groups)
     return ds
 
 SETS = dict(mnist=Grey28, fashion=Grey28, flowers5=Photos5, drawnfaces=drawn, avatars=drawn, garments=drawn,
