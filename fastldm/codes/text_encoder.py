@@ -246,7 +246,7 @@ def place_features(
     n:int, # places
     dim:int, # numbers for each, even
 )->torch.Tensor: # (n,dim) in [-1,1]
-    "Sines and cosines of the place in a text, of `dim/2` frequencies, up to half a wave every two pieces."
+    "Sines and cosines of the place in a text, at `dim/2` frequencies; the fastest wave is four pieces long."
     place = torch.arange(n)[:,None]
     frequency = math.pi/2*torch.arange(1, dim//2+1)/(dim//2)
     return torch.cat([(place*frequency).sin(), (place*frequency).cos()], 1)
