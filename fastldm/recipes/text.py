@@ -154,7 +154,7 @@ def text_to_image(
     size:int=64, # side of the pictures
     text_encoder_steps:int=6000, # of the text encoder's training
     ae_steps:int=8000, # of the VQ-VAE's training
-    text_encoder=None, # a dict for `Blip.small`; or one that is not trained, as in `frozen_text_encoder`
+    text_encoder=None, # a dict for `Blip.small`; or as in `frozen_text_encoder`, then it is not trained at all
     hard_negatives=None, # as in `blip_loss`
     paraphrases=None, # as in `blip_loss`
     prior_steps=(8000,8000), # of each level's prior, at most; or one number for all
