@@ -1,5 +1,7 @@
 "Tar shards, Parquet and Arrow files as the data of recipes."
+import io, json, tarfile
 import pytest, torch
+from PIL import Image
 from fastldm.data import ArrowPictures, Digits, Pictures, Shards, get_dataset, to_image, write_shards, write_stream
 from fastldm.recipes import captioned_set, label_denoiser, label_ldm, own_pictures, picture_set
 
@@ -104,3 +106,99 @@ def test_whole_numbers_are_no_classes():
     rows = [dict(image=to_image(torch.zeros(3, 8, 8)), label=0) for _ in range(3)]
     with pytest.warns(UserWarning, match="'label' is left out.*ClassLabel"):
         assert ArrowPictures(datasets.Dataset.from_list(rows, features=features), size=8).label is None
+
+def labelled_shards(folder, labels, classes):
+    "A folder of two shards whose labels are not checked when they are written."
+    image = torch.zeros(len(labels), 1, 8, 8, dtype=torch.uint8)
+    write_shards(Pictures(image, labels), folder, per_shard=2)
+    (folder/'classes.json').write_text(json.dumps(classes))
+    return folder
+
+def test_labels_of_shards_that_count_from_one(tmp_path):
+    "The last class would be trained as 'no label': it is an error when its shard is read."
+    folder = labelled_shards(tmp_path, [1,1,2,1], ['cat','dog'])
+    ds = get_dataset(folder, size=8, channels=1)
+    assert ds[:2]['label'].tolist()==[1,1]
+    with pytest.raises(ValueError, match='000001.tar has the label 2, and 2 classes have names'): ds[2]
+
+def test_class_names_of_an_earlier_set_are_removed(tmp_path):
+    labelled_shards(tmp_path, [0,1], ['cat','dog'])
+    write_shards(Pictures(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)), tmp_path, per_shard=2)
+    assert list(get_dataset(tmp_path, size=8).classes)==[]
+
+def test_rows_in_any_order_read_each_shard_once(tmp_path, monkeypatch):
+    image = torch.arange(40, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+    ds = Shards(write_shards(Pictures(image), tmp_path, per_shard=4), size=8, channels=1, keep=1)
+    read = []
+    load = Shards.load_shard
+    def counted(self, i):
+        if i not in self.loaded: read.append(i)
+        return load(self, i)
+    monkeypatch.setattr(Shards, 'load_shard', counted)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
+    assert ds.pixels(order)[:,0,0,0].tolist()==order
+    assert len(read)<=10 and read==sorted(read)
+
+def a_table(n=60, labels=None, picture=None):
+    "A table of grey pictures, and of labels."
+    datasets = pytest.importorskip('datasets')
+    def png(i):
+        out = io.BytesIO()
+        Image.new('L', (8,8), i).save(out, 'png')
+        return out.getvalue()
+    features = dict(image=datasets.Image()) | (dict(label=datasets.ClassLabel(names=['a','b'])) if labels else {})
+    pictures = [dict(bytes=(picture or png)(i), path=None) for i in range(n)]
+    return datasets.Dataset.from_dict(dict(image=pictures) | (dict(label=labels) if labels else {}),
+                                      features=datasets.Features(features))
+
+def greys(folder): return get_dataset(folder, size=8, channels=1)[:]['image'][:,0,0,0].add(1).mul(127.5).round().tolist()
+
+def test_a_stream_in_several_calls(tmp_path):
+    "More rows are added to what is there, also to a shard that is not full; nothing is lost or written twice."
+    table = a_table()
+    for n in (25,50,None,None): write_stream(table, tmp_path, n=n, per_shard=10, progress=False)
+    assert greys(tmp_path)==[*range(60)]
+    assert json.loads((tmp_path/'index.json').read_text())=={f'{i:06}.tar':10 for i in range(6)}
+    with pytest.raises(ValueError, match='has 60 rows of the stream already, and n=30'):
+        write_stream(table, tmp_path, n=30, per_shard=10, progress=False)
+    with pytest.raises(ValueError, match='has shards of 10 pictures, and per_shard=5'):
+        write_stream(table, tmp_path, per_shard=5, progress=False)
+
+def test_an_interrupted_stream(tmp_path):
+    "After its second shard, and after its last one, which is not full, but before the index."
+    table = a_table(25)
+    write_stream(table, tmp_path, n=20, per_shard=10, progress=False)
+    (tmp_path/'index.json').unlink()
+    with pytest.raises(ValueError, match='shards of 10 pictures'): write_stream(table, tmp_path, per_shard=5)
+    write_stream(table, tmp_path, per_shard=10, progress=False)
+    for name in ('index.json','stream.json'): (tmp_path/name).unlink()
+    write_stream(table, tmp_path, per_shard=10, progress=False)
+    assert greys(tmp_path)==[*range(25)]
+
+def test_a_whole_stream_is_not_read_again(tmp_path):
+    table = a_table(25)
+    files = write_stream(table, tmp_path, per_shard=10, progress=False)
+    times = [file.stat().st_mtime_ns for file in files]
+    assert write_stream(table, tmp_path, per_shard=10, progress=False)==files
+    assert [file.stat().st_mtime_ns for file in files]==times
+
+@pytest.mark.parametrize('kind,suffix', [('mpo','jpeg'), ('ico','png'), ('webp','webp')])
+def test_pictures_of_a_stream_in_any_format(tmp_path, kind, suffix):
+    "A phone's files keep their bytes; what shards cannot hold becomes PNG."
+    def picture(i):
+        out = io.BytesIO()
+        Image.new('RGB', (16,16), (200,100,50)).save(out, kind)
+        return out.getvalue()
+    file, = write_stream(a_table(2, picture=picture), tmp_path, progress=False)
+    with tarfile.open(file) as tar: assert tar.getnames()==[f'0000000{i}.{suffix}' for i in range(2)]
+    pixel = Shards(file, size=8).pixels([1])[0,:,4,4].tolist()
+    assert pixel==pytest.approx([200,100,50], abs=4)
+
+def test_labels_of_a_stream(tmp_path):
+    "-1 in all rows is no label; in some, an error, as in a table."
+    file, = write_stream(a_table(4, labels=[-1]*4), tmp_path/'none', progress=False)
+    with tarfile.open(file) as tar: assert [name[-4:] for name in tar.getnames()]==['.png']*4
+    with pytest.raises(ValueError, match='rows 0 to 2 of the stream some have a label'):
+        write_stream(a_table(4, labels=[0,1,-1,1]), tmp_path/'some', progress=False)
+    with pytest.raises(ValueError, match='row 2 of the table has no label'): ArrowPictures(a_table(4, labels=[0,1,-1,1]))
+    assert ArrowPictures(a_table(4, labels=[-1]*4)).label is None

@@ -16,7 +16,7 @@ from PIL import Image
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 from ..core.models import require_package,tensor_digest,whole_number,write_atomic
-from .images import OPENERS,Pictures,check_split,files_digest,hash01,open_image
+from .images import IMAGE_SUFFIXES,OPENERS,Pictures,check_split,files_digest,hash01,open_image,plain_picture
 from .shards import add_file,write_index
 
 # %% ../../nbs/data/11_arrow.ipynb #05a326dd
@@ -104,11 +104,10 @@ def _read_labels(self:ArrowPictures):
     column = self.columns.get('label')
     if column is None: return _warn_of_labels(self.table.features)
     values = self._values('label', range(len(self)))
-    missing = [int(self.rows[i]) for i,value in enumerate(values) if value is None]
+    if all(value is not None and value<0 for value in values): return
+    missing = [int(self.rows[i]) for i,value in enumerate(values) if value is None or value<0]
     if missing: raise ValueError(f'row {missing[0]} of the table has no label: give it one, or leave the row out')
-    labels = torch.tensor(values).long()
-    if (labels<0).all(): return
-    self.label = labels
+    self.label = torch.tensor(values).long()
     self.classes = [*self.table.features[column].names]
 
 def _warn_of_labels(features):
@@ -159,20 +158,44 @@ def digest(self:ArrowPictures)->str: # 16 hexadecimal digits; None for a table t
     return tensor_digest(files_digest(self.files), self.rows.tolist()[:1000], len(self)) if self.files else None
 
 # %% ../../nbs/data/11_arrow.ipynb #45966337
-def _suffix(raw):
-    "What kind of file a picture is."
-    with Image.open(io.BytesIO(raw)) as picture: return picture.format.lower()
+def _file_of(value, i):
+    "The suffix and the bytes of a picture, as they are if shards can hold such a file, else as PNG."
+    if value is None: raise ValueError(f'row {i} of the stream has no picture: leave it out, by `stream.filter`')
+    with _raw_picture(value) as opened: raw = opened.read()
+    try:
+        with Image.open(io.BytesIO(raw)) as picture:
+            kind = picture.format.lower()
+            kind = 'jpeg' if kind=='mpo' else kind                  # of a phone: JPEG, and a second picture in it
+            if f'.{kind}' in IMAGE_SUFFIXES: return kind, raw
+            out = io.BytesIO()
+            plain_picture(picture).save(out, 'png')
+    except Exception as error:
+        raise ValueError(f'row {i} of the stream is no picture that can be read ({error}): leave it out, by '
+                         '`stream.filter`') from error
+    return 'png', out.getvalue()
+
+def _label_text(row, columns, i):
+    "The label of a row; None of a table without, or where -1 says that there is none."
+    if 'label' not in columns: return None
+    label = row[columns['label']]
+    if label is None: raise ValueError(f'row {i} of the stream has no label: leave it out, by `stream.filter`')
+    return str(label) if label>=0 else None
 
 def _write_rows(file, rows, columns, first):
     "Write rows of a stream into a shard, the files of pictures as they are; the number of them."
     with write_atomic(file) as temporary, tarfile.open(temporary, 'w') as tar:
-        n = 0
+        n = n_labels = 0
         for i,row in enumerate(rows, first):
-            with _raw_picture(row[columns['image']]) as opened: raw = opened.read()
-            add_file(tar, f'{i:08d}.{_suffix(raw)}', raw)
-            if 'label' in columns: add_file(tar, f'{i:08d}.cls', str(row[columns['label']]).encode())
-            if 'caption' in columns: add_file(tar, f'{i:08d}.txt', _caption_of(row[columns['caption']]).encode())
+            suffix, raw = _file_of(row[columns['image']], i)
+            add_file(tar, f'{i:08d}.{suffix}', raw)
+            label = _label_text(row, columns, i)
             n += 1
+            n_labels += label is not None
+            if n_labels not in (0,n):
+                raise ValueError(f'of the rows {first} to {i} of the stream some have a label, and some have -1, which '
+                                 'is none: leave those out, by `stream.filter`')
+            if label is not None: add_file(tar, f'{i:08d}.cls', label.encode())
+            if 'caption' in columns: add_file(tar, f'{i:08d}.txt', _caption_of(row[columns['caption']]).encode())
     if not n: file.unlink()
     return n
 
@@ -184,32 +207,59 @@ def write_stream(
     per_shard:int=1000, # pictures in each
     progress:bool=True, # show a bar
 )->list: # of the files
-    """Write a stream into WebDataset shards as it arrives; the same call goes on where an interrupted one stopped.
-    Raises `ValueError` for a stream that does not say what its columns are, or has no pictures."""
+    """Write a stream into WebDataset shards as it arrives. The same call resumes an interrupted one, and one with a
+    larger `n` adds to what is there. Raises `ValueError` for a stream that does not say what its columns are, for rows
+    without a picture or a label, and for a folder with shards of another size, or with more rows than `n`."""
     datasets = require_package('datasets', 'a set in Arrow or Parquet files')
     folder = Path(folder)
     per_shard = whole_number(per_shard, 'per_shard', 1)
+    n = None if n is None else whole_number(n, 'n', 1)
     if stream.features is None: raise ValueError('this stream does not know its columns: call its `cast` with them')
     columns = _columns(stream.features)
     stream = stream.cast_column(columns['image'], datasets.Image(decode=False))
-    counts = _written(folder, per_shard)
+    counts = _written(folder, per_shard, n)
+    if _is_whole(folder, counts, n): return [folder/name for name in counts]
+    if counts and [*counts.values()][-1]<per_shard: counts.popitem()        # the last one is filled up
     done = sum(counts.values())
-    rows = islice(iter(stream.skip(done)), None if n is None else max(0, n-done))
+    rows = islice(iter(stream.skip(done)), None if n is None else n-done)
     with tqdm(desc='shards', initial=len(counts), disable=not progress) as bar:
         for file in (folder/f'{i:06d}.tar' for i in count(len(counts))):
-            written = _write_rows(file, islice(rows, per_shard), columns, done) if done%per_shard==0 else 0
+            written = _write_rows(file, islice(rows, per_shard), columns, done)
             if not written: break
             counts[file.name] = written
             done += written
             bar.update()
+    has_ended = n is None or done<n
+    with write_atomic(folder/'stream.json') as file: file.write_text(json.dumps(dict(has_ended=has_ended)))
     write_index(folder, counts, getattr(stream.features.get(columns.get('label')), 'names', ()))
     return [folder/name for name in counts]
 
 # %% ../../nbs/data/11_arrow.ipynb #2c5a9d90
-def _written(folder, per_shard):
-    "{name: pictures} of the shards that an interrupted call wrote, all of which are full."
-    if (folder/'index.json').exists(): return json.loads((folder/'index.json').read_text())
-    return {file.name:per_shard for file in sorted(folder.glob('[0-9]*.tar'))}
+def _n_pictures(file):
+    "How many keys a shard has, by its table of contents."
+    with tarfile.open(file) as tar: return len({Path(name).name.partition('.')[0] for name in tar.getnames()})
+
+def _written(folder, per_shard, n):
+    "{name: pictures} of the shards that are there. Raises ValueError where no shard could follow on them."
+    index = folder/'index.json'
+    if index.exists(): counts = json.loads(index.read_text())
+    else: counts = {file.name:_n_pictures(file) for file in sorted(folder.glob('[0-9]*.tar'))}
+    *full,last = counts.values() or [0]
+    if last>per_shard or any(count!=per_shard for count in full):
+        raise ValueError(f'{folder} has shards of {max(counts.values())} pictures, and per_shard={per_shard} is asked '
+                         'for: give the same number, or another folder')
+    done = sum(counts.values())
+    if n is not None and done>n:
+        raise ValueError(f'{folder} has {done} rows of the stream already, and n={n} is asked for: give another folder')
+    return counts
+
+def _is_whole(folder, counts, n):
+    "Whether an earlier call wrote all that is asked for."
+    if not (folder/'index.json').exists(): return False
+    if sum(counts.values())==n: return True
+    about = folder/'stream.json'                                            # which earlier versions did not write
+    return about.exists() and json.loads(about.read_text())['has_ended']
+
 
 # %% ../../nbs/data/11_arrow.ipynb #ee15eff9
 def _is_table(path):

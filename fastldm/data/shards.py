@@ -16,8 +16,8 @@ from fastcore.basics import patch
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 from ..core.models import tensor_digest,whole_number,write_atomic
-from .images import (IMAGE_SUFFIXES,OPENERS,Pictures,check_skip,check_split,files_digest,find_damaged,
-                                 first_few,from_image,open_image,to_image)
+from .images import (IMAGE_SUFFIXES,OPENERS,Pictures,check_labels,check_skip,check_split,files_digest,
+                                 find_damaged,first_few,from_image,open_image,to_image)
 
 # %% ../../nbs/data/03_shards.ipynb #22334ee3
 class Shards(Pictures):
@@ -28,13 +28,15 @@ class Shards(Pictures):
         size:int=64, # side of the pictures
         channels:int=3, # 3 colour, 1 grey
         keep:int=4, # shards in memory, and mixed with each other
-        skip=False, # 'warn': leave out pictures that cannot be read, for which each shard is read once at the start
+        skip=False, # True: leave out pictures that cannot be read, with a warning; each shard is read at the start
+        classes=(), # names of the classes, where they are known
     ):
         urls = [urls] if isinstance(urls, (str,Path)) else urls
         self.urls = [str(u) for u in urls]
         self.size = size
         self.channels = channels
         self.keep = keep
+        self.classes = classes
         self.loaded = OrderedDict() # {number of a shard: its fields}, the least recently used first
         self.damaged = {} # {number of a shard: keys of the pictures that are left out}
         self.counts = self.fields = None # `fields` are those of the shard that was read first
@@ -77,10 +79,11 @@ def order(self:Shards, generator)->torch.Tensor: # every index once
 def _rows(self:Shards, idxs):
     "The fields of each picture at `idxs`; reads the shards that are not in memory."
     shards = np.searchsorted(self.ends, idxs, side='right').tolist()
-    rows = []
-    for i,s in zip(idxs, shards):
-        row = int(i)-int(self.ends[s]-self.counts[s])
-        rows.append({k:v[row] for k,v in self.load_shard(s).items()})
+    rows = [None]*len(idxs)
+    for k in sorted(range(len(idxs)), key=shards.__getitem__):              # each shard is read once, in any order
+        s = shards[k]
+        row = int(idxs[k])-int(self.ends[s]-self.counts[s])
+        rows[k] = {name:values[row] for name,values in self.load_shard(s).items()}
     return rows
 
 @patch
@@ -240,6 +243,7 @@ def _check_shard(self:Shards, i, fields):
     if [*fields]!=self.fields:
         raise ValueError(f"{self.urls[i]} has {', '.join(fields)}, other shards have {', '.join(self.fields)}: "
                          "give sets of one kind")
+    if len(self.classes) and 'label' in fields: check_labels(fields['label'], self.classes, self.urls[i])
 
 # %% ../../nbs/data/03_shards.ipynb #7f49d08b
 @patch
@@ -291,8 +295,9 @@ def write_index(
 ):
     "Write what `Shards` need not count, and the names of the classes where there are some."
     with write_atomic(folder/'index.json') as p: p.write_text(json.dumps(counts))
-    if not len(classes): return
-    with write_atomic(folder/'classes.json') as p: p.write_text(json.dumps([*classes], ensure_ascii=False))
+    names = folder/'classes.json'
+    if not len(classes): return names.unlink(missing_ok=True)               # it would be that of an earlier set
+    with write_atomic(names) as p: p.write_text(json.dumps([*classes], ensure_ascii=False))
 
 # %% ../../nbs/data/03_shards.ipynb #de6cdd17
 def write_shards(
@@ -347,14 +352,14 @@ def open_shards(
     channels:int=3, # 3 colour, 1 grey
     test:float=0., # share of the shards that is the part `test`
 )->Shards: # with the names of the classes, where classes.json has them
-    "The shards in a folder. Raises FileNotFoundError where the part is not there."
+    "The shards in a folder. Raises FileNotFoundError where the part is not there, ValueError for labels of no class."
     folder = Path(folder).expanduser()
     files = _part_of(folder, check_split(split), test)
     if not files: raise FileNotFoundError(f"{folder} has no shards of the part {split!r}: put them into {folder/split}")
-    ds = Shards(files, size=size, channels=channels)
-    ds.split = split
     names = next((p for p in (files[0].parent/'classes.json', folder/'classes.json') if p.exists()), None)
-    if names is not None: ds.classes = json.loads(names.read_text(encoding='utf-8'))
+    classes = () if names is None else json.loads(names.read_text(encoding='utf-8'))
+    ds = Shards(files, size=size, channels=channels, classes=classes)
+    ds.split = split
     return ds
 
 OPENERS.append((_has_shards, open_shards))
