@@ -8,7 +8,7 @@ from PIL import Image
 from fastcore.test import test_eq as eq
 from fastldm.data.captioned import *
 from fastldm.data.sources import *
-from fastldm.data import DATASETS, get_dataset, sources
+from fastldm.data import DATASETS, get_dataset, group_rows, sources
 
 def photo(f, seed=0, mode='RGB', size=(40,40), kind='png'):
     "A picture of coloured noise, written (or its bytes)."

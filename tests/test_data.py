@@ -299,3 +299,37 @@ def test_shards_say_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match='entries without a picture'): Shards([tmp_path/'a.tar'])
     with pytest.raises(ValueError, match='b.tar is damaged'): Shards([tmp_path/'b.tar'])
     with pytest.raises(ValueError, match='at least one'): Shards([])
+
+def test_copies_of_a_picture_are_on_one_side(tmp_path):
+    "Under whatever name; a picture without copies stays on the side that its name decides."
+    for i in range(60): Image.new('L', (8,8), i).save(tmp_path/f'{i:02}.png')
+    before = {split:{f.name for f in ImageFolder(tmp_path, split, size=8, test=.3).files} for split in ('train','test')}
+    assert before['test']=={f'{i:02}.png' for i in range(60) if hash01(f'{i:02}.png')<.3}
+    for i in range(0, 60, 2): (tmp_path/f'copy of {i:02}.png').write_bytes((tmp_path/f'{i:02}.png').read_bytes())
+    after = {split:ImageFolder(tmp_path, split, size=8, test=.3) for split in ('train','test')}
+    greys = {split:{*ds.image[:,0,0,0].tolist()} for split,ds in after.items()}
+    assert not greys['train']&greys['test'] and len(greys['train']|greys['test'])==60
+    for split,ds in after.items():
+        odd = {name for name in before[split] if int(name[:2])%2}
+        assert odd=={f.name for f in ds.files if int(f.stem[-2:])%2}
+
+@pytest.mark.parametrize('labels', [[1,2,1], [0,1,-1]])
+def test_a_label_of_no_class(labels):
+    "The number after the last class is that of 'no label', so nobody may be given it by mistake."
+    image = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=f'has the label {min(labels) if -1 in labels else 2}, and 2 classes'):
+        Pictures(image, labels, ['cat','dog'])
+    assert Pictures(image, labels).label.tolist()==labels                   # without names nothing is known
+
+@pytest.mark.parametrize('name,key', [
+    ('Fashion-MNIST','fashion'), ('fashion_mnist','fashion'), ('Digits','digits'), ('CIFAR-10','cifar10')])
+def test_names_in_another_spelling(name, key):
+    assert dataset_key(name)==key and has_one_size(name)
+    with pytest.raises(ValueError, match=f'the pictures of {name} have one size only'): get_dataset(name, size=32)
+
+def test_every_set_states_a_licence():
+    "Only what a user brings is 'of the user'."
+    from fastldm.data import DATASETS
+    silent = {name for name,cls in DATASETS.items() if getattr(cls, 'licence', '')==Pictures.licence}
+    from_their_files = {'captioned','icons','clothedavatars'}               # of the user, or known when they are read
+    assert silent<=from_their_files

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'DATASETS', 'OPENERS', 'upright', 'plain_picture', 'from_image', 'to_uint8', 'to_image',
-           'check_split', 'escape_text', 'Pictures', 'licence_of', 'Part', 'collate', 'dataloader', 'Digits',
-           'open_image', 'centre_square', 'fit_to', 'open_zip', 'ZippedFile', 'find_pictures', 'hash01', 'ImageFolder',
-           'find_damaged', 'first_few', 'check_skip', 'size_and_checksum', 'files_digest', 'is_opened', 'get_dataset',
-           'edges']
+           'check_split', 'escape_text', 'check_labels', 'Pictures', 'licence_of', 'Part', 'collate', 'dataloader',
+           'Digits', 'open_image', 'centre_square', 'fit_to', 'open_zip', 'ZippedFile', 'find_pictures',
+           'size_and_checksum', 'group_rows', 'hash01', 'ImageFolder', 'find_damaged', 'first_few', 'check_skip',
+           'files_digest', 'is_opened', 'dataset_key', 'has_one_size', 'get_dataset', 'edges']
 
 # %% ../../nbs/data/00_images.ipynb #9dfeb8dc
 import difflib,hashlib,io,math,os,re,warnings,zipfile,zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, torch, torch.nn.functional as F
@@ -167,6 +169,17 @@ def escape_text(
     return text.encode('utf-8', 'backslashreplace').decode() if isinstance(text, str) else text
 
 # %% ../../nbs/data/00_images.ipynb #f49da795
+def check_labels(
+    labels:list, # whole numbers
+    classes:list, # names of the classes
+    where, # has these labels, for the message
+):
+    "Raises ValueError for a label that is the number of no class: a network would take it for 'no label'."
+    wrong = [label for label in labels if not 0<=label<len(classes)]
+    if not wrong: return
+    raise ValueError(f"{where} has the label {wrong[0]}, and {len(classes)} classes have names: number them from 0 to "
+                     f"{len(classes)-1}, or name all")
+
 class Pictures:
     "A set of pictures in memory, with or without labels."
     split = 'train'
@@ -184,6 +197,7 @@ class Pictures:
         self.image = image
         self.classes = [escape_text(c) for c in classes]
         if label is not None: self.label = torch.as_tensor(label).long()
+        if label is not None and self.classes: check_labels(self.label.tolist(), self.classes, type(self).__name__)
 
     def __len__(self): return len(self.image)
 
@@ -433,6 +447,48 @@ def _labels(names, train, folder):
                          "both need the same folders, one per class")
     return [classes.index(name) for name in names],classes
 
+# %% ../../nbs/data/00_images.ipynb #328b5d66
+def size_and_checksum(
+    file, # a path, or one in a zip file
+)->tuple: # its bytes, and a function that computes their CRC-32
+    "What a file holds, in brief; nothing is read of it yet."
+    file = getattr(file, 'file', file)                                # of one that is seen in another way
+    if isinstance(file, ZippedFile):
+        info = file.info()
+        return info.file_size, lambda: info.CRC
+    return file.stat().st_size, lambda: zlib.crc32(file.read_bytes())
+
+def _checksums(files):
+    "{file: text} for those files that could be copies of each other, because they are equally long."
+    infos = {f:size_and_checksum(f) for f in files}
+    count = Counter(size for size,_ in infos.values())
+    # a name that sorts after those of all files, so that a group is called after a file
+    alike = [f for f,(size,_) in infos.items() if count[size]>1]
+    def mark(f): return f'\uffff{infos[f][0]} {infos[f][1]()}'
+    with ThreadPoolExecutor(8) as pool: return dict(zip(alike, pool.map(mark, alike)))
+
+# %% ../../nbs/data/00_images.ipynb #fab16ee3
+def group_rows(
+    rows:list, # dicts with `name`, and `file` or `group` where there is one
+)->list: # the name of the group of each row
+    "Which rows belong together: those that share a name, a `group`, a file, or the bytes of their file."
+    parent = {}
+    first = {}
+    def root(key):
+        while parent.setdefault(key,key)!=key: key = parent[key]
+        return key
+    def join(a, b):
+        a,b = sorted((root(a),root(b)))
+        parent[b] = a
+    checksum = _checksums({r['file'] for r in rows if r.get('file')})
+    for r in rows:
+        name = r['name']
+        file = r.get('file')
+        if r.get('group'): join(f" {r['group']}", name)
+        if file: join(name, first.setdefault(file, name))           # two spellings of one name
+        join(name, checksum.get(file, name))
+    return [root(r['name']) for r in rows]
+
 # %% ../../nbs/data/00_images.ipynb #085bd8d5
 def hash01(
     text:str, # words that decide
@@ -441,9 +497,18 @@ def hash01(
     digest = hashlib.sha256(text.strip().encode('utf-8','surrogatepass')).hexdigest()
     return int(digest[:12], 16)/16**12
 
+def _names_to_hash(files, folder):
+    "For each file the name that decides about its side: its own, or the first one of its copies."
+    rows = [dict(name=f.relative_to(folder).as_posix(), file=f) for f in files]
+    groups = group_rows(rows)
+    first = {}
+    for group,row in zip(groups, rows): first[group] = min(row['name'], first.get(group, row['name']))
+    return [first[group] for group in groups]
+
 def _part_by_hash(files, folder, split, test):
     "The files of one side. Raises ValueError where none is left."
-    chosen = {f:None for f in files if (hash01(f.relative_to(folder).as_posix())<test)==(split=='test')}
+    names = _names_to_hash(files, folder)
+    chosen = {f:None for f,name in zip(files, names) if (hash01(name)<test)==(split=='test')}
     if chosen: return chosen
     raise ValueError(f"test={test} of the {len(files)} pictures in {folder} leaves none for split={split!r}: "
                      "give more pictures, or another share")
@@ -470,7 +535,7 @@ class ImageFolder(Pictures):
         size:int=64, # side of the pictures
         channels:int=3, # 3 colour, 1 grey
         cache:float=2., # keep the pictures in memory up to this many GiB; 0: never
-        skip=False, # 'warn': leave out pictures that cannot be read
+        skip=False, # True: leave out pictures that cannot be read, with a warning
         test:float=0., # share of the pictures that is the part `test`, of a folder that has none
     ):
         self.split = check_split(split, ('train','val','test'))
@@ -513,10 +578,10 @@ def first_few(
 
 # %% ../../nbs/data/00_images.ipynb #8d338658
 def check_skip(
-    skip, # False, True or 'warn'
+    skip, # False or True; 'warn' is an old name of True
 )->bool: # whether pictures that cannot be read are left out
     "Raises ValueError for anything else."
-    if skip not in (False,True,'warn'): raise ValueError(f"skip is {skip!r}; it can be False or 'warn'")
+    if skip not in (False,True,'warn'): raise ValueError(f"skip is {skip!r}; it can be True or False")
     return bool(skip)
 
 @patch
@@ -559,16 +624,6 @@ def pixels(self:ImageFolder, idxs)->torch.Tensor: # uint8 (B,C,H,W)
         return torch.stack(list(bar))
 
 # %% ../../nbs/data/00_images.ipynb #ae111e00
-def size_and_checksum(
-    file, # a path, or one in a zip file
-)->tuple: # its bytes, and a function that computes their CRC-32
-    "What a file holds, in brief; nothing is read of it yet."
-    file = getattr(file, 'file', file)                                # of one that is seen in another way
-    if isinstance(file, ZippedFile):
-        info = file.info()
-        return info.file_size, lambda: info.CRC
-    return file.stat().st_size, lambda: zlib.crc32(file.read_bytes())
-
 def files_digest(
     files:list, # paths, or files in a zip file
     whole:int=2**30, # bytes up to which all files are read; of n times as many, every n-th
@@ -605,6 +660,22 @@ def is_opened(
     "Whether a path is that of shards, a table, or what other modules open."
     return any(is_kind(str(path)) for is_kind,_ in OPENERS)
 
+def dataset_key(
+    name, # of a data set, or a path
+)->str: # the key in `DATASETS`, if it is the name of a set
+    "The name of a set in one spelling: 'Fashion-MNIST' and 'fashion_mnist' are `fashion`."
+    key = str(name).lower().replace('-','').replace('_','')
+    return 'fashion' if key=='fashionmnist' else key
+
+def has_one_size(
+    name, # of a data set, or a path
+)->bool: # whether it is a public set whose pictures have one size, so that it takes no `size`
+    "Whether the size of a set's pictures cannot be chosen."
+    maker = DATASETS.get(dataset_key(name))
+    if maker is None: return False
+    parameters = signature(maker).parameters
+    return 'size' not in parameters and not any(p.kind==p.VAR_KEYWORD for p in parameters.values())
+
 def get_dataset(
     name, # a key of `DATASETS`, or a folder of pictures, of tar shards, or of Parquet or Arrow files
     root=None, # where to look first
@@ -612,9 +683,11 @@ def get_dataset(
     download:bool=True, # fetch a public set that is not found (CIFAR-10 has 170 MB)
     **kw, # options of the set, such as `size` of a folder
 ): # the data set
-    "A data set by its name or folder. Raises ValueError for an unknown name, and suggests the nearest."
-    key = str(name).lower().replace('-','').replace('_','')
-    key = 'fashion' if key=='fashionmnist' else key
+    """A data set by its name or folder. Raises ValueError for an unknown name, and suggests the nearest; and for a
+    `size` of a set that has only one."""
+    key = dataset_key(name)
+    if 'size' in kw and has_one_size(name):
+        raise ValueError(f'the pictures of {name} have one size only, so none can be given: leave it out')
     if key in DATASETS: return DATASETS[key](root=root, split=split, download=download, **kw)
     for is_kind,open_set in OPENERS:
         if is_kind(str(name)): return open_set(name, split=split, **kw)

@@ -175,6 +175,7 @@ class FashionMNIST(MNIST):
 # %% ../../nbs/data/01_public.ipynb #68a37f7d
 class CIFAR10(PublicSet):
     "60,000 photographs of 10 classes, 32×32 in colour (Krizhevsky 2009)."
+    licence = 'not stated by its authors'
     folders = tuple(d+'cifar-10-batches-bin' for d in ('','cifar10/','CIFAR10/'))
     classes = ['airplane','automobile','bird','cat','deer','dog','frog','horse','ship','truck']
     how_to_get = ("the binary version cifar-10-binary.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html, "

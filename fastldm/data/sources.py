@@ -142,6 +142,7 @@ def _find_musti(file, root):
 # %% ../../nbs/data/05_sources.ipynb #6fa94c60
 class MUSTI(Captioned):
     "The pairs of a MUSTI file. Their pictures are fetched once; those that cannot be had are left out, with a warning."
+    licence = 'not stated by its authors'
     def __init__(self,
         json_file=None, # the file; None: looked for in `root` and the usual places
         split='train', # 'train' or 'test'
