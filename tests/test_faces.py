@@ -355,3 +355,11 @@ def test_faces_from_the_command_line(trained, tmp_path, monkeypatch):
              (dict(label=3),"no condition 'label'")]
     for how,said in wrong:
         with pytest.raises(SystemExit, match=said): sample_cli('few', n=2, steps=2, **how)
+
+def test_sets_made_of_others_know_what_excludes_each_other():
+    "A garment is of one of ten kinds, also mirrored or described; a face has its own exclusions."
+    faces = SyntheticFaces(n=3, size=16)
+    assert Mirrored(faces).exclusive==faces.exclusive==Faces.exclusive
+    faces.exclusive = [['Dress','Bag']]
+    assert Mirrored(faces).exclusive==Described(Mirrored(faces)).exclusive==[['Dress','Bag']]
+    assert len(Garments.exclusive[0])==10

@@ -98,3 +98,11 @@ def test_scenes_by_name_and_from_workers():
     a,b = ([x for x in dataloader(ds, 7, workers=w)] for w in (0,1))
     for x,y in zip(a, b, strict=True):
         for k in x: eq(x[k], y[k])
+
+def test_a_near_miss_is_another_sentence():
+    "Also where both things have one colour, which cannot be exchanged."
+    said = 'a red ship left of a red sun on the sea'
+    background = next(iter(BACKGROUNDS))
+    said = Scene('red', 'ship', 'left of', 'red', 'sun', background).caption(0)
+    missed = {near_miss(said, seed) for seed in range(40)}
+    assert said not in missed and len(missed)>=2

@@ -2,6 +2,8 @@
 condition; every mistake in the table ends in one sentence before any work."""
 import csv
 import json
+import os
+import subprocess
 import sys
 import warnings
 from copy import deepcopy
@@ -243,3 +245,17 @@ def test_a_number_in_another_unit():
         warnings.simplefilter('error')
         cm.parse([1.,3.,3.4], 3)                                        # a little outside
         with pytest.raises(UserWarning): cm.parse(3.6, 1)
+
+NAN = """
+from fastldm.data.table import Column, read_classes
+cells = '3 1 nan 10 2 NaN 7 oak 1'.split()
+values, facts = read_classes(Column('x', cells, 't.csv', cells, [None]*len(cells), None, 16))
+print(values.tolist(), facts['classes'])
+"""
+
+@pytest.mark.parametrize('seed', ['1','5'])
+def test_nan_is_an_empty_cell_of_labels(seed):
+    "The order of classes is the same in each process."
+    env = dict(os.environ, PYTHONHASHSEED=seed)
+    done = subprocess.run([sys.executable,'-c',NAN], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip()=="[2, 0, 6, 4, 1, 6, 3, 5, 0] ['1', '2', '3', '7', '10', 'oak']"

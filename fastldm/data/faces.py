@@ -188,6 +188,7 @@ class Faces(ImageFolder):
     "Pictures of faces with attributes, and with masks if there are any."
     attributes = ATTRIBUTES
     mask_classes = PARTS
+    exclusive = EXCLUSIVE # lists of attributes of which a face has at most one
     attrs = None
     mask = None
 
@@ -208,6 +209,7 @@ class _Derived(Faces):
         self.classes = ()
         self.attributes = ds.attributes
         self.mask_classes = ds.mask_classes
+        self.exclusive = getattr(ds, 'exclusive', EXCLUSIVE)
         self.licence = licence_of(ds)
     def __len__(self): return len(self.ds)
     def pixels(self, idxs): return self.ds.pixels(idxs)

@@ -520,7 +520,7 @@ class IconSet(Captioned):
         ground='white', # what is seen where a picture is transparent: a colour by name, or '#rrggbb'
         held_out:float=.03, # share of the things, and of the combinations, for 'test', and as much for 'val'
         licences=None, # {style: licence} for files that do not say it
-        skip=False, # 'warn': leave out icons that cannot be drawn
+        skip=False, # True: leave out icons that cannot be drawn, with a warning
         download=True, # not needed: every set can be called with it
     ):
         self.split = check_split(split, ICON_SPLITS)
@@ -602,7 +602,7 @@ def _hold_images(self:IconSet, sets, rows, ground, skip):
             if not r['digest']: broken[r['name']] = _why_broken(icon_set.icons[r['icon']])
     if broken and not skip:
         raise ValueError(f"{len(broken)} of {len(rows)} icons cannot be drawn ({first_few(broken)}): "
-                         "mend them, or leave them out with skip='warn'")
+                         "mend them, or leave them out with skip=True")
     self.leave_out(broken)
 
 # %% ../../nbs/data/09_icons.ipynb #689626b6

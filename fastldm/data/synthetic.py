@@ -418,7 +418,7 @@ def near_miss(
         reverse = replace(s, relation=MIRROR[s.relation])
         wrong = [reverse, reverse,                                  # twice: it is learned last
                  replace(s, colour=s.colour2, colour2=s.colour), replace(s, kind=s.kind2, kind2=s.kind)]
-    wrong = [w for w in wrong if not is_held_out(w)]
+    wrong = [w for w in wrong if w!=s and not is_held_out(w)]      # things of one colour cannot exchange it
     if not wrong: wrong = [replace(s, background=b) for b in BACKGROUNDS if b!=s.background]
     return rng.choice(wrong).caption(form)
 

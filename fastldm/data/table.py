@@ -100,21 +100,23 @@ def cell_text(
 # %% ../../nbs/data/10_table.ipynb #f90f8d2b
 def _in_order(name):
     "A key that sorts numbers by size, and other names after them."
-    try: return 0,float(name),name
-    except ValueError: return 1,0.,name
+    try: value = float(name)
+    except ValueError: value = math.nan
+    return (1,0.,name) if math.isnan(value) else (0,value,name)
 
 def read_classes(
     column:Column, # of words
 )->tuple: # numbers (N,), and {'classes': their names}
     "Classes, by number. Raises ValueError for a column that has fewer than two, or two that differ in capitals only."
-    classes = sorted({*column.given}, key=_in_order)
+    given = [cell for cell in column.given if cell.casefold()!='nan']
+    classes = sorted({*given}, key=_in_order)
     if len(classes)<2: column.reject_all(f"has {'the one value '+classes[0] if classes else 'no value'}: leave it out")
     same = {}
     for name in classes:
         if other := same.get(name.casefold()):
             column.reject_all(f"has {other!r} and {name!r}, which differ in capitals only: write them alike")
         same[name.casefold()] = name
-    if len(classes)==len(column.given)>20:
+    if len(classes)==len(given)>20:
         column.reject_all("has another value in each row, so it is no label: give it another kind, such as "
                           f"{column.name}:text")
     number = {name:i for i,name in enumerate(classes)}
