@@ -5,9 +5,10 @@ import numpy as np, pytest, torch
 import torch.nn.functional as F
 from PIL import Image
 from fastldm import load
-from fastldm.control import CONTROLS, TIME_WEIGHTS, ControlAdapter, control, control_loss, picture_control
-from fastldm.control import read_control, read_region
+from fastldm.control import BlendedControl, CONTROLS, TIME_WEIGHTS, ControlAdapter, control, control_loss
+from fastldm.control import picture_control, read_control, read_region
 from fastldm.core import set_seed
+from fastldm.data import from_image, to_image
 from fastldm.metrics import leakage, lfmse
 from fastldm.recipes import face_embedders, train_adapter
 
@@ -193,3 +194,28 @@ def test_an_unknown_slot_is_refused(condition):
     if condition!='text': return
     with pytest.raises(ValueError, match="unknown slot of sentences 'vector'"):
         face_embedders(faces, dict(context=8, vector=8), attrs=None, mask=None, text='vector')
+
+# ---- a blended control lost its region when it was added to another
+
+@pytest.mark.parametrize('first,second', [('blended','plain'), ('plain','blended'), ('blended','blended')])
+def test_a_blended_control_is_not_added(first, second):
+    adapter = ControlAdapter(['edges'], 1, (8,16))
+    region = torch.zeros(1, 1, 32, 32)
+    region[...,:8,:8] = 1
+    plain = control(adapter, torch.zeros(32, 32), region)
+    both = dict(plain=plain, blended=BlendedControl(plain))
+    with pytest.raises(ValueError, match='blend one control alone'): both[first]+both[second]
+    with pytest.raises(ValueError, match='blended already'): BlendedControl(both['blended'])
+    assert [part.region.mean().item() for part in (plain+plain).parts]==[.0625]*2
+
+# ---- a file for `colour` was a photograph, where training has squares
+
+def test_a_control_of_colour_is_squares_also_from_a_file(tmp_path):
+    "As in training; squares that are read again stay as they are, up to the rounding of a file."
+    picture = torch.randint(0, 256, (3, 40, 40), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    to_image(picture).save(tmp_path/'photo.png')
+    squares = read_control(tmp_path/'photo.png', 'colour')
+    assert torch.allclose(squares, picture_control('colour', dict(image=from_image(picture)[None]))[0])
+    assert len(squares[0,:8,:8].unique())==1
+    to_image(squares, lo=0).save(tmp_path/'squares.png')
+    assert (read_control(tmp_path/'squares.png', 'colour')-squares).abs().max()<.5/255+1e-6

@@ -557,3 +557,8 @@ def test_a_pipeline_appears_whole_or_not_at_all(tokenizer, tmp_path, monkeypatch
     (tmp_path/'notes.txt').write_text('mine')
     with pytest.raises(FileExistsError, match='give a new folder'): to_diffusers(ldm, tmp_path)
     assert [file.name for file in tmp_path.iterdir()]==['notes.txt']
+
+def test_options_of_loading_beside_a_loaded_pipeline():
+    "They would have been ignored."
+    with pytest.raises(ValueError, match='dtype: for loading, and this pipeline is loaded already'):
+        from_diffusers(object(), dtype=torch.float16)

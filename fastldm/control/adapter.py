@@ -259,7 +259,11 @@ class Control(Constraint):
         self.branch = branch
 
     def __add__(self, other):
-        "Use both; raises `ValueError` where they are meant for different branches of guidance."
+        """Use both; raises `ValueError` where they are meant for different branches of guidance, or one is blended,
+        as that mixes whole predictions."""
+        if type(self) is not Control or type(other) is not Control:
+            raise ValueError(f'{type(self).__name__} + {type(other).__name__}: only plain controls, as `control` makes '
+                             'them, can be added: blend one control alone')
         if self.branch!=other.branch:
             raise ValueError(f'controls of branches {self.branch!r} and {other.branch!r} cannot be added: '
                              'give both the same `branch`')
@@ -338,7 +342,7 @@ def times_within(
 def sobel(
     z:torch.Tensor, # (B,C,H,W)
 )->torch.Tensor: # the same shape
-    "Magnitude of the Sobel gradient of each channel, its kernels normalised to sum 1."
+    "Magnitude of the Sobel gradient of each channel; the absolute values of each kernel sum to 1."
     p = F.pad(z, (1,1,1,1), mode='replicate')
     # sums of slices: on a CPU three times as fast as a convolution with one channel
     down = p[...,:-2,:] + 2*p[...,1:-1,:] + p[...,2:,:]
@@ -350,7 +354,7 @@ def sobel(
 def laplacian(
     z:torch.Tensor, # (B,C,H,W)
 )->torch.Tensor: # the same shape
-    "Laplacian of each channel: a 5×5 kernel of ones around -24, normalised."
+    "Laplacian of each channel: a 5×5 kernel of ones around -24, over 48, so that absolute values sum to 1."
     kernel = torch.ones(1, 1, 5, 5, dtype=z.dtype, device=z.device)
     kernel[...,2,2] = -24
     planes = F.pad(z.flatten(0,1)[:,None], (2,2,2,2), mode='reflect')
@@ -584,7 +588,7 @@ def read_control(
         if ids.max()>=n_classes:
             raise ValueError(f'{path} has the class {int(ids.max())}, this adapter knows 0 to {n_classes-1}')
         return F.one_hot(ids, n_classes).movedim(-1,0).float()
-    if kind=='colour': return (from_image(plain_picture(_open(path)))+1)/2
+    if kind=='colour': return _colour_squares(from_image(plain_picture(_open(path)))[None])[0]    # as in training
     x = _read_grey(path, kind)
     if kind=='edges' and x.mean()>.5:
         raise ValueError(f'{path} is mostly white: edges are white lines on black, so invert it')
@@ -674,11 +678,12 @@ class Blended:
 class BlendedControl(Control):
     """A control, blended: `BlendedControl(control(adapter, picture, region))`, for `sample(constraint=...)`.
 
-    Raises `ValueError` for several controls: a picture has one inside."""
+    Raises `ValueError` for several controls, as a picture has one inside, and for one that is blended already."""
     def __init__(self,
         c:Control, # made by `control`
     ):
         if len(c.parts)>1: raise ValueError(f'given {len(c.parts)} controls: expected one')
+        if isinstance(c, BlendedControl): raise ValueError('this control is blended already: give what `control` made')
         part, = c.parts
         self.region = part.region
         everywhere = replace(part, region=torch.ones_like(part.region), mask_control=False)

@@ -371,8 +371,12 @@ def from_diffusers(
 )->LatentDiffusion: # takes `prompt=`; its `scheduler` is the pipeline's
     """Stable Diffusion as a model of this library.
 
-    Raises `ValueError` or `FileNotFoundError` for what is no such pipeline, and `ImportError` without diffusers."""
+    Raises `ValueError` or `FileNotFoundError` for what is no such pipeline, `ValueError` for options of loading beside
+    a loaded one, and `ImportError` without diffusers."""
     if isinstance(pipe, (str,Path)): pipe = _load_pipeline(pipe, kwargs)
+    elif kwargs:
+        raise ValueError(f'{", ".join(kwargs)}: for loading, and this pipeline is loaded already: give it to '
+                         '`from_pretrained`, or give the folder or name of the pipeline')
     _check_pipeline(pipe)
     predict = _prediction(pipe.scheduler)
     vae = StableVAE(pipe.vae)
