@@ -6,7 +6,8 @@ from PIL import Image
 from fastldm.core import Callback, SaveCB, fingerprint, set_seed
 from fastldm.data.augment import Augmented
 from fastldm.data.images import DATASETS, Pictures, get_dataset
-from fastldm.diffusion import LatentDataset, adapters_of, diffusion_loss, edm_weight, load, merge_lora
+from fastldm.diffusion import (LatentDataset, adapters_of, add_lora, diffusion_loss, edm_weight, load, load_lora,
+                               merge_lora, remove_lora, save_lora)
 from fastldm.recipes import copying, own_ldm, train_cli, with_adapter
 from fastldm.recipes.stages import card_metadata, embedders_of
 
@@ -142,6 +143,21 @@ def test_several_adapters(start, tmp_path):
     one, two = (change((file, 1.)) for file in files)
     assert torch.allclose(change((files[0], .5), (files[1], .25)), .5*one+.25*two, atol=1e-6)
     assert change((files[0], 0.)).abs().max()==0 and one.abs().max()>0
+
+def test_a_removed_adapter_leaves_nothing(start, tmp_path):
+    "Neither what it changed nor what it replaced as a whole; and the model can be trained as before."
+    denoiser = load(start).denoiser.requires_grad_(True)
+    was = {name: value.clone() for name,value in denoiser.state_dict().items()}
+    other = add_lora(load(start).denoiser, 2)
+    with torch.no_grad():
+        for p in other.net.head[0].parameters(): p.add_(torch.rand_like(p))
+    save_lora(other, tmp_path/'b.safetensors', whole=['net.head.0'])
+    load_lora(denoiser, tmp_path/'b.safetensors')
+    assert not denoiser.state_dict()['net.head.0.weight'].equal(was['net.head.0.weight'])
+    remove_lora(denoiser)
+    assert [*denoiser.state_dict()]==[*was]
+    for name,value in denoiser.state_dict().items(): assert value.equal(was[name]), name
+    assert all(p.requires_grad for p in denoiser.parameters())
 
 def test_an_adapter_of_another_base(start, tmp_path):
     "An adapter refuses weights that it was not trained from."

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from fastldm import available, load, save
 from fastldm.diffusion import NAMES_ELSEWHERE, argument_hint, push_to_hub
+from fastldm.recipes import settings_of
 
 NOTEBOOK = Path(__file__).parents[1]/'nbs/diffusion/06_ldm.ipynb'
 LABELS = [i%10 for i in range(64)]
@@ -32,6 +33,7 @@ def ldm(): return load('mnist')
     (dict(label=1, steps=0), 'steps=0'),
     (dict(label=1, step='heun_stop'), "did you mean 'heun_step'?"),
     (dict(label=1, times='karras'), "did you mean 'karras_times'?"),
+    (dict(label=1, seed=[1,2,3,4], first=4), 'first=4 counts the pictures of one seed'),
 ])
 def test_sample_refuses(idle, arguments, message):
     "The error says what is wrong, and comes before the network is called."
@@ -92,6 +94,25 @@ NO_PICTURES = [
 def test_encode_refuses(ldm, images):
     "Wrong size, channels, dimensions, type, range."
     with pytest.raises(ValueError, match='expected float pictures'): ldm.encode(images)
+
+def test_encode_refuses_another_size(ldm):
+    "Which the autoencoder could encode; an inversion would fail after all its calls of the network."
+    with pytest.raises(ValueError, match=r'latents of shape \(4, 8, 8\), and those of this model \(4, 7, 7\)'):
+        ldm.encode(torch.zeros(1,1,32,32))
+
+def test_a_scale_of_0_is_written_down(ldm):
+    "The file of a picture says 0 where 0 was asked for."
+    assert settings_of(ldm, 'mnist', dict(n=1, guidance_scale=0., seed=0))['guidance_scale']==0
+    assert settings_of(ldm, 'mnist', dict(n=1, seed=0))['guidance_scale']==1
+
+def test_sampling_leaves_the_mode(ldm):
+    "A preview in the middle of one's own training does not switch off dropout; what was in eval mode stays so."
+    ldm.denoiser.train()
+    try:
+        ldm.autoencoder.eval()
+        ldm.sample(1, steps=1, label=3)
+        assert ldm.denoiser.training and ldm.denoiser.conditioner.training and not ldm.autoencoder.training
+    finally: ldm.eval()
 
 def test_decode_refuses(ldm):
     "Latents of another shape."

@@ -189,7 +189,7 @@ def test_bad_input(kind):
     with pytest.raises(ValueError, match=message): sample_codes(make('all'), 2, **given)
 
 @pytest.mark.parametrize('kw', [
-    dict(n=0), dict(temperature=-1.), dict(top_k=0), dict(top_p=0.), dict(top_p=1.5), dict(guidance_scale=2.),
+    dict(n=0), dict(n=1.5), dict(temperature=-1.), dict(top_k=0), dict(top_k=1.5), dict(top_p=0.), dict(top_p=1.5), dict(guidance_scale=2.),
     dict(above=GOOD['above']), dict(text=GOOD['text'])])
 def test_bad_sampling(kw):
     settings = dict(n=2)
@@ -254,6 +254,9 @@ def test_early_stop_keeps_the_best(tmp_path):
     assert learn.step<240 and learn.step-at==30, measured(learn)
     close(bits_per_code(learn.ema_model, Codes(60,1)), best, eps=1e-6)
     assert bits_per_code(learn.model, Codes(60,1))!=best                 # the weights in training are where they were
+    again = learner(tmp_path).fit(resume=True)                           # it had ended
+    eq(again.step, learn.step)
+    for k,v in learn.ema_model.state_dict().items(): eq(again.ema_model.state_dict()[k], v)
 
 class Kill(Callback):
     "An interruption at a step."

@@ -80,6 +80,39 @@ def test_best_weights_survive_a_kill(tmp_path):
     for name,value in through.ema_model.state_dict().items():
         assert torch.equal(value, resumed.ema_model.state_dict()[name])
 
+class Noted(HeldOutCB):
+    "Held-out losses that are told: they fall for two measurements, then rise."
+    def after_step(self, learn):
+        if not is_due(learn, self.every): return
+        learn.record(held_out_loss=abs(learn.step-10.))
+        if learn.step==10: self.keep(learn)
+        if self.is_over(learn): raise StopTraining
+
+def test_a_run_that_stopped_early_stays_where_it_is(tmp_path):
+    "The same call again takes no step more and gives the same weights; the checkpoint is of the last step."
+    def run(**how):
+        set_seed(0)
+        learn = learner(nn.Linear(1,1), folder=tmp_path, cbs=[Noted(Line(), every=5, patience=15)], ema=.5)
+        return learn.fit(**how)
+    first = run()
+    assert first.step==25
+    weights = {name: value.clone() for name,value in first.ema_model.state_dict().items()}
+    for _ in range(2):
+        again = run(resume=True)
+        assert again.step==25
+        for name,value in again.ema_model.state_dict().items(): assert value.equal(weights[name])
+
+@pytest.mark.parametrize('save_every', [25,1000])
+def test_the_checkpoint_has_the_last_average(tmp_path, save_every):
+    "Whenever a run was saved: the best weights are put back after the checkpoint was written."
+    set_seed(0)
+    learn = learner(nn.Linear(1,1), folder=tmp_path, cbs=[Noted(Line(), every=5, patience=15)], ema=.5,
+                    save_every=save_every).fit()
+    _, tensors = read_checkpoint(learn.checkpoint)
+    best = learn.ema_model.state_dict()
+    assert not tensors['ema']['weight'].equal(best['weight'])
+    assert learn.log[-1]['step']==25
+
 def test_device_by_a_variable(monkeypatch):
     "FASTLDM_DEVICE says where models are loaded; one that is not here is named in the message."
     monkeypatch.setenv('FASTLDM_DEVICE', 'cpu')

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch, torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch, store_attr
-from .text_encoder import SPECIAL, TextEncoder, Tokens, as_texts, inference, require_transformers
+from .text_encoder import SPECIAL, TextEncoder, Tokens, as_texts, require_transformers
 from .text_encoder import train_vocab, word_piece_tokenizer
+from ..core.models import inference, whole_number
 from ..core.show import warn_unsigned
 from ..core.train import mean_count, once_in_batch, own_rows, rows_of_batch, whole_batch
 from ..diffusion.autoencoder import Residual
@@ -245,16 +246,19 @@ def match(self:Blip,
 def caption(self:Blip,
     images:torch.Tensor, # (n,3,H,W) in [-1,1]
     beams:int=1, # beginnings kept in view
-    max_len:int=None, # most word pieces; None: the model's `max_len`
+    max_len:int=None, # most word pieces beside the prompt; None: the model's `max_len`, or as many as there is room for
     prompt:str='', # how every caption begins
     batch_size:int=64, # images at a time
     **kw, # for transformers' `generate`, e.g. do_sample=True, top_p=.9
 )->list: # of strings
-    "Describe images in words, in lower case."
+    "Describe images in words, in lower case. Raises `ValueError` for more pieces than the model has places for."
     self._require_part('decoder', 'describe images')
     prefix = self.tokens([prompt], '[DEC]').ids[:,:-1]                # without `[SEP]`
+    room = self.text_decoder.config.max_position_embeddings-prefix.shape[1]
+    max_len = min(self.max_len, room) if max_len is None else whole_number(max_len, 'max_len', 1)
+    if not 1<=max_len<=room: raise ValueError(f'max_len={max_len}: with this prompt there is room for {room} pieces')
     never = [self.ids[token] for token in SPECIAL if token in self.ids and token not in ('[PAD]','[SEP]')]
-    settings = dict(num_beams=beams, do_sample=False, max_new_tokens=max_len or self.max_len, suppress_tokens=never)
+    settings = dict(num_beams=beams, do_sample=False, max_new_tokens=max_len, suppress_tokens=never)
     settings.update(kw)
     captions = []
     for batch in _check_images(images).split(batch_size):

@@ -14,7 +14,7 @@ import torch, torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
 from fastcore.basics import patch, store_attr
-from ..core.models import Module, evaluating, fetch_batch, real_number, write_atomic
+from ..core.models import Module, evaluating, fetch_batch, real_number, whole_number, write_atomic
 from ..core.train import Callback, StopTraining, rows_of_batch
 from ..diffusion.autoencoder import Residual
 from ..diffusion.samplers import sample_generators
@@ -372,6 +372,7 @@ class EarlyStopCB(Callback):
         self.weights = None
         file = self.file(learn)
         if learn.step and file and file.exists(): self.resume(learn, file)
+        if self.since>=self.patience: raise StopTraining               # it had ended
 
     def after_step(self, learn):
         if learn.step%self.every and learn.step<learn.steps: return
@@ -438,10 +439,10 @@ def choose_codes(
 # %% ../../nbs/codes/02_pixelsnail.ipynb #82e43efa
 def _check_settings(n, temperature, guidance_scale, top_k, top_p, text):
     "`ValueError` for settings out of range."
-    lowest = dict(n=1, temperature=0, guidance_scale=0, top_k=1)
-    given = dict(n=n, temperature=temperature, guidance_scale=guidance_scale, top_k=top_k)
-    for name, value in given.items():
-        if value is not None: real_number(value, name, lowest[name], 1e9)
+    whole_number(n, 'n', 1)
+    real_number(temperature, 'temperature', 0, 1e9)
+    real_number(guidance_scale, 'guidance_scale', 0, 1e9)
+    if top_k is not None: whole_number(top_k, 'top_k', 1)
     if top_p is not None and not 1e-9<=real_number(top_p, 'top_p')<=1:
         raise ValueError(f"top_p={top_p!r}: expected a number from 0 to 1, 0 left out")
     if guidance_scale!=1 and text is None:

@@ -10,12 +10,14 @@ import inspect
 import math
 import torch
 import warnings
+from copy import copy
 from pathlib import Path
 from torch import nn
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 from ..core.models import Module, check_choice, fingerprint, whole_number
 from ..core.rows import digest_of_list, read_rows, write_rows
+from ..diffusion.constraints import PictureConstraint
 from ..diffusion.ldm import OUTPUTS, LatentDiffusion, argument_hint, check_seed, to_output
 from .pixelsnail import sample_codes
 
@@ -153,10 +155,9 @@ _DIFFUSION_SETTINGS = ['steps', 'calls', 'step', 'times', 'guidance_scale', 'int
 
 @patch
 def _by_diffusion(self:TextToImage, text, seed, first, batch_size, progress, *, negative_prompt=None, **settings):
-    "Sample with the settings and conditions of `LatentDiffusion.sample`: in 20 steps, unless it is told otherwise."
+    "Sample with the settings and conditions of `LatentDiffusion.sample`."
     if negative_prompt is not None:
         settings['negative'] = (settings.get('negative') or {}) | dict(text=negative_prompt)
-    if settings.get('steps') is None and settings.get('calls') is None: settings['steps'] = 20
     return self.diffusion.sample(len(text), text=text, seed=seed, first=first, batch_size=batch_size,
                                  progress=progress, **settings)
 
@@ -251,6 +252,9 @@ def _for_candidates(self:TextToImage, how, n, candidates):
     how = how | {name: repeated(how[name]) for name in of_images}
     negative = how.get('negative')
     if isinstance(negative, dict): how['negative'] = {name: repeated(value) for name,value in negative.items()}
+    if isinstance(how.get('constraint'), PictureConstraint):
+        how['constraint'] = copy(how['constraint'])
+        how['constraint'].data = [repeated(rows) if len(rows)==n else rows for rows in how['constraint'].data]
     return how
 
 @patch

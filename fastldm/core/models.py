@@ -6,13 +6,14 @@
 __all__ = ['RENAMED_CLASSES', 'RENAMED_ARGUMENTS', 'RENAMED_WEIGHTS', 'PICKLES', 'EXTRAS', 'Recorded', 'Module', 'upgrade_record',
            'upgrade_weights', 'from_config', 'write_atomic', 'Busy', 'json_text', 'fingerprint', 'config_fingerprint',
            'n_params', 'tensor_digest', 'fits_half', 'check_folder', 'save_model', 'check_weights', 'default_device',
-           'check_device', 'load_model', 'check_saveable', 'evaluating', 'fetch_batch', 'spread_indices', 'set_seed',
-           'should_run', 'install_line', 'require_package', 'check_choice', 'check_flags', 'whole_number',
-           'real_number']
+           'check_device', 'load_model', 'check_saveable', 'evaluating', 'inference', 'fetch_batch', 'spread_indices',
+           'cover_indices', 'set_seed', 'should_run', 'install_line', 'require_package', 'check_choice', 'check_flags',
+           'whole_number', 'real_number']
 
 # %% ../../nbs/core/00_models.ipynb #c0a18586
 import difflib, hashlib, importlib, inspect, json, math, os, pkgutil, random, sys
 from contextlib import ExitStack, contextmanager
+from functools import wraps
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
@@ -200,12 +201,26 @@ def tensor_digest(
 )->str: # 16 hexadecimal digits
     "SHA-256 of tensors and text, shortened: equal for equal content in equal order."
     digest = hashlib.sha256()
-    for part in parts:
-        if torch.is_tensor(part):
-            header = f'{part.dtype}{tuple(part.shape)}'
-            digest.update(header.encode() + part.contiguous().numpy().tobytes())
-        else: digest.update(repr(part).encode())
+    for part in parts: _update_digest(digest, part)
     return digest.hexdigest()[:16]
+
+def _update_digest(digest, part):
+    "Add a part to a digest: of tensors and arrays all numbers, as `repr` would leave some out."
+    if isinstance(part, np.ndarray) and part.dtype!=object: part = torch.from_numpy(part)
+    if torch.is_tensor(part):
+        header = f'{part.dtype}{tuple(part.shape)}'
+        digest.update(header.encode() + part.contiguous().numpy().tobytes())
+    elif _has_tensors(part):
+        digest.update(f'{type(part).__name__}{len(part)}'.encode())
+        for item in part.items() if isinstance(part, dict) else part: _update_digest(digest, item)
+    else: digest.update(repr(part).encode())
+
+def _has_tensors(part):
+    "Whether tensors or arrays are somewhere in nested lists and dicts."
+    if isinstance(part, dict): part = [*part.values()]
+    if isinstance(part, (list,tuple)): return any(map(_has_tensors, part))
+    return torch.is_tensor(part) or isinstance(part, np.ndarray)
+
 
 # %% ../../nbs/core/00_models.ipynb #5069183d
 def _saved_state(model, half):
@@ -431,12 +446,21 @@ def check_saveable(
 def evaluating(
     model:nn.Module, # whatever mode it is in
 ):
-    "The model in eval mode inside the block, and in the mode that it had afterwards."
-    was_training = model.training
-    if was_training: model.eval()
+    "The model in eval mode inside the block; afterwards each part of it has the mode that it had."
+    in_training = [part for part in model.modules() if part.training]
+    if in_training: model.eval()
     try: yield model
     finally:
-        if was_training: model.train()
+        for part in in_training: part.training = True
+
+def inference(
+    method, # of a module
+): # the same method
+    "Let a method compute in eval mode and without gradients; the mode is as before afterwards."
+    @wraps(method)
+    def run(self, *args, **kwargs):
+        with torch.no_grad(), evaluating(self): return method(self, *args, **kwargs)
+    return run
 
 # %% ../../nbs/core/00_models.ipynb #459c8eec
 def fetch_batch(
@@ -453,8 +477,14 @@ def spread_indices(
     most:int, # of them that are wanted
 )->list: # `most` whole numbers below n, or all where there are fewer
     "Indices at equal distances, so that they are from all over a set."
-    n_chosen = min(most, n)
-    return [i*n//n_chosen for i in range(n_chosen)]
+    return cover_indices(n, min(most, n))
+
+def cover_indices(
+    n:int, # items that there are
+    count:int, # how many are wanted
+)->list: # `count` whole numbers below n
+    "Indices at equal distances; where fewer items than that are there, each comes up several times in a row."
+    return [i*n//count for i in range(count)]
 
 # %% ../../nbs/core/00_models.ipynb #e172d400
 def set_seed(

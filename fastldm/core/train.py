@@ -246,7 +246,7 @@ class SampleCB(Callback):
         every:int, # steps
         fn, # e.g. draws pictures with `learn.ema_model`
     ):
-        self.every = every
+        self.every = whole_number(every, 'every', 1)
         self.fn = fn
 
     @torch.no_grad()
@@ -308,8 +308,9 @@ def check_arguments(self:Learner):
         if not ok: raise ValueError(f"{name}={getattr(self, name)!r}: give {what}")
     for name in ('steps', 'batch_size', 'accumulate', 'save_every', 'log_every'):
         setattr(self, name, whole_number(getattr(self, name), name, 1))
-    for name in ('lr', 'weight_decay', 'warmup', 'workers', 'save_seconds'):
-        need(name, getattr(self, name)>=0, 'a number that is not negative')
+    for name in ('warmup', 'workers'): setattr(self, name, whole_number(getattr(self, name), name, 0))
+    for name in ('lr', 'weight_decay', 'save_seconds'): setattr(self, name, real_number(getattr(self, name), name, 0))
+    self.seed = whole_number(self.seed, 'seed')
     need('batch_size', self.batch_size<=len(self.data), f"at most {len(self.data)}, which is all of the data")
     need('ema', self.ema is None or 0<=self.ema<1, 'a decay from 0 to below 1, such as .999, or None')
     need('clip', self.clip is None or self.clip>0, 'a number above 0, or None')
@@ -653,8 +654,8 @@ def fit(self:Learner,
 @patch
 def run(self:Learner):
     "The steps with all their callbacks. Raises `Interrupted` where a signal came."
-    self.call('before_fit')
     with suppress(StopTraining):
+        self.call('before_fit')                                        # a run that had stopped early stops here
         if self.pending: self.call('after_step')                       # of the last step of an interrupted run
         self.pending = False
         self.loop()
@@ -666,8 +667,13 @@ def run(self:Learner):
 def call(self:Learner,
     hook:str, # 'before_fit', 'after_step' or 'after_fit'
 ):
-    "Call one hook of every callback."
-    for cb in self.cbs: getattr(cb, hook)(self)
+    """Call one hook of every callback: all of them, even where one stops the training. At the end they are called in
+    reverse, so that the checkpoint is written before another puts the best weights in place of the last."""
+    stopped = False
+    for cb in reversed(self.cbs) if hook=='after_fit' else self.cbs:
+        try: getattr(cb, hook)(self)
+        except StopTraining: stopped = True
+    if stopped: raise StopTraining
 
 @patch
 def loop(self:Learner):
@@ -801,7 +807,7 @@ def name_of(
         args += [f'{name}={name_of(arg)}' for name, arg in value.keywords.items()]
         return f"{name_of(value.func)}({', '.join(args)})"
     if hasattr(value, '__qualname__'): return value.__qualname__
-    return type(value).__qualname__ if callable(value) else str(value)
+    return type(value).__qualname__ if callable(value) else re.sub(' at 0x[0-9a-f]+', '', str(value))
 
 _SHARED = ('steps', 'batch_size', 'accumulate', 'lr', 'betas', 'weight_decay', 'warmup',
            'ema', 'clip', 'precision', 'seed')              # arguments that make a run what it is
@@ -814,6 +820,7 @@ def settings(self:Learner)->dict: # fit for JSON
     with suppress(ValueError): shared['architecture'] = model.config() if isinstance(model, Recorded) else None
     shared['dtypes'] = sorted({str(tensor.dtype) for tensor in model.state_dict().values()})
     shared['data'] = f"{type(self.data).__name__} of {len(self.data):,}"
+    shared['loss'] = name_of(self.loss_fn)
     shared['schedule'] = name_of(self.schedule)
     shared['optimizer'] = name_of(self.optimizer)
     for name in _SHARED: shared[name] = getattr(self, name)
@@ -835,6 +842,7 @@ def upgrade_settings(
     "Settings under today's names; what an older version did not save is taken as unchanged."
     cls, _, size = re.sub(r', [0-9a-f]{8}$', '', saved['model']).partition(' ')
     model = f'{RENAMED_CLASSES.get(cls, cls)} {size}'
+    saved = dict(loss=now.get('loss')) | saved
     if 'architecture' in saved: return dict(saved, model=model, architecture=_record_now(saved['architecture']))
     return dict(saved, model=model, architecture=now['architecture'], dtypes=now['dtypes'])
 

@@ -55,15 +55,19 @@ class HeldOutCB(Callback):
     def before_fit(self, learn):
         file = _best_file(learn)
         if learn.step and file and file.exists(): self.best = load_file(file)
+        if learn.step and self.best is not None and self.is_over(learn): raise StopTraining
 
     def after_step(self, learn):
         if not is_due(learn, self.every): return
         with learn.interruptible(): loss = held_out_loss(learn, self.data, self.n)
         learn.model.train()
         learn.record(held_out_loss=loss)
-        best_step = _best_row(learn)['step']
-        if best_step==learn.step: self.keep(learn)
-        if self.patience and learn.step-best_step>=self.patience: raise StopTraining
+        if _best_row(learn)['step']==learn.step: self.keep(learn)
+        if self.is_over(learn): raise StopTraining
+
+    def is_over(self, learn):
+        "Whether the loss has not fallen for as long as the patience lasts."
+        return self.patience is not None and learn.step-_best_row(learn)['step']>=self.patience
 
 # %% ../../nbs/core/06_watch.ipynb #c97adb5f
 def _best_row(learn):

@@ -259,7 +259,7 @@ def kl_to_normal(
 def autoencoder_loss(
     perceptual=None, # a distance `(a, b) -> (B,)`, such as `FeatureDistance(net)`; None: pixels only
     perceptual_weight:float=1., # of that distance
-    kl_weight:float=1e-6, # of nats per pixel; `2*s**2` for pixel noise of deviation `s`
+    kl_weight:float=1e-6, # of nats per pixel; `2*s**2/c_in` for pixel noise of deviation `s`
     pixel:str='mse', # or 'l1'
 ): # `loss_fn(model, batch) -> dict(loss, mse, perceptual, kl)`
     "Pixels + perceptual + KL, each the mean over the batch. Raises `ValueError` for an unknown `pixel`."

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from fastcore.basics import patch
 from functools import partial
 from numbers import Real
-from ..core.models import Module, check_choice, check_flags, whole_number
+from ..core.models import Module, check_choice, check_flags, real_number, whole_number
 from ..core.train import rows_of_batch
 from ..data.faces import word_ids
 from .unet import SpatialTransformer, grid_features
@@ -183,6 +183,7 @@ def number_of(self:LabelEmbedder,
 @patch
 def _number_of_name(self:LabelEmbedder, text, name):
     "The number of a class by name, whatever its capitals; of digits that are no name, the number itself."
+    if text in self.names: return self.names.index(text)              # some differ in capitals only
     wanted = text.strip().casefold()
     for number,known in enumerate(self.names):
         if known.casefold()==wanted: return number
@@ -261,8 +262,8 @@ def parse(self:AttributeEmbedder,
     n:int, # number of samples
     name:str='attrs', # for the error message
 )->torch.Tensor: # (n,n_attrs) of 0, 1, and 2 for what is not given
-    """Return the raw field. Raises `ValueError` for a wrong count, an unknown name, names that cannot both be true,
-    or a value other than 0 and 1 (-1 and 1, booleans)."""
+    """Return the raw field. Raises `ValueError` for a wrong count, an unknown name, a value other than 0 and 1 (-1 and
+    1, booleans), and in a dict for names that cannot both be true (rows of a data set may say what they like)."""
     if value is None: return self.empty(n)
     if isinstance(value, dict): value = self._row_of(value)
     elif isinstance(value, (list,tuple)) and value and all(v is None or isinstance(v, dict) for v in value):
@@ -459,7 +460,8 @@ class VectorEmbedder(Embedder):
 
 # %% ../../nbs/diffusion/03_cond.ipynb #76a4a9dd
 class NumberEmbedder(Embedder):
-    "One number in its own unit, as Fourier features of the standardised number (Tancik et al. 2020); `nan` is none."
+    """One number in its own unit, as Fourier features of the standardised number (Tancik et al. 2020); `nan` is none.
+    Raises `ValueError` for a standard deviation of 0."""
     def __init__(self,
         dim:int, # the U-Net's `d_emb`
         mean:float=0., # of the training pictures
@@ -470,7 +472,7 @@ class NumberEmbedder(Embedder):
     ):
         super().__init__()
         self.mean = mean
-        self.std = std
+        self.std = real_number(std, 'std', 1e-12)
         self.low = low
         self.high = high
         self.waves = [math.pi/8*2**k for k in range(n_waves)]

@@ -224,7 +224,9 @@ def upscale(
 
     Raises `ValueError` for pictures that are not in [-1,1], or a factor that is not a positive whole number."""
     factor = whole_number(factor, 'factor', 1)
-    def shrink(pictures, small): return F.avg_pool2d(pictures, factor)
+    def shrink(pictures, small):
+        if any(side%factor for side in pictures.shape[-2:]): raise RuntimeError('a border would be left out')
+        return F.avg_pool2d(pictures, factor)
     return LinearInverse((check_pictures(images, 'upscale'),), shrink, **kw)
 
 # %% ../../nbs/diffusion/07_constraints.ipynb #2fdff614

@@ -259,7 +259,7 @@ def guide(
     interval=(0.,1.), # times at which guidance acts; outside, every scale is 1
     order=None, # names of the conditions, from the one that is added first; None: as the model has them
     negative:dict=None, # fields that take the place of conditions that are left out: guidance moves away from them
-    **guidance_scales, # condition = scale; 1: as in the data (the default), 0: ignored
+    **guidance_scales, # condition = scale within the interval; 1: as in the data (the default), 0: ignored
 )->Guided: # a denoiser
     """Guide a denoiser without a classifier (Ho and Salimans 2022): a scale for each condition, an interval of times.
 

@@ -97,7 +97,7 @@ class Inversion(Constraint):
     def start(self, ldm, denoise, x, ts, data):
         "The noise that the pictures would have come from."
         z, *fields = data
-        model = ldm.denoiser.eval()
+        model = ldm.denoiser
         cond = model.conditioner(dict(zip(self.fields, fields))) if fields else None
         rising = torch.as_tensor(ts).double().flip(0)
         for s,t in zip(rising[:-1], rising[1:]): z = ddim_inverse_step(model, z, s, t, cond, self.rounds)

@@ -9,7 +9,7 @@ __all__ = ['OPSET', 'compare_onnx', 'export_onnx']
 import copy, tempfile, torch, warnings
 from torch import nn
 from pathlib import Path
-from ..core.models import check_folder, fingerprint, json_text, require_package, write_atomic
+from ..core.models import check_folder, fingerprint, json_text, require_package, whole_number, write_atomic
 from . import samplers
 from .ldm import LatentDiffusion
 
@@ -37,12 +37,18 @@ def _embedders(ldm):
     conditioner = ldm.denoiser.conditioner
     return {} if conditioner is None else dict(conditioner.embedders.items())
 
-def _example(ldm, n, seed=0):
-    "Inputs of the denoiser, with nothing given: {name: tensor}."
+def _example(ldm, n, seed=0, given=False):
+    "Inputs of the denoiser, with nothing given, or with classes, attributes and masks: {name: tensor}."
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, *ldm.shape, generator=generator)
     t = torch.linspace(.9, .1, n).double()
-    return dict(x=x, t=t) | {name: embedder.empty(n) for name,embedder in _embedders(ldm).items()}
+    conditions = {}
+    for name,embedder in _embedders(ldm).items():
+        empty = embedder.empty(n)
+        n_classes = getattr(embedder, 'n_classes', 2)                  # attributes are on or off
+        is_whole = not empty.is_floating_point()
+        conditions[name] = torch.randint(n_classes, empty.shape, generator=generator) if given and is_whole else empty
+    return dict(x=x, t=t) | conditions
 
 # %% ../../nbs/diffusion/11_export.ipynb #d18420f6
 OPSET = 20 # the version of ONNX's operators that the graphs use; onnxruntime has had it since 1.17
@@ -68,7 +74,7 @@ def _write_graph(module, inputs, output, file):
 def _settings(ldm, steps):
     "What a loop outside must know, for model.json."
     schedule = ldm.denoiser.schedule
-    times = getattr(samplers, ldm.times)(schedule, steps or ldm.steps).cpu()
+    times = getattr(samplers, ldm.times)(schedule, ldm.steps if steps is None else whole_number(steps, 'steps', 1)).cpu()
     α, σ = schedule(times)
     conditions = {}
     for name,embedder in _embedders(ldm).items():
@@ -88,12 +94,12 @@ def compare_onnx(
     "Compare the graphs with the model, in onnxruntime."
     runtime = require_package('onnxruntime', 'The comparison')
     worst = {}
-    for name,module,inputs_of in (('decoder', _Decoder(ldm), lambda n: dict(z=_example(ldm, n)['x'])),
-                                  ('denoiser', _Denoiser(ldm), lambda n: _example(ldm, n))):
+    examples = [_example(ldm, n, given=given) for n in sizes for given in (False,True)]
+    latents = [dict(z=inputs['x']) for inputs in examples]
+    for name,module,cases in (('decoder', _Decoder(ldm), latents), ('denoiser', _Denoiser(ldm), examples)):
         session = runtime.InferenceSession(Path(folder)/f'{name}.onnx', providers=['CPUExecutionProvider'])
         worst[name] = 0.
-        for n in sizes:
-            inputs = inputs_of(n)
+        for inputs in cases:
             expected = module.eval()(*inputs.values())
             found, = session.run(None, {key: value.numpy() for key,value in inputs.items()})
             error = (torch.from_numpy(found)-expected).abs().max()/expected.abs().max().clamp(min=1)

@@ -15,7 +15,8 @@ from ..core.download import (MODEL_FILES, cache_folder, fetch_published, hub_sna
                                    published)
 from ..core.processes import map_parts
 from ..core.show import LivePicture, images
-from ..core.models import Module, check_choice, fingerprint, load_model, real_number, save_model, whole_number
+from ..core.models import (Module, check_choice, fingerprint, inference, load_model, real_number, save_model,
+                                 whole_number)
 from . import samplers
 from .samplers import sample_generators, noise_from, noise_like
 from .cond import LabelEmbedder
@@ -90,7 +91,11 @@ class LatentDiffusion(Module):
         """Encode pictures as latents.
 
         Raises `ValueError` for pictures of another size, number of channels, range or type."""
-        return self.autoencoder.eval().encode(images.to(self.device) if torch.is_tensor(images) else images)
+        z = self.autoencoder.encode(images.to(self.device) if torch.is_tensor(images) else images)
+        if tuple(z.shape[1:])==self.shape: return z
+        raise ValueError(f'pictures of shape {tuple(images.shape)} have latents of shape {tuple(z.shape[1:])}, and those '
+                         f'of this model {self.shape}: give pictures as large as it draws, resized by '
+                         '`fastldm.data.fit_to`')
 
     @torch.no_grad()
     def decode(self,
@@ -102,7 +107,7 @@ class LatentDiffusion(Module):
         if tuple(z.shape[1:])!=self.shape:
             expected = ','.join(map(str, self.shape))
             raise ValueError(f'latents of shape {tuple(z.shape)}: this model has (B,{expected})')
-        return self.autoencoder.eval().decode(z.to(self.device))
+        return self.autoencoder.decode(z.to(self.device))
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #2610afad
 NAMES_ELSEWHERE = {
@@ -269,7 +274,7 @@ def _model_and_batch(ldm, calls, n, guidance_scale, conditions, negative, interv
     "The denoiser, a batch with a field for each condition, and guidance scales: of the model, or of its student."
     conditions = _by_condition(ldm, conditions)
     batch = _parse_conditions(ldm, n, conditions)
-    if calls is None: return ldm.denoiser.eval(), batch, _guidance_scales(ldm, guidance_scale, conditions | negative)
+    if calls is None: return ldm.denoiser, batch, _guidance_scales(ldm, guidance_scale, conditions | negative)
     return *_ask_student(ldm, n, int(calls), batch, guidance_scale, conditions, interval, order), {}
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #cdcd175e
@@ -310,11 +315,13 @@ class Constraint:
 def check_seed(
     seed, # whole number, a list with one per picture, a `torch.Generator`, or None
     n:int=None, # number of pictures; None: where a list cannot be used
+    first:int=0, # index of the first of these pictures, among those of one seed
 ): # a whole number, or a list of them
     """A seed that can be written down: for a generator, or for None, it is drawn.
 
-    Raises `ValueError` for anything else, and for another number of seeds."""
+    Raises `ValueError` for anything else, for another number of seeds, and for several together with `first`."""
     if isinstance(seed, (list,tuple)) and n is not None:
+        if first: raise ValueError(f'first={first} counts the pictures of one seed: leave it out with a list of seeds')
         if len(seed)!=n:
             raise ValueError(f'got {len(seed)} seeds for {n} pictures: give one for all, or one per picture')
         return [whole_number(s, 'seed') for s in seed]
@@ -368,6 +375,19 @@ def _negative_batch(ldm, n, negative, calls):
     except ValueError as error: raise ValueError(f'negative: {error}') from None
     return {name: batch[name] for name in given}
 
+def _as_long_as(batch, negative, denoiser):
+    """The conditions, of which those that were not given have the shape of the negative ones, as texts have several.
+    Raises `ValueError` for two shapes."""
+    matched = {}
+    for name,field in negative.items():
+        given, embedder = batch[name], denoiser.conditioner.embedders[name]
+        if given.shape==field.shape: continue
+        if given.shape!=embedder.empty(len(given)).shape:
+            raise ValueError(f'{name} has the shape {tuple(given.shape)}, and the negative {name} {tuple(field.shape)}: '
+                             'give both the same number of rows')
+        matched[name] = embedder.null(field)
+    return batch | matched
+
 def _check_moves_away(negative, scales):
     "Raises `ValueError` where guidance would not move away from a negative condition."
     for name in negative:
@@ -413,7 +433,7 @@ def to_output(
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #8881ad96
 @patch
-@torch.no_grad()
+@inference
 def sample(self:LatentDiffusion,
     n:int, # number of pictures
     *,
@@ -441,11 +461,12 @@ def sample(self:LatentDiffusion,
 
     Raises `ValueError` for a condition, scale, step or count that makes no sense, before work starts."""
     n, batch_size, first = _check_call(n, batch_size, first, interval, precision, callback, output_type)
-    seed = check_seed(seed, n)
+    seed = check_seed(seed, n, first)
     constraint = _check_constraint(constraint)
     step, ts = _step_and_times(self, constraint, step, times, steps, calls)
     away = _negative_batch(self, n, negative, calls)
     model, batch, scales = _model_and_batch(self, calls, n, guidance_scale, conditions, away, interval, order)
+    batch = _as_long_as(batch, away, self.denoiser)
     _check_moves_away(away, scales)
     noise = _check_noise(self, latents, n)
     data = constraint.prepare(self, n)

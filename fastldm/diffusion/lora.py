@@ -44,6 +44,11 @@ def _changes(model):
     return [(name, change) for name,layer in _layers(model).items() if parametrize.is_parametrized(layer, 'weight')
             for change in layer.parametrizations.weight if isinstance(change, LowRank)]
 
+def _before(model):
+    "What `remove_lora` puts back: names of the weights that were trained, and {name: weight} that a file replaced."
+    trained = [name for name,p in model.named_parameters() if p.requires_grad]
+    return model.__dict__.setdefault('_before_lora', dict(trained=trained, replaced={}))
+
 def add_lora(
     model:nn.Module, # a trained network; its weights are frozen
     rank:int=8, # of the changes
@@ -56,6 +61,7 @@ def add_lora(
     if name in adapters_of(model): raise ValueError(f'the network has an adapter {name!r} already: give another name')
     layers = _layers(model)
     if not layers: raise ValueError(f'{type(model).__name__} has no linear layers or convolutions to adapt')
+    _before(model)
     model.requires_grad_(False)
     for layer in layers.values():
         parametrize.register_parametrization(layer, 'weight', LowRank(layer.weight, rank, name))
@@ -78,26 +84,34 @@ def _without_adapters(model, keep):
         if keep: weight.copy_(layer.weight)
         del layer.parametrizations
         layer.__class__ = type(layer).__bases__[0]
-        layer.register_parameter('weight', weight)
+        layer._parameters = dict(weight=weight) | layer._parameters      # in the order that optimisers number them by
     return model
 
 def merge_lora(
     model:nn.Module, # with adapters
 )->nn.Module: # the same network, without adapters
     "Add all changes to the weights, with their scales."
+    model.__dict__.pop('_before_lora', None)
     return _without_adapters(model, True)
 
+@torch.no_grad()
 def remove_lora(
     model:nn.Module, # with adapters
 )->nn.Module: # the same network, as it was before
-    "Take all adapters off."
-    return _without_adapters(model, False)
+    "Take all adapters off, and what they brought as a whole; what was trained before can be trained again."
+    before = model.__dict__.pop('_before_lora', dict(trained=(), replaced={}))
+    model = _without_adapters(model, False)
+    state = model.state_dict()                                          # tensors of the model itself
+    for name,weight in before['replaced'].items(): state[name].copy_(weight)
+    for name,p in model.named_parameters(): p.requires_grad_(name in before['trained'])
+    return model
 
 def scale_lora(
     model:nn.Module, # with adapters
     **scales, # name of an adapter = its scale: 0 for none of its change, 1 for all
 )->nn.Module: # the same network
-    "Set the scales of adapters. Raises `ValueError` for an adapter that the network does not have, or no number."
+    """Set the scales of adapters; weights that a file brought as a whole have no scale, and stay. Raises `ValueError`
+    for an adapter that the network does not have, or no number."""
     names = adapters_of(model)
     for name,scale in scales.items():
         check_choice(name, names, 'adapter')
@@ -186,6 +200,7 @@ def load_lora(
     names = [key.split('/')[1] for key in tensors if key.startswith('low_rank/') and key.endswith('/A')]
     _check_fits(model, file, about, whole, names)
     layers = _layers(model)
+    before = _before(model)
     for layer_name in names:
         A, B = (tensors[f'low_rank/{layer_name}/{k}'] for k in 'AB')
         weight = layers[layer_name].weight
@@ -194,5 +209,7 @@ def load_lora(
         change.B.copy_(B)
         parametrize.register_parametrization(layers[layer_name], 'weight', change)
     state = model.state_dict()                                          # tensors of the model itself
-    for key,tensor in whole.items(): state[key].copy_(tensor)
+    for key,tensor in whole.items():
+        before['replaced'].setdefault(key, state[key].clone())
+        state[key].copy_(tensor)
     return model

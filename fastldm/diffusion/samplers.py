@@ -104,7 +104,7 @@ class WatchedDenoiser:
         return predicted
 
 def watched(
-    step, # of a sampler, or its name
+    step, # of a sampler, or its name in this module
     watch, # called with each prediction of the clean latents, (B,c,h,w)
 ): # a step that does the same
     "A step of a sampler whose predictions can be watched."

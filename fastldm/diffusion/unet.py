@@ -106,7 +106,7 @@ def grid_features(
 )->torch.Tensor: # (h*w,dim) in [-1,1]
     "Sines and cosines of the place of each position, as shares of height and width: maps of different sizes agree."
     y,x = torch.meshgrid((torch.arange(h, device=device)+.5)/h, (torch.arange(w, device=device)+.5)/w, indexing='ij')
-    # from half a wave over the side to a wave over two of 16 rows
+    # from a quarter of a wave over the side to a wave over two of 16 rows
     freqs = math.pi/2*32**torch.linspace(0, 1, dim//4, device=device)
     angles = torch.cat([y.reshape(-1,1)*freqs, x.reshape(-1,1)*freqs], 1)
     return torch.cat([angles.sin(), angles.cos()], 1)
@@ -218,13 +218,14 @@ class _Level(nn.Module):
 
 # %% ../../nbs/diffusion/02_unet.ipynb #2f551422
 class UNet(Module):
-    "A denoising network `(x, t, conditions) -> output of the shape of x` (Ronneberger et al. 2015; Ho et al. 2020)."
+    """A denoising network `(x, t, conditions) -> output of the shape of x` (Ronneberger et al. 2015; Ho et al. 2020).
+    Raises `ValueError` where `attention` does not have one entry for each level."""
     gradient_checkpointing = False # True: blocks compute again in the backward pass what they would keep (Chen 2016)
     def __init__(self,
         c_in:int, # channels of the latent, in and out
         channels=(64,128), # width of each level; each level has half the size of the one before
         n_blocks:int=1, # residual blocks per level, down and up
-        attention=(False,True), # levels with a spatial transformer; 'cross': without self-attention, for large maps
+        attention=None, # which levels have a spatial transformer; 'cross': without self-attention; None: all but the first
         d_emb:int=None, # width of the time embedding and of `vector` conditions; None: 4 times the first level
         d_context:int=None, # width of `context` tokens; None: no cross-attention
         c_concat:int=0, # channels of `concat` planes
@@ -233,6 +234,9 @@ class UNet(Module):
         position_embedding:bool=False, # as in `SpatialTransformer`
     ):
         super().__init__()
+        if attention is None: attention = [i>0 for i in range(len(channels))]
+        if len(attention)!=len(channels):
+            raise ValueError(f'attention={attention!r}: expected one for each level, and there are {len(channels)}')
         self.c_in = c_in
         self.d_time = channels[0]
         self.d_emb = d_emb or 4*channels[0]

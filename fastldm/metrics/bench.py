@@ -292,8 +292,6 @@ def gpu_race(
             rates[f'train {name} {label}'] = n/best_seconds(program.trainer(model, x, _PRECISION[label]), 8, 3)
     return rates
 
-_PRECISION = dict(fp32=None, bf16='bf16')
-
 # %% ../../nbs/metrics/05_bench.ipynb #43c9e080
 def random_prior(
     side:int, # of the map

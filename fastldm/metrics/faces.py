@@ -9,7 +9,7 @@ __all__ = ['FaceClassifier', 'blur_some', 'face_classifier_loss', 'iou_per_class
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
-from ..core.models import Module
+from ..core.models import Module, inference
 from ..core.processes import map_parts
 from ..core.train import noise_of_batch, once_in_batch, rows_of_batch
 from ..diffusion.autoencoder import Decoder, Encoder
@@ -91,7 +91,7 @@ def iou_per_class(
     return both/either
 
 @patch
-@torch.no_grad()
+@inference
 def predict(self:FaceClassifier,
     images:torch.Tensor, # (B,3,H,W) in [-1,1]
     batch_size:int=256, # pictures at a time
@@ -100,7 +100,6 @@ def predict(self:FaceClassifier,
 
     Raises `ValueError` for pictures of another size or range."""
     _check_faces(images, self.size)
-    self.eval()
     weight = self.reader[-1].weight
     def of(rows):
         attribute_logits, class_logits = self(images[rows].to(weight))

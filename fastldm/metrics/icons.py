@@ -12,6 +12,7 @@ import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from ..codes.blip import contrastive_loss
+from ..core.models import inference
 from ..core.train import mean_count, whole_batch
 from .faces import blur_some
 from .images import Evaluator, check_pictures, random_affine
@@ -84,7 +85,7 @@ def _label_loss(logits, labels):
 
 # %% ../../nbs/metrics/06_icons.ipynb #b6d95cdc
 @patch
-@torch.no_grad()
+@inference
 def predict(self:IconClassifier,
     images:torch.Tensor, # (B,3,H,W) in [-1,1]
     batch_size:int=256, # pictures at a time
@@ -113,7 +114,7 @@ def score(self:IconClassifier,
     return right
 
 @patch
-@torch.no_grad()
+@inference
 def similarity(self:IconClassifier,
     images:torch.Tensor, # (n,3,H,W) in [-1,1]
     captions:list, # m texts

@@ -149,7 +149,7 @@ def _as_floats(x, name='pictures'):
 @torch.no_grad()
 def image_features(
     images, # (N,C,H,W) in [0,1], bytes, or a data set in memory
-    net, # an `Evaluator`, `Inception()`, or any network with `features(x)` of pictures in [-1,1]; put in eval mode
+    net, # an `Evaluator`, `Inception()`, or any network with `features(x)` of pictures in [-1,1]
     batch_size:int=500, # pictures at a time
 )->torch.Tensor: # (N,d)
     """The features that a network computes of pictures.
@@ -159,10 +159,9 @@ def image_features(
     channels = getattr(net, 'c_in', None)
     if channels not in (None, x.shape[1]):
         raise ValueError(f'{net_name(net)} takes pictures of {channels} channels; given {tuple(x.shape)}')
-    net.eval()
     device = next(net.parameters()).device
     def features(rows): return net.features(x[rows].to(device)/127.5-1).float().cpu()
-    return map_parts(features, len(x), batch_size)
+    with evaluating(net): return map_parts(features, len(x), batch_size)
 
 # %% ../../nbs/metrics/00_images.ipynb #68d139da
 @torch.no_grad()

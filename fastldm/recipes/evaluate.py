@@ -19,7 +19,8 @@ from torch.utils.data import Subset
 from ..codes.text2image import TextToImage
 from ..codes.vqvae import perplexity
 from ..control.adapter import BlendedControl, ControlAdapter, control, picture_control
-from ..core.models import check_choice, fetch_batch, n_params, require_package, spread_indices, whole_number
+from ..core.models import (check_choice, cover_indices, fetch_batch, n_params, require_package, spread_indices,
+                                 whole_number)
 from ..core.processes import map_parts
 from ..core.perceptual import perceptual
 from ..data.captioned import shuffled_pictures
@@ -360,7 +361,7 @@ def evaluate_faces(
                                        'classifier'))
     train = get_dataset(data, root, split='train', size=classifier.size)
     held_out = get_dataset(data, root, split='test', size=classifier.size)
-    batch = held_out.__getitems__([i%len(held_out) for i in range(n)])
+    batch = held_out.__getitems__(cover_indices(len(held_out), n))
     given = {k: batch[k] for k in conditions if k in embedders_of(ldm)}
     start = time.perf_counter()
     pictures = ldm.sample(n, seed=seed, progress=progress, **given, **sampling)
@@ -479,7 +480,7 @@ def evaluate_control(
     constrain = CONTROL_METHODS[check_choice(method, CONTROL_METHODS, 'method')]
     size = diffusion_of(model).shape[-1]*adapter.factor
     ds = training_set(model, 'test', size, root)
-    batch = ds.__getitems__([i%len(ds) for i in range(n)])
+    batch = ds.__getitems__(cover_indices(len(ds), n))
     if region is None: region = _middle(size)
     picture = picture_control(adapter.kinds, batch, len(getattr(ds, 'mask_classes', ())))
     constraint = constrain(adapter, picture, region, weight=weight, mode=mode)
@@ -545,7 +546,7 @@ def evaluate_conditions(
         names = ', '.join(embedders_of(ldm)) or 'it has none'
         raise ValueError(f'no condition of this model ({names}) has an embedder with a method `score`')
     ds = get_dataset(data, root, split='test')
-    items = [ds[i%len(ds)] for i in range(n)]
+    items = [ds[i] for i in cover_indices(len(ds), n)]
     batch = {k: torch.stack([torch.as_tensor(item[k]) for item in items]) for k in ('image', *embedders_of(ldm))}
     given = {k: batch[k] for k in embedders_of(ldm)}
     start = time.perf_counter()
@@ -571,7 +572,7 @@ def evaluate_pictures(
     work starts."""
     n = check_count(n, ldm, needs=())
     real = train if test is None else test
-    batch = fetch_batch(real, [i%len(real) for i in range(n)])
+    batch = fetch_batch(real, cover_indices(len(real), n))
     given = {name: batch[name] for name in embedders_of(ldm) if name in batch}
     start = time.perf_counter()
     drawn = ldm.sample(n, seed=seed, progress=progress, **given, **sampling).cpu()
@@ -606,9 +607,17 @@ def _some_pictures(ds, most):
 def _newness(drawn, known, unseen):
     "`memorisation` of pictures or features; without unseen pictures, relative to distances among those of training."
     if unseen is not None: return float(memorisation(drawn, known, unseen))
-    flat = known.flatten(1).float()
-    among = torch.cdist(flat, flat).fill_diagonal_(math.inf).min(1).values.mean().item()
-    return float(memorisation(drawn, known, among or 1.))
+    return float(memorisation(drawn, known, _mean_nearest(known.flatten(1).float()) or 1.))
+
+def _mean_nearest(x, most=2000):
+    "The mean distance of rows (n,d) to the nearest other row, of `most` rows spread over them."
+    rows = torch.tensor(spread_indices(len(x), most))
+    nearest = []
+    for part in rows.split(256):
+        distances = torch.cdist(x[part], x)
+        distances[torch.arange(len(part)),part] = math.inf
+        nearest.append(distances.min(1).values)
+    return torch.cat(nearest).mean().item()
 
 def _distance_scores(real, drawn):
     "KID, FID, precision and recall in features; of few pictures KID alone, the others would mean nothing."

@@ -268,7 +268,7 @@ def train_evaluator(
     precision:str=None, # 'bf16' where the processor has it
     progress:bool=True, # show bars
     **network, # for `Evaluator`
-)->Evaluator: # saved in `folder`, with what it sees in the real test pictures beside it
+)->Evaluator: # saved in `folder`, with its features of the real test pictures beside it
     """Train a classifier in whose features the metrics compare pictures. Raises what the data set raises, before
     work starts."""
     arguments = dict(locals())
@@ -301,7 +301,7 @@ def photo_evaluator(
     seed:int=0, # for the card; nothing here is random
     precision:str=None, # not used, as there is no training loop
     progress:bool=True, # not used, as there is no training loop
-)->PhotoEvaluator: # saved in `folder`, with what it sees in the real test pictures beside it
+)->PhotoEvaluator: # saved in `folder`, with its features of the real test pictures beside it
     """Fit a classifier to the features of EfficientNet-Lite0. Raises what the data set raises, and
     `FileNotFoundError` without that network."""
     arguments = dict(locals())

@@ -139,10 +139,10 @@ def sampling_of(
     except ValueError: return {}
     suits = options.get('constraint')
     own = getattr(model, 'settings', {}).get('diffusion', {})
-    steps = ldm.steps if ldm is not model else getattr(suits, 'steps', None) or ldm.steps
+    steps = getattr(suits, 'steps', None) or ldm.steps
     step = getattr(suits, 'step', None) or ldm.step
     found = dict(steps=steps, step=step, guidance_scale=1.) | {k: v for k,v in own.items() if v is not None}
-    found |= {name: options[name] for name in found if options.get(name)}
+    found |= {name: options[name] for name in found if options.get(name) not in (None, '')}   # a scale may be 0
     if isinstance(found['step'], str): found['step'] = SAMPLER_NAMES.get(found['step'].lower(), found['step'])
     return {name: found[name] for name in ('steps','step','guidance_scale')}
 
