@@ -10,8 +10,8 @@ from PIL import Image
 from browser import CHROMIUM, QUIET, answers, free_port
 from fastldm.data import get_dataset
 from fastldm.diffusion import samplers
-from fastldm.ui.app import (SAMPLERS, TABS, draw_settings, form_of, grid_of, list_models, pack, read_config,
-                            read_settings, unpack, write_picture)
+from fastldm.ui.app import (_check_has_widgets, _words, SAMPLERS, TABS, draw_settings, form_of, grid_of, list_models,
+                            pack, read_config, read_settings, unpack, write_picture)
 
 ROOT = Path(__file__).parents[1]
 MINUTES = 10                                             # what is waited for longer fails; nothing should come near it
@@ -405,3 +405,24 @@ def test_speed(visitor):
         calls.append(time.perf_counter()-start)
     print(f'page {min(pages):.2f} s, Python {min(calls):.2f} s, ratio {min(pages)/min(calls):.3f}')
     assert min(pages)<=1.1*min(calls)+1
+
+# ---- what a command made, on the page
+
+def test_what_a_command_was_told_is_found_among_the_choices():
+    "A class by its number or in other capitals, attributes with =1 and with spaces."
+    form = dict(label=('label', ['T-shirt','Trousers','Pullover','Dress']), attributes=('attrs', ['Smiling','Eyeglasses']))
+    def words(**conditions): return _words(dict(conditions=conditions), form)
+    assert [words(label=text)['label'] for text in ('3','dress','Dress','no such')]==['Dress']*3+['no such']
+    values = words(attrs='Smiling=1, Eyeglasses =0')
+    assert (values['present'],values['absent'])==(['Smiling'],['Eyeglasses'])
+    digits = dict(label=('label', [*'0123456789']))
+    assert _words(dict(conditions=dict(label='7')), digits)['label']=='7'
+    assert _words(dict(conditions={}), form)['label'] is None
+
+@pytest.mark.parametrize('settings,says', [
+    (dict(guidance_scale=12.), 'guidance_scale=12'), (dict(seed=2**31), 'seed=2147483648'), (dict(n=20), 'n=20'),
+    (dict(step='my_step'), 'step=my_step')])
+def test_numbers_beyond_the_widgets_are_refused(settings, says):
+    whole = dict(tab='new', n=4, steps=0, step='', guidance_scale=2., seed=0)
+    _check_has_widgets(whole, 'a.png')
+    with pytest.raises(ValueError, match=says): _check_has_widgets(whole|settings, 'a.png')

@@ -11,7 +11,8 @@ from fastldm.diffusion import (Conditioner, Cosine, Denoiser, GaussianDenoiser, 
                                PathDataset, UNet, angle_times, ddim_step, distill_loss, make_student, noise_from,
                                noise_like, path_points, record_paths, sample, sample_generators, save, vary,
                                with_calls)
-from fastldm.recipes import path_conditions, sample_cli, train_cli, train_student
+from fastldm.data import Pictures
+from fastldm.recipes import distil, path_conditions, sample_cli, train_cli, train_student
 
 class Same(Module):
     "An autoencoder that changes nothing."
@@ -272,6 +273,24 @@ def test_the_loss_leaves_the_student_in_training():
 def test_paths_need_labels_only():
     assert path_conditions(load('mnist', 'cpu'))['label'].tolist()==list(range(10))
     assert path_conditions(teacher_of(conditions=False))=={}
+
+def test_conditions_of_paths_are_fetched_shard_by_shard(monkeypatch):
+    "In the order of the set, and given back in the order in which they were drawn."
+    asked = []
+    class Ordered(Pictures):
+        def __getitems__(self, idxs):
+            asked.extend(int(i) for i in idxs)
+            return super().__getitems__(idxs)
+    label = torch.arange(600)
+    ds = Ordered(torch.zeros(600, 1, 8, 8, dtype=torch.uint8), label)
+    embedders = dict(label=LabelEmbedder(600, 4), other=LabelEmbedder(2, 4))
+    monkeypatch.setattr(distil, 'base_pictures', lambda *args: ds)
+    monkeypatch.setattr(distil, 'embedders_of', lambda ldm: embedders)
+    monkeypatch.setattr(distil, 'diffusion_of', lambda model: model)
+    found = path_conditions(object(), n=500)
+    expected = torch.randperm(600, generator=torch.Generator().manual_seed(0))[:500]
+    assert torch.equal(found['label'], expected) and asked==sorted(asked)
+    assert found['other'].tolist()==[2]*500
 
 
 # ---- by recipe

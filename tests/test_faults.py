@@ -102,7 +102,7 @@ def test_an_interrupted_recipe_goes_on(tmp_path, capsys, monkeypatch):
     first = (tmp_path/'b'/'autoencoder'/'model.safetensors').stat().st_mtime_ns
     resumed = label_ldm('few', tmp_path/'b', **tiny)
     undisturbed = label_ldm('few', tmp_path/'a', **tiny)
-    assert 'denoiser: going on from step 2 of 6' in capsys.readouterr().out
+    assert 'denoiser: resuming from step 2 of 6' in capsys.readouterr().out
     assert (tmp_path/'b'/'autoencoder'/'model.safetensors').stat().st_mtime_ns==first
     assert torch.equal(resumed.sample(2, label=3, steps=2, seed=0), undisturbed.sample(2, label=3, steps=2, seed=0))
 
@@ -117,7 +117,7 @@ def test_resume_without_a_run(tmp_path):
     done = subprocess.run([BIN/'fastldm_train','digits','--out',tmp_path/'none','--resume'], capture_output=True,
                           text=True)
     assert done.returncode
-    assert 'no checkpoint to go on from' in done.stderr and 'Traceback' not in done.stderr
+    assert 'no checkpoint to resume from' in done.stderr and 'Traceback' not in done.stderr
     assert not (tmp_path/'none').exists()
 
 # ---- the cache of latents

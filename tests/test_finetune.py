@@ -8,7 +8,7 @@ from fastldm.data.augment import Augmented
 from fastldm.data.images import DATASETS, Pictures, get_dataset
 from fastldm.diffusion import (LatentDataset, adapters_of, add_lora, diffusion_loss, edm_weight, load, load_lora,
                                merge_lora, remove_lora, save_lora)
-from fastldm.recipes import copying, own_ldm, train_cli, with_adapter
+from fastldm.recipes import beginning, copying, own_ldm, train_cli, with_adapter
 from fastldm.recipes.stages import card_metadata, embedders_of
 
 TINY = dict(steps=3, batch_size=8, progress=False)
@@ -182,7 +182,7 @@ def test_interrupted(start, tmp_path, capsys, monkeypatch, lora):
     settings = dict(TINY, start=start, lora=lora, lr=.01)
     with pytest.raises(KeyboardInterrupt): own_ldm('two', tmp_path/'b', cbs=[Interrupt()], **settings)
     resumed = own_ldm('two', tmp_path/'b', **settings)
-    assert 'going on from step 1 of 3' in capsys.readouterr().out
+    assert 'resuming from step 1 of 3' in capsys.readouterr().out
     assert torch.equal(draw(resumed), draw(own_ldm('two', tmp_path/'a', **settings)))
     monkeypatch.setattr('fastldm.recipes.finetune.copying', None)                     # may not be called
     assert torch.equal(draw(resumed), draw(own_ldm('two', tmp_path/'b', **settings)))
@@ -213,6 +213,31 @@ def test_copying_in_numbers():
     assert found['distance']==pytest.approx(.1/.5)                                    # of the medians
 
 
+def test_copies_in_the_training_set_count_once():
+    "A picture that is there twice, also mirrored or with a little noise, hid that samples were copies of it."
+    generator = torch.Generator().manual_seed(0)
+    train = torch.rand(20, 3, 8, 8, generator=generator)
+    noise = .004*torch.randn(20, 3, 8, 8, generator=generator)
+    samples = (train+.001).clamp(0, 1)
+    once = copying(samples, train)
+    assert once['copies']==20
+    for more in (train, train.flip(-1), (train+noise).clamp(0, 1)):
+        assert copying(samples, torch.cat([train, more]))==pytest.approx(once)
+    new = torch.rand(20, 3, 8, 8, generator=generator)
+    assert copying(new, torch.cat([train,train]))['copies']==0
+    assert copying(samples[:4], train[:1].repeat(3, 1, 1, 1))['n']==4          # a set of one picture is no error
+
+def test_sizes_of_a_start_may_be_said(start):
+    "They are what the run has; a run of an earlier version, which wrote down other ones, is the same run."
+    base = beginning(start)
+    sizes = dict(n_blocks=1, c_latent=2, ae_channels=[8,8], channels=[8,16])
+    chosen = base.choose(sizes, 1000)
+    assert (chosen['n_blocks'],chosen['c_latent'],chosen['ae_channels'],chosen['channels'])==(1, 2, (8,8), (8,16))
+    assert not {'n_blocks','c_latent','ae_channels'} & {*base.to_record(chosen)}
+    nothing = beginning()
+    assert nothing.choose({}, 1000)['n_blocks']==1 and nothing.to_record(chosen)==chosen
+
+
 # ---- refusals, before anything is written
 
 @pytest.mark.parametrize('settings, message', [
@@ -221,7 +246,13 @@ def test_copying_in_numbers():
     (dict(start='mnist_evaluator'), 'is an Evaluator: a start is a LatentDiffusion'),
     (dict(start='mnist_tutorial'), 'a start has a `UNet`'),
     (dict(lora=0), 'lora=0: expected a whole number of at least 1'),
-    (dict(channels=(8,8)), 'the network is that of'),
+    (dict(channels=(8,8)), r'channels=\(8, 8\): the networks are those of'),
+    (dict(n_blocks=2), 'n_blocks=2: the networks are those of .*, with 1'),
+    (dict(c_latent=4), 'c_latent=4: the networks are those of .*, with 2'),
+    (dict(ae_channels=(8,)), 'ae_channels=.*: the networks are those of'),
+    (dict(patience=-3), 'patience=-3: expected a whole number of at least 1'),
+    (dict(lr=-1.), 'lr=-1.0: expected a number of at least 0'),
+    (dict(lr=float('nan')), 'lr=nan'),
     (dict(size=12), 'one size only'),
 ])
 def test_refused(start, tmp_path, settings, message):

@@ -2,9 +2,18 @@
 import importlib.util, json, multiprocessing, shutil, signal, tarfile, time
 from pathlib import Path
 import pytest, torch
-from fastldm.core import read_settings
-from fastldm.data import Shards
+from types import SimpleNamespace
+from fastldm.core import read_settings, spread_indices
+from fastldm.data import Pictures, Shards
+from fastldm.recipes import many
 from fastldm.recipes import DrawnPictures, codes_cli, draw_shards, eval_cli, sample_cli
+
+class GreyNet(torch.nn.Module):
+    "Features of a picture: its pixels."
+    def __init__(self):
+        super().__init__()
+        self.where = torch.nn.Parameter(torch.zeros(1))
+    def features(self, x): return x.flatten(1).float()
 
 SETTINGS = dict(n=64, steps=2, seed=3, per_shard=16)
 
@@ -125,3 +134,39 @@ def test_the_table_of_memory_is_drawn_anew(here, monkeypatch):
     assert '\n\nMeasured on 20' in text and '1,000,000' not in text
     numbers = json.loads((here/'measured.json').read_text())['rows on disk']
     assert numbers['settings']==dict(rows=[100,200], steps=2)
+
+def test_real_pictures_of_another_size(here):
+    "A set of one size is compared in that size, or refused before anything is computed."
+    with pytest.raises(ValueError, match='pictures of digits are 16×16, and cannot be compared with 8×8'):
+        many._real('digits', None, 8, None, 10)
+    features, split = many._real('Digits', None, 16, GreyNet(), 33)
+    assert (len(features),split)==(33,'test')
+    assert type(many._scorer('Digits')[0]).__name__=='Evaluator'
+
+def test_real_pictures_are_of_all_classes():
+    "They are spread over a set that is sorted by class, and drawn ones are the first."
+    label = torch.arange(100)//10
+    ds = Pictures(label.byte()[:,None,None,None].expand(-1,3,8,8), label, [*'0123456789'])
+    seen = []
+    def pixels(rows):
+        seen.extend(rows)
+        return ds.image[rows]
+    many._features(SimpleNamespace(pixels=pixels), GreyNet(), spread_indices(len(ds), 20), 8)
+    assert {int(ds.label[i]) for i in seen}=={*range(10)} and len(seen)==20
+
+def test_processes_that_start_together(here, monkeypatch):
+    "Another one writes drawing.json, and then a shard, between two looks into the folder."
+    folder = here/'drawn'
+    folder.mkdir()
+    glob = Path.glob
+    def later(self, pattern):
+        found = list(glob(self, pattern))
+        (self/'drawing.json').write_text('{"n": 4}')
+        (self/'000000.tar').touch()
+        return found
+    monkeypatch.setattr(Path, 'glob', later)
+    many._check_same_drawing(folder, dict(n=4))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match='n was 4, is 5'): many._check_same_drawing(folder, dict(n=5))
+    (folder/'drawing.json').unlink()
+    with pytest.raises(FileExistsError, match='no drawing to resume'): many._check_same_drawing(folder, dict(n=4))

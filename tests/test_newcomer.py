@@ -65,8 +65,8 @@ def tuned(place):
 def test_training(place, trained):
     "A run that was interrupted goes on; at the end there are samples, their nearest pictures, and a log."
     stopped, done = trained
-    assert 'minutes are over' in stopped and 'the same command goes on' in stopped
-    assert 'going on from step' in done and 'done, in runs/mine' in done
+    assert 'minutes are over' in stopped and 'run the same command to resume' in stopped
+    assert 'resuming from step' in done and 'done, in runs/mine' in done
     assert 'runs/mine/nearest.png' in done and 'samples are copies of a training picture' in done
     for name in ('samples','nearest'): assert Image.open(place/f'runs/mine/{name}.png').width>100
     assert len((place/'runs/mine/denoiser/run/log.csv').read_text().splitlines())>1

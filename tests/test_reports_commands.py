@@ -14,7 +14,7 @@ from fastldm.core import Busy, Module, save_model, show_parameters
 from fastldm.data import SyntheticScenes
 from fastldm.recipes import (codes_cli, command, draw_files, eval_cli, figures_cli, label_ldm, sample_cli,
                              text_denoiser, train_adapter, train_vqvae)
-from fastldm.recipes import commands, evaluate
+from fastldm.recipes import commands, evaluate, import_module_of
 
 def line(run, *args, **options):
     "The one line in which a command ends that cannot do what it is asked."
@@ -294,3 +294,22 @@ def test_a_vqvae_says_for_which_pictures_its_codes_are(here):
     assert vqvae.meta['size']==32
     said = line(codes_cli, 'scenes', 'text/vqvae', 'c', size=64)
     assert '--size 64: text/vqvae makes codes of 32×32 pictures' in said
+
+def test_a_module_that_has_a_name_of_pythons(tmp_path):
+    "`--module calendar.py` did nothing, as Python had a module of that name."
+    (tmp_path/'calendar.py').write_text('raise SystemExit("this file is run")')
+    with pytest.raises(ImportError, match='another module calendar is loaded already .*: rename the file'):
+        import_module_of(str(tmp_path/'calendar.py'))
+    with pytest.raises(ImportError, match='none.py does not exist'): import_module_of(str(tmp_path/'none.py'))
+
+def test_a_module_from_a_file(tmp_path, monkeypatch):
+    "It is run once, finds what lies beside it, and is forgotten where it fails."
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    (tmp_path/'beside_mine.py').write_text('VALUE = 3')
+    mine = tmp_path/'mine_for_this_test.py'
+    mine.write_text('1/0')
+    with pytest.raises(ZeroDivisionError): import_module_of(str(mine))
+    mine.write_text('import beside_mine\nruns = globals().get("runs", 0)+1\nVALUE = beside_mine.VALUE')
+    for _ in range(2): import_module_of(str(mine))
+    module = sys.modules.pop('mine_for_this_test')
+    assert (module.VALUE, module.runs)==(3, 1)

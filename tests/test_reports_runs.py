@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import threading
+from copy import deepcopy
 from functools import partial, partialmethod
 from inspect import signature
 from pathlib import Path
@@ -20,10 +21,10 @@ from fastldm.core import (Busy, Callback, Interrupted, Learner, Module, SampleCB
                           write_atomic)
 from fastldm.data import (DATASETS, Captioned, Described, Digits, ImageFolder, Pictures, Shards, SyntheticFaces,
                           SyntheticScenes, files_digest, write_shards)
-from fastldm.diffusion import LatentDiffusion, load
+from fastldm.diffusion import Autoencoder, LatentDiffusion, load
 from fastldm.metrics import Reference
-from fastldm.recipes import (RECIPES, begin, check_free, control, data_facts, distil, faces, labels, own, sample_cli,
-                             stages, text, train_cli, write_card)
+from fastldm.recipes import (RECIPES, begin, check_free, control, data_facts, distil, faces, labels, own, own_ldm,
+                             sample_cli, stages, text, train_cli, write_card)
 
 # ---- files that others can read
 
@@ -471,7 +472,7 @@ def test_more_steps_train_on(finished, tmp_path, capsys, small_sets):
     write_card(out, metrics=dict(fid=1.5))
     before = load(out)
     model = train_folder(finished/'seven', out, steps=5)
-    assert 'denoiser: going on from step 2 of 5' in capsys.readouterr().out
+    assert 'denoiser: resuming from step 2 of 5' in capsys.readouterr().out
     assert model.meta['stages']['denoiser']['steps']==5
     assert model.meta['stages']['autoencoder']==before.meta['stages']['autoencoder']
     assert 'metrics' not in model.meta                                  # they were those of the weights of before
@@ -699,6 +700,10 @@ def line_of(run, *args, **options):
     (labels.label_ldm, dict(steps=2.5), r'steps=2\.5'),
     (labels.label_ldm, dict(seed='one'), "seed='one'"),
     (labels.label_ldm, dict(drop=2.), 'drop'),
+    (labels.label_ldm, dict(lr=-1.), 'lr=-1.0: expected a number of at least 0'),
+    (labels.label_ldm, dict(n_blocks=0), 'n_blocks=0: expected a whole number of at least 1'),
+    (own_ldm, dict(data='digits', patience=-3), 'patience=-3: expected a whole number of at least 1'),
+    (own_ldm, dict(data='digits', lr=float('inf')), 'lr=inf'),
     (labels.label_ldm, dict(data='scenes', size=30), 'size=30: .* multiples of 4, such as 28 or 32'),
     (labels.label_ldm, dict(data='scenes', size=33), 'size=33: .* multiples of 4, such as 32 or 36'),
     (labels.label_ldm, dict(data='scenes', size=1), 'size'),
@@ -711,6 +716,10 @@ def line_of(run, *args, **options):
     (faces.face_ldm, dict(size=30), 'size=30: .* multiples of 4'),
     (faces.face_ldm, dict(data='digits'), 'a set without attributes'),
     (faces.face_ldm, dict(drop=2.), 'drop'),
+    (faces.face_ldm, dict(n_blocks=0), 'n_blocks=0'),
+    (faces.face_ldm, dict(ae_channels=(8,8,8), size=36), 'size=36: .* multiples of 8, such as 32 or 40'),
+    (faces.face_ldm, dict(ae_channels=(8,8,8), factor=4), 'factor=4: a place of these latents stands for 8×8 pixels'),
+    (faces.face_ldm, dict(autoencoder=Autoencoder(3, 8, (8,8))), 'c_latent=4: .* has latents of 8 channels'),
     (faces.train_face_classifier, dict(steps=-2), 'steps=-2'),
     (faces.train_face_classifier, dict(data='digits'), 'a set without attributes'),
     (text.text_to_image, dict(steps=0), 'steps=0'),
@@ -753,6 +762,26 @@ def test_a_start_with_fewer_and_with_more_conditions(tmp_path, monkeypatch, base
     more = faces.face_ldm('described_avatars', tmp_path/'more', text='context', **settings)
     assert [[*model.denoiser.conditioner.embedders] for model in (fewer,more)]==[['attrs'], ['attrs','mask','text']]
 
+def test_conditions_of_a_start_that_mean_something_else(tmp_path, monkeypatch, bases, capsys):
+    "As many attributes in another order took over the weights of other ones."
+    for name,maker in SETS.items(): monkeypatch.setitem(DATASETS, name, maker)
+    start = stages.diffusion_of(load(bases['avatars'])).denoiser
+    set_seed(0)
+    new = deepcopy(start)
+    new.conditioner.embedders['attrs'].names.reverse()
+    for p in new.parameters(): p.data.add_(1)
+    line = faces._take_over(new, start, 'avatars')
+    assert line=='start avatars: conditions copied: mask; new: attrs'
+    assert fingerprint(new.net)==fingerprint(start.net)
+
+@pytest.mark.parametrize('mask', ['context','concat'])
+def test_faces_with_three_levels(tmp_path, monkeypatch, mask):
+    "A place of the latent stands for 8×8 pixels, and so do the squares of the mask."
+    for name,maker in SETS.items(): monkeypatch.setitem(DATASETS, name, maker)
+    settings = dict(SMALL[faces.face_ldm], ae_channels=(8,8,8), mask=mask, size=32, progress=False)
+    model = faces.face_ldm('avatars', tmp_path/'m', **settings)
+    assert model.shape[1:]==(4,4) and model.denoiser.conditioner.embedders['mask'].patch==8
+
 TEXT_OPTIONS = [
     (dict(channels=(8,0)), 'channels=0: expected a whole number of at least 1'),
     (dict(prior_channels=(8,0)), 'channels=0: expected positive whole numbers'),
@@ -773,7 +802,9 @@ def test_what_the_last_stage_cannot_use_is_said_before_the_first(tmp_path, monke
     (dict(regions='box+al'), "unknown kind of region 'al': did you mean 'all'"),
     (dict(edges='sobell'), "unknown comparison 'sobell': did you mean 'sobel'"),
     (dict(time_weight='no'), "unknown weight 'no'"),
-], ids=['regions','edges','time_weight'])
+    (dict(interval=(1.,.5)), r'interval=\(1.0, 0.5\): expected 0 <= first < last <= 1'),
+    (dict(pictures=SimpleNamespace(kinds=['depth'])), 'made with the controls depth, and .* understand edges'),
+], ids=['regions','edges','time_weight','interval','kinds'])
 def test_what_an_adapter_cannot_use_is_said_before_pictures_are_encoded(finished, tmp_path, monkeypatch, options, says):
     "Thousands of pictures were encoded first."
     def never(*args, **kwargs): raise AssertionError('pictures are encoded')
@@ -846,10 +877,10 @@ def test_the_command_ends_in_one_line_and_goes_on(tmp_path, monkeypatch, capsys,
     options = dict(steps=6, ae_steps=6, out=str(tmp_path/'m'))
     with monkeypatch.context() as patch:
         patch.setattr(Learner, 'train_step', send_in_step(3, number))
-        says = '^train: stopped at step 4 of 6 in .*autoencoder.*the same command goes on'
+        says = '^train: stopped at step 4 of 6 in .*autoencoder.*run the same command to resume'
         with pytest.raises(SystemExit, match=says): train_cli('small', **options)
     train_cli('small', **options)
-    assert 'autoencoder: going on from step 4 of 6' in capsys.readouterr().out
+    assert 'autoencoder: resuming from step 4 of 6' in capsys.readouterr().out
     assert load(tmp_path/'m').meta['stages']['denoiser']['steps']==6
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
@@ -857,7 +888,7 @@ def test_the_command_between_two_stages(tmp_path, monkeypatch, signals, small_se
     "While pictures are encoded there is nothing to save; the program ends in order all the same."
     monkeypatch.setitem(RECIPES, 'small', partial(RECIPES['digits'], ae_channels=(8,8), channels=(8,8)))
     monkeypatch.setattr(labels, 'LatentDataset', lambda *args, **kwargs: send(number))
-    with pytest.raises(SystemExit, match='^train: interrupted between two stages: the same command goes on with'):
+    with pytest.raises(SystemExit, match='^train: interrupted between two stages: run the same command to resume with'):
         train_cli('small', steps=2, ae_steps=2, out=str(tmp_path/'m'))
     assert (tmp_path/'m'/'autoencoder'/'config.json').exists()
 

@@ -2,7 +2,7 @@
 import io, json, tarfile
 import pytest, torch
 from PIL import Image
-from fastldm.data import ArrowPictures, Digits, Pictures, Shards, get_dataset, to_image, write_shards, write_stream
+from fastldm.data import hash01, ArrowPictures, Digits, Pictures, Shards, get_dataset, to_image, write_shards, write_stream
 from fastldm.recipes import captioned_set, label_denoiser, label_ldm, own_pictures, picture_set
 
 class Captioned(Pictures):
@@ -202,3 +202,29 @@ def test_labels_of_a_stream(tmp_path):
         write_stream(a_table(4, labels=[0,1,-1,1]), tmp_path/'some', progress=False)
     with pytest.raises(ValueError, match='row 2 of the table has no label'): ArrowPictures(a_table(4, labels=[0,1,-1,1]))
     assert ArrowPictures(a_table(4, labels=[-1]*4)).label is None
+
+def class_folders(folder, splits, classes, n=5):
+    for split in splits:
+        for i,name in enumerate(classes):
+            (folder/split/name).mkdir(parents=True)
+            for k in range(n): Image.new('L', (8,8), 40*i+k).save(folder/split/name/f'{k}.png')
+    return folder
+
+def test_pictures_for_testing_that_cannot_be_read(tmp_path):
+    "They were left aside without a word, and the run had no scores."
+    folder = class_folders(tmp_path, ('train','test'), 'ab')
+    assert len(own_pictures(folder, size=8).test)==5
+    (folder/'test'/'a'/'0.png').write_bytes(b'no picture')
+    with pytest.raises(ValueError, match='0.png cannot be read'): own_pictures(folder, size=8)
+    (folder/'test'/'a'/'0.png').unlink()
+    (folder/'test'/'c').mkdir()
+    Image.new('L', (8,8)).save(folder/'test'/'c'/'0.png')
+    with pytest.raises(ValueError, match='has folders that .* does not have'): own_pictures(folder, size=8)
+
+def test_a_table_too_small_for_a_part_for_testing(tmp_path):
+    "It has none, which is no error."
+    names = [name for name in (f'{i}.png' for i in range(20)) if hash01(name)>=.1][:3]      # all for training
+    for i,name in enumerate(names): Image.new('L', (8,8), i).save(tmp_path/name)
+    rows = [f'{name},{"ab"[i%2]}' for i,name in enumerate(names)]
+    (tmp_path/'table.csv').write_text('\n'.join(['file,kind',*rows]))
+    assert own_pictures(tmp_path, size=8, conditions='kind:label').test is None

@@ -70,7 +70,7 @@ def test_train_resume_and_sample_by_the_commands(leaves, tmp_path):
             '--ae_steps', 2, '--channels', '8,16', '--out', out)
     printed = run('fastldm_train', *args, '--steps', 2)
     assert 'species: label, 3 classes (ash, elm, oak)' in printed and 'chosen from the values' in printed
-    assert 'going on from step 2 of 3' in run('fastldm_train', *args, '--steps', 3)
+    assert 'resuming from step 2 of 3' in run('fastldm_train', *args, '--steps', 3)
     card = json.loads((out/'config.json').read_text())
     assert card['columns']==dict(species='label', length='number', notes='text', wet='attribute', fallen='attribute')
     assert '| condition length | number from 1 to' in (out/'README.md').read_text()

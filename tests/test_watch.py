@@ -144,7 +144,7 @@ def test_a_deadline_stops_and_the_same_command_goes_on(tmp_path):
     assert 'minutes are over: stopped at step' in run(*args, '--max_minutes', .01)
     checkpoint = tmp_path/'mine/autoencoder/run/checkpoint.safetensors'
     first = read_checkpoint(checkpoint)[0]['step']
-    assert 'going on from step' in run(*args, '--max_minutes', .05)
+    assert 'resuming from step' in run(*args, '--max_minutes', .05)
     assert read_checkpoint(checkpoint)[0]['step']>first
 
 @pytest.mark.slow
@@ -183,7 +183,7 @@ def test_several_recipes_within_a_time(tmp_path):
     first = train('digits_evaluator', '--quick', '--minutes', '.001')
     assert first.returncode==0 and 'its time is over' in first.stdout, first.stderr
     again = train('digits_evaluator', '--quick', '--minutes', '100')
-    assert 'going on from step' in again.stdout+again.stderr
+    assert 'resuming from step' in again.stdout+again.stderr
     assert 'digits_evaluator: step 23 of 23' in again.stdout and 'of peak' in again.stdout
     assert 'its time is over' not in again.stdout
     wrong = train('digit', '--minutes', '1')

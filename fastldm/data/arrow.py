@@ -181,6 +181,7 @@ def _label_text(row, columns, i):
     if label is None: raise ValueError(f'row {i} of the stream has no label: leave it out, by `stream.filter`')
     return str(label) if label>=0 else None
 
+# %% ../../nbs/data/11_arrow.ipynb #569f4d62
 def _write_rows(file, rows, columns, first):
     "Write rows of a stream into a shard, the files of pictures as they are; the number of them."
     with write_atomic(file) as temporary, tarfile.open(temporary, 'w') as tar:
@@ -210,31 +211,38 @@ def write_stream(
     """Write a stream into WebDataset shards as it arrives. The same call resumes an interrupted one, and one with a
     larger `n` adds to what is there. Raises `ValueError` for a stream that does not say what its columns are, for rows
     without a picture or a label, and for a folder with shards of another size, or with more rows than `n`."""
-    datasets = require_package('datasets', 'a set in Arrow or Parquet files')
     folder = Path(folder)
     per_shard = whole_number(per_shard, 'per_shard', 1)
     n = None if n is None else whole_number(n, 'n', 1)
     if stream.features is None: raise ValueError('this stream does not know its columns: call its `cast` with them')
     columns = _columns(stream.features)
-    stream = stream.cast_column(columns['image'], datasets.Image(decode=False))
     counts = _written(folder, per_shard, n)
     if _is_whole(folder, counts, n): return [folder/name for name in counts]
     if counts and [*counts.values()][-1]<per_shard: counts.popitem()        # the last one is filled up
-    done = sum(counts.values())
-    rows = islice(iter(stream.skip(done)), None if n is None else n-done)
     with tqdm(desc='shards', initial=len(counts), disable=not progress) as bar:
-        for file in (folder/f'{i:06d}.tar' for i in count(len(counts))):
-            written = _write_rows(file, islice(rows, per_shard), columns, done)
-            if not written: break
-            counts[file.name] = written
-            done += written
+        for name,written in _write_shards(stream, folder, columns, counts, n, per_shard):
+            counts[name] = written
             bar.update()
-    has_ended = n is None or done<n
+    has_ended = n is None or sum(counts.values())<n
     with write_atomic(folder/'stream.json') as file: file.write_text(json.dumps(dict(has_ended=has_ended)))
     write_index(folder, counts, getattr(stream.features.get(columns.get('label')), 'names', ()))
     return [folder/name for name in counts]
 
 # %% ../../nbs/data/11_arrow.ipynb #2c5a9d90
+def _write_shards(stream, folder, columns, counts, n, per_shard):
+    "Write what follows on the shards that are counted, up to `n` rows in all; gives the name and the rows of each."
+    datasets = require_package('datasets', 'a set in Arrow or Parquet files')
+    done = sum(counts.values())
+    stream = stream.cast_column(columns['image'], datasets.Image(decode=False)).skip(done)
+    rows = islice(iter(stream), None if n is None else n-done)
+    for number in count(len(counts)):
+        file = folder/f'{number:06d}.tar'
+        written = _write_rows(file, islice(rows, per_shard), columns, done)
+        if not written: return
+        done += written
+        yield file.name, written
+
+# %% ../../nbs/data/11_arrow.ipynb #6263dcd8
 def _n_pictures(file):
     "How many keys a shard has, by its table of contents."
     with tarfile.open(file) as tar: return len({Path(name).name.partition('.')[0] for name in tar.getnames()})

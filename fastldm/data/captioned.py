@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from fastcore.basics import patch
 from ..core.models import tensor_digest
-from .images import (DATASETS,ImageFolder,ZippedFile,check_skip,check_split,escape_text,find_damaged,hash01,
-                                 find_pictures,first_few,group_rows,licence_of,open_zip,plain_picture,upright)
+from .images import (DATASETS,EmptySplit,ImageFolder,ZippedFile,check_skip,check_split,escape_text,
+                                 find_damaged,find_pictures,first_few,group_rows,hash01,licence_of,
+                                 open_zip,plain_picture,upright)
 
 # %% ../../nbs/data/04_captioned.ipynb #0bf49734
 def read_text(
@@ -317,7 +318,7 @@ def set_rows(self:PictureRows, rows, size=64, channels=3, cache=2., test=.1, pad
     rows = [rows[i] for i in part]
     if skip: rows = self._undamaged(rows)
     if not rows:
-        raise ValueError(f"{type(self).__name__}: none of {n_rows} rows are for {self.split!r} (test={test:g}): "
+        raise EmptySplit(f"{type(self).__name__}: none of {n_rows} rows are for {self.split!r} (test={test:g}): "
                          "ask for the other split, add pictures, or change `test`")
     self.rows = [{k:escape_text(v) for k,v in r.items() if k not in ('file','split','group')} for r in rows]
     self.name = [r['name'] for r in self.rows]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'DATASETS', 'OPENERS', 'upright', 'plain_picture', 'from_image', 'to_uint8', 'to_image',
-           'check_split', 'escape_text', 'check_labels', 'Pictures', 'licence_of', 'Part', 'collate', 'dataloader',
-           'Digits', 'open_image', 'centre_square', 'fit_to', 'open_zip', 'ZippedFile', 'find_pictures',
+           'EmptySplit', 'check_split', 'escape_text', 'check_labels', 'Pictures', 'licence_of', 'Part', 'collate',
+           'dataloader', 'Digits', 'open_image', 'centre_square', 'fit_to', 'open_zip', 'ZippedFile', 'find_pictures',
            'size_and_checksum', 'group_rows', 'hash01', 'ImageFolder', 'find_damaged', 'first_few', 'check_skip',
            'files_digest', 'is_opened', 'dataset_key', 'has_one_size', 'get_dataset', 'edges']
 
@@ -152,6 +152,9 @@ def to_image(
     return Image.fromarray(pixels[...,0] if pixels.shape[-1]==1 else pixels)
 
 # %% ../../nbs/data/00_images.ipynb #de0b6545
+class EmptySplit(ValueError):
+    "A set has no pictures of the split that was asked for."
+
 def check_split(
     split:str, # the split that was asked for
     splits:tuple=('train','test'), # those that there are
@@ -180,6 +183,7 @@ def check_labels(
     raise ValueError(f"{where} has the label {wrong[0]}, and {len(classes)} classes have names: number them from 0 to "
                      f"{len(classes)-1}, or name all")
 
+# %% ../../nbs/data/00_images.ipynb #c8d7742e
 class Pictures:
     "A set of pictures in memory, with or without labels."
     split = 'train'
@@ -676,6 +680,7 @@ def has_one_size(
     parameters = signature(maker).parameters
     return 'size' not in parameters and not any(p.kind==p.VAR_KEYWORD for p in parameters.values())
 
+# %% ../../nbs/data/00_images.ipynb #da45889d
 def get_dataset(
     name, # a key of `DATASETS`, or a folder of pictures, of tar shards, or of Parquet or Arrow files
     root=None, # where to look first

@@ -10,7 +10,7 @@ __all__ = ['USER_ERRORS', 'GRID', 'PART', 'command', 'given', 'one_name', 'refus
 # %% ../../nbs/recipes/06_commands.ipynb #767413cf
 import argparse
 import fastldm
-import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -35,7 +35,7 @@ from ..core.processes import process_share, shared_work
 from ..core.train import Interrupted, sigterm_as_interrupt
 from ..core.watch import DeadlineCB, TrackCB
 from ..data.faces import read_mask
-from ..data.images import to_image
+from ..data.images import dataset_key, has_one_size, to_image
 from ..diffusion.cond import (AttributeEmbedder, Embedder, LabelEmbedder, MaskEmbedder, NumberEmbedder,
                                     WordEmbedder)
 from ..diffusion.ldm import LatentDiffusion, available, load, weights_folders
@@ -48,8 +48,8 @@ from .evaluate import (evaluate_conditions, evaluate_control, evaluate_faces, ev
 from .many import DrawnPictures, draw_shards, is_drawing
 from .pictures import (CONDITIONS, Film, check_same_weights, constraint_of, constraint_settings,
                                       fit_control, fit_region, open_masks, options_of, settings_of)
-from .stages import (RECIPES, captioned_set, diffusion_of, embedders_of, every_stage, full_path,
-                                    picture_set, save_grid, training_set, with_article, write_card)
+from .stages import (RECIPES, captioned_set, comparable_set, diffusion_of, embedders_of, every_stage,
+                                    full_path, save_grid, training_set, with_article, write_card)
 
 # %% ../../nbs/recipes/06_commands.ipynb #7ff52052
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, Busy) # their messages say what to do
@@ -85,7 +85,7 @@ def _one_line(error):
     "What the user reads of an error."
     if isinstance(error, USER_ERRORS): return str(error)
     if isinstance(error, Interrupted):
-        return f'stopped at step {error.step} of {error.steps} in {error.folder}: the same command goes on from there'
+        return f'stopped at step {error.step} of {error.steps} in {error.folder}: run the same command to resume'
     if isinstance(error, KeyboardInterrupt): return 'interrupted'
     first = (str(error).splitlines() or ['no message'])[0]
     return f'{type(error).__name__}: {first} (FASTLDM_DEBUG=1 shows where)'
@@ -120,12 +120,29 @@ def refused(
 def import_module_of(
     module:str, # name of a module that Python finds from here, or a .py file; None: none
 )->None:
-    "Import a user's module. Raises `ImportError` where there is none."
+    "Import a user's module. Raises `ImportError` where there is none, or where another one of its name is loaded."
     if module is None: return
     path = Path(module)
-    folder = path.parent if path.suffix=='.py' else Path.cwd()
-    sys.path.insert(0, str(folder.absolute()))
-    importlib.import_module(path.stem if path.suffix=='.py' else module)
+    is_file = path.suffix=='.py'
+    sys.path.insert(0, str(path.parent.absolute() if is_file else Path.cwd()))
+    if is_file: _import_file(path)
+    else: importlib.import_module(module)
+
+def _import_file(path):
+    "Import a file as a module of its name, and not what Python may have under that name."
+    if not path.is_file(): raise ImportError(f'{path} does not exist: give a Python file, or the name of a module')
+    name = path.stem
+    if name in sys.modules:
+        loaded = getattr(sys.modules[name], '__file__', None)
+        if loaded and Path(loaded).resolve()==path.resolve(): return
+        raise ImportError(f'{path}: another module {name} is loaded already ({loaded or "a part of Python"}): rename '
+                          'the file')
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    try: spec.loader.exec_module(sys.modules[name])
+    except BaseException:
+        del sys.modules[name]
+        raise
 
 # %% ../../nbs/recipes/06_commands.ipynb #ba851724
 def _numbers(text, option):
@@ -164,7 +181,7 @@ def train_cli(
     conditions:str=None, # for `folder`: columns of a table beside the pictures, as in species:label,length:number
     test:float=None, # share of a folder's pictures that is kept aside, to measure by (default: a tenth, from 200 on)
     patience:int=None, # end the denoiser's training where the loss of those has not fallen for so many steps
-    max_minutes:float=None, # stop after this time, as Ctrl-C does: the same command goes on later
+    max_minutes:float=None, # stop after this time, as Ctrl-C does: the same command resumes later
     quick:store_true=False, # a trial of a minute: 20 steps for each stage, in runs/RECIPE_quick
     track:str=None, # send the log and pictures to tensorboard, wandb, ...; several with commas between them
     seed:int=0, # of everything
@@ -172,10 +189,10 @@ def train_cli(
     device:str=None, # cpu, cuda, cuda:1, mps (default: a GPU where there is one)
     compile:store_true=False, # compile the networks: slower to begin with, faster steps on a GPU
     gradient_checkpointing:store_true=False, # less memory for a third more work
-    resume:store_true=False, # only go on with what was begun; an error where nothing was
+    resume:store_true=False, # only resume a run; an error where there is none
     module:str=None, # a Python module or file to import first, which adds a recipe or a data set of your own
 ):
-    "Train a model. The same command goes on where an interrupted one stopped, and prints from which step."
+    "Train a model. The same command resumes an interrupted run, and prints from which step."
     import_module_of(module)
     use_device(device)
     train = RECIPES[check_choice(recipe, RECIPES, 'recipe')]
@@ -190,7 +207,7 @@ def train_cli(
     if quick: options = quick_options(train) | options
     out = Path(out or (f'runs/{recipe}_quick' if quick else f'runs/{recipe}'))
     if resume and not any(out.glob('**/checkpoint.safetensors')):
-        raise FileNotFoundError(f'{out} has no checkpoint to go on from: leave out --resume to begin, '
+        raise FileNotFoundError(f'{out} has no checkpoint to resume from: leave out --resume to begin, '
                                 'or give the --out of the run that was begun')
     deadline = None if max_minutes is None else DeadlineCB(max_minutes)
     trackers = [TrackCB(name) for name in track.split(',')] if track else []
@@ -238,7 +255,7 @@ def _train(train, out, deadline, **options):
         print(f'{deadline.minutes:g} minutes are over: {_one_line(stop)}')
         return
     except KeyboardInterrupt:
-        sys.exit(f'train: interrupted between two stages: the same command goes on with what is saved in {out}')
+        sys.exit(f'train: interrupted between two stages: run the same command to resume with what is saved in {out}')
     print(f'done, in {out}', *_what_was_done(model), *_what_next(model, out), sep='\n')
 
 # %% ../../nbs/recipes/06_commands.ipynb #195c5439
@@ -619,7 +636,7 @@ def sample_cli(
     like:str=None, # a picture that this command or the page made: draw it again, or with the options given here
     module:str=None, # a Python module or file to import first, which defines a model or condition of your own
     out:str='samples.png', # a picture file for a grid of all, or a new folder for a file each
-    per_shard:int=None, # into the folder --out, tar files of so many pictures, such as 1024; goes on where it stopped
+    per_shard:int=None, # write tar files of so many pictures, such as 1024, into --out; the same command resumes
 ):
     """Draw pictures into a grid, or into a file each. A condition of the model is an option, too, as in --species oak;
     guidance moves away from another one by --negative_species pine."""
@@ -822,6 +839,7 @@ def evaluate_command(self:LatentDiffusion,
 # %% ../../nbs/recipes/06_commands.ipynb #fbb4d552
 def _trained_for(data, what, kind):
     "The network that scores pictures of a set: one that was trained for it in `runs`, or a shipped one; None without."
+    data = dataset_key(data) if has_one_size(data) else data                # 'Fashion-MNIST' has `fashion_evaluator`
     name = f'{data}_{what}'
     own = Path('runs')/name
     if '/' not in str(data) and (own/'config.json').exists(): return str(own)
@@ -831,7 +849,7 @@ def _parts_of(ldm, data, root):
     "A set for training, and its part for testing; None where there is none."
     side = picture_shape(ldm)[-1]
     is_own = full_path(data)==ldm.meta.get('data')                            # that the model was trained on
-    def part(split): return training_set(ldm, split, side, root) if is_own else picture_set(data, root, split, side)
+    def part(split): return training_set(ldm, split, side, root) if is_own else comparable_set(data, root, split, side)
     train = part('train')
     try: return train, part('test')
     except FileNotFoundError: return train, None
@@ -934,7 +952,7 @@ def codes_cli(
     batch_size:int=128, # pictures at a time
     workers:int=0, # processes that read pictures
 ):
-    "Encode pictures and their captions into LMDB. The same command goes on where an interrupted one stopped."
+    "Encode pictures and their captions into LMDB. The same command resumes an interrupted one."
     require_package('lmdb', 'a store of codes')
     _, world = process_share()
     if world>1: raise ValueError(f'codes are written by one process, and {world} were started: start one')

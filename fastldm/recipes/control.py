@@ -7,11 +7,10 @@ __all__ = ['base_pictures', 'control_data', 'train_adapter']
 
 # %% ../../nbs/recipes/04_control.ipynb #735cf8fd
 import torch
-from copy import copy
 from functools import partial
 from pathlib import Path
-from ..control.adapter import (CONTROLS, ControlAdapter, ControlData, control_loss, random_region,
-                                     times_within)
+from ..control.adapter import (CONTROLS, ControlAdapter, ControlData, check_interval, control_loss,
+                                     random_region, times_within)
 from ..core.models import check_choice, fingerprint, n_params
 from ..diffusion.denoiser import edm_weight
 from ..diffusion.ldm import load
@@ -48,6 +47,18 @@ def _name(value):
     "A function by its name, anything else as it is."
     return getattr(getattr(value, 'func', value), '__name__', value)
 
+def _check_kinds(pictures, kinds):
+    "Raises `ValueError` for a `ControlData` with other controls."
+    if pictures is None or pictures.kinds==kinds: return
+    raise ValueError(f'these pictures were made with the controls {"+".join(pictures.kinds)}, and the adapter is to '
+                     f'understand {"+".join(kinds)}: give kinds={"+".join(pictures.kinds)!r}, or other pictures')
+
+def _adapter_card(base, name, pictures, loss):
+    "What the card of an adapter says of its base, its data and its loss."
+    about = dict(base=name, base_fingerprint=fingerprint(diffusion_of(base).denoiser), data=base.meta.get('data'))
+    about |= dict(n_pictures=len(pictures), regions=pictures.regions, loss={k: _name(v) for k,v in loss.items()})
+    return about | dict(licence=base.meta.get('licence', 'weights Apache-2.0; data of the user'))
+
 def _check_regions(kinds):
     "Raises `ValueError` for an unknown kind of `random_region`."
     with torch.random.fork_rng(devices=[]): random_region(1, 64, kinds)
@@ -79,19 +90,17 @@ def train_adapter(
     loss = dict(weight=edm_weight, sample_t=partial(times_within, interval=interval), drop=.2) | loss
     loss_fn = control_loss(ldm.denoiser, **loss)
     _check_regions(regions)
+    check_interval(interval)
+    _check_kinds(pictures, kinds)
     ds = base_pictures(base, root, n) if pictures is None else None
     folder = begin(folder, train_adapter, arguments, base=fingerprint(ldm.denoiser), content=digest_of(ds))
-    pictures = copy(pictures) or control_data(base, kinds, root, n, progress, ds)
-    pictures.regions = regions
+    if pictures is None: pictures = control_data(base, kinds, root, n, progress, ds)
+    pictures = pictures.with_regions(regions)
     def build():
         channels = ldm.denoiser.net.widths[0]
         return ControlAdapter(kinds, pictures.c_in, channels, pictures.factor, width=width, interval=interval)
-    def card(learn):
-        about = dict(base=full_path(model) if named else 'a model in memory')
-        about['base_fingerprint'] = fingerprint(ldm.denoiser)
-        about |= dict(data=base.meta.get('data'), n_pictures=len(pictures), regions=regions)
-        about |= dict(loss={k: _name(v) for k,v in loss.items()}, n_params=n_params(learn.model))
-        return about | dict(licence=base.meta.get('licence', 'weights Apache-2.0; data of the user'))
+    name = full_path(model) if named else 'a model in memory'
+    def card(learn): return _adapter_card(base, name, pictures, loss) | dict(n_params=n_params(learn.model))
     adapter = train_stage(folder, build, pictures, loss_fn, seed=seed, batch_size=batch_size, card=card, longer=True,
                           steps=steps, lr=2e-3, warmup=min(100, steps//10), ema=.995, precision=precision,
                           progress=progress)

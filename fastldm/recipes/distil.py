@@ -26,9 +26,10 @@ def path_conditions(
     if len(embedders)<2 and all(isinstance(embedder, LabelEmbedder) for embedder in embedders.values()):
         return {name: torch.arange(embedder.n_classes) for name,embedder in embedders.items()}
     ds = base_pictures(model, root, n)
-    rows = torch.randperm(len(ds), generator=torch.Generator().manual_seed(0))[:n]
-    parts = [_fields_of(ds, part.tolist(), model, embedders) for part in rows.split(256)]
-    return {name: torch.cat([part[name] for part in parts]) for name in embedders}
+    rows, place = torch.randperm(len(ds), generator=torch.Generator().manual_seed(0))[:n].sort()
+    parts = [_fields_of(ds, part.tolist(), model, embedders) for part in rows.split(256)]      # each shard is read once
+    in_turn = place.argsort()                                                                  # as they were drawn
+    return {name: torch.cat([part[name] for part in parts])[in_turn] for name in embedders}
 
 def _fields_of(ds, rows, model, embedders):
     "The conditions of some pictures; a text is encoded, in 16 bit."
@@ -61,7 +62,9 @@ def train_student(
     guidance = check_scales(guidance)
     make_student(ldm.denoiser)                                          # a network that cannot be one raises now
     mark = fingerprint(ldm.denoiser)
-    folder = begin(folder, train_student, arguments, base=mark)
+    marks = dict(base=mark)
+    if student is not None: marks['student_fingerprint'] = fingerprint(load_student(student, ldm.denoiser))
+    folder = begin(folder, train_student, arguments, **marks)
     paths = PathDataset(ldm.denoiser, ldm.shape, path_conditions(base, root, n), n, path_steps, guidance, seed,
                         folder/'cache', precision, progress)
     def build():

@@ -17,6 +17,7 @@ from ..diffusion.ldm import LatentDiffusion, load
 from ..diffusion.schedules import Cosine
 from ..diffusion.unet import UNet
 from ..metrics.faces import FaceClassifier, face_classifier_loss
+from .finetune import copy_embedders
 from .stages import (begin, diffusion_of, finish, licence_line, picture_set, recipe, run_stage,
                                     stage_folder, train_autoencoder, train_denoiser, train_stage)
 
@@ -78,11 +79,11 @@ def face_denoiser(
     d_emb = 4*channels[0]
     dims = dict(context=d_context, vector=d_emb)
     embedders = face_embedders(ds, dims, factor, attrs, mask, text, label, partial, seen)
-    tokens = 'context' in (attrs,mask,text,label)
-    attention = ['cross' if tokens else False] + [True]*(len(channels)-1)
+    has_tokens = 'context' in (attrs,mask,text,label)
+    attention = ['cross' if has_tokens else False] + [True]*(len(channels)-1)
     planes = len(ds.mask_classes)+1 if mask=='concat' else 0
     net = UNet(c_latent, channels, n_blocks, attention=attention, d_emb=d_emb,
-               d_context=d_context if tokens else None, c_concat=planes, position_embedding=tokens)
+               d_context=d_context if has_tokens else None, c_concat=planes, position_embedding=has_tokens)
     return Denoiser(net, Cosine(), Conditioner(drop=drop, **embedders) if embedders else None)
 
 # %% ../../nbs/recipes/02_faces.ipynb #ed84921a
@@ -107,21 +108,20 @@ def face_ldm(
 )->LatentDiffusion: # saved in `folder`
     """Train a latent diffusion on faces. Raises what the data set raises, and `ValueError` for a `start` of another
     network, and for both `start` and `autoencoder`, before work starts."""
-    if start is not None and autoencoder is not None:
-        raise ValueError('both `start` and `autoencoder` were given, and the model to start from has an autoencoder: '
-                         'leave one out')
     arguments = dict(locals())
+    first, trained = _trained_parts(start, autoencoder)
     faces = picture_set(data, root, size=size, needs=('attributes','mask_classes'))
-    first = None if start is None else diffusion_of(load(start))
+    factor = 2**len(ae_channels) if trained is None else trained.factor
+    network = _with_factor(network, factor)
     if first is not None: _check_start(start, first.denoiser, faces, c_latent, network)
-    folder = begin(folder, face_ldm, arguments, faces, multiple=2**len(ae_channels), stages=['autoencoder','denoiser'])
+    _check_latents(trained, c_latent)
+    folder = begin(folder, face_ldm, arguments, faces, multiple=factor, stages=['autoencoder','denoiser'])
     ds = Mirrored(faces) if mirrored else faces
     training = dict(seed=seed, precision=precision, progress=progress)
     set_seed(seed)
     denoiser = face_denoiser(ds, c_latent, **network)
-    if first is not None: denoiser.load_state_dict(first.denoiser.state_dict(), strict=False)
-    ae = _face_autoencoder(ds, folder, autoencoder if first is None else first.autoencoder, c_latent, ae_channels,
-                           ae_steps, training)
+    if first is not None: print(_take_over(denoiser, first.denoiser, start))
+    ae = _face_autoencoder(ds, folder, trained, c_latent, ae_channels, ae_steps, training)
     latents = LatentDataset(ds, ae, cache=folder/'cache', progress=progress)
     shape = tuple(latents[0]['latent'].shape)
     def draw(denoiser): return _draw_faces(LatentDiffusion(ae, denoiser, shape), ds)
@@ -156,6 +156,36 @@ def _check_start(start, first, ds, c_latent, network):
     changes = differences(old, {part: options[part] for part in old}) or [f'{min(unlike)} has another shape']
     raise ValueError(f'start={str(start)!r}: that model has another network: {"; ".join(changes)}. Give the options '
                      'that it was trained with (only its conditions may be others), or leave out `start`')
+
+# %% ../../nbs/recipes/02_faces.ipynb #03bae1fa
+def _trained_parts(start, autoencoder):
+    "The latent diffusion to start from and the trained autoencoder, None for what is not there. ValueError for both."
+    if start is not None and autoencoder is not None:
+        raise ValueError('both `start` and `autoencoder` were given, and the model to start from has an autoencoder: '
+                         'leave one out')
+    first = None if start is None else diffusion_of(load(start))
+    return first, autoencoder if first is None else first.autoencoder
+
+def _with_factor(network, factor):
+    "The options of a network with its `factor`. Raises `ValueError` for another one than the autoencoder has."
+    asked = network.get('factor', factor)
+    if asked==factor: return network | dict(factor=factor)
+    raise ValueError(f'factor={asked}: a place of these latents stands for {factor}×{factor} pixels: leave it out')
+
+def _check_latents(autoencoder, c_latent):
+    "Raises `ValueError` for another number of channels than the autoencoder gives."
+    if autoencoder is None or autoencoder.c_latent==c_latent: return
+    raise ValueError(f'c_latent={c_latent}: the autoencoder that is given has latents of {autoencoder.c_latent} '
+                     f'channels: give c_latent={autoencoder.c_latent}')
+
+# %% ../../nbs/recipes/02_faces.ipynb #b3d9ce7e
+def _take_over(denoiser, first, start):
+    "Copy the weights of a start, of conditions those that mean the same; a line about them."
+    denoiser.net.load_state_dict(first.net.state_dict())
+    new = dict(getattr(denoiser.conditioner, 'embedders', {}))
+    begun = copy_embedders(new, dict(getattr(first.conditioner, 'embedders', {})))
+    copied = ', '.join(name for name in new if name not in begun) or 'none'
+    return f'start {start}: conditions copied: {copied}; new: {", ".join(begun) or "none"}'
 
 def _face_autoencoder(ds, folder, given, c_latent, channels, steps, training):
     "The first stage: the autoencoder that was given, or one that is trained now."

@@ -9,12 +9,12 @@ __all__ = ['FEW', 'N_COMPARED', 'FromNothing', 'FromModel', 'beginning', 'copy_e
 # %% ../../nbs/recipes/14_finetune.ipynb #90867672
 import json
 import torch
+import torch.nn.functional as F
 from copy import deepcopy
 from fastcore.basics import patch
-from inspect import signature
 from pathlib import Path
-from ..core.models import fetch_batch, from_config, whole_number
-from ..data.images import DATASETS
+from ..core.models import cover_indices, fetch_batch, from_config, whole_number
+from ..data.images import has_one_size
 from ..diffusion.cond import LabelEmbedder
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.ldm import LatentDiffusion, load
@@ -44,7 +44,7 @@ class FromNothing:
         n:int, # pictures
     )->dict: # `steps`, `ae_steps`, `copies` and the sizes of the networks
         "Arguments that depend on how the recipe begins."
-        chosen = self.steps | dict(copies=self.copies(n), channels=(64,128))
+        chosen = self.steps | dict(copies=self.copies(n), channels=(64,128), n_blocks=1)
         given = {name: arguments[name] for name in chosen if arguments.get(name) is not None}
         return chosen | given
 
@@ -54,6 +54,14 @@ class FromNothing:
     def hooks(self, folder): return {} # for `train_stage`
     def licence(self, line): return line # of the model
     def card(self): return {} # what else the card says
+
+# %% ../../nbs/recipes/14_finetune.ipynb #8300862e
+@patch
+def to_record(self:FromNothing,
+    arguments:dict, # of the recipe, none open
+)->dict: # those that `begin` should write down
+    "All arguments say what the run is."
+    return arguments
 
 # %% ../../nbs/recipes/14_finetune.ipynb #96e1917b
 FEW = 500 # pictures; for fewer, augmentation is the default, and the result is compared with them
@@ -106,9 +114,7 @@ def own_size(self:FromModel)->int: # in pixels
 @patch
 def size(self:FromModel, data, size):
     "The start's, where none was given and the set has more than one size."
-    maker = DATASETS.get(str(data).lower().replace('-', '').replace('_', ''))
-    has_one_size = maker is not None and 'size' not in signature(maker).parameters
-    return size if size is not None or has_one_size else self.own_size()
+    return size if size is not None or has_one_size(data) else self.own_size()
 
 @patch
 def check(self:FromModel, pictures):
@@ -134,17 +140,32 @@ def copies(self:FromModel, n):
 
 @patch
 def choose(self:FromModel, arguments, n):
-    "As from nothing, but the networks are the start's. Raises `ValueError` for channels that are not."
-    config = self.ldm.denoiser.net.config()['kwargs']
-    own = tuple(config['channels'])
-    asked = arguments.get('channels')
-    if asked is not None and asked not in (own,list(own)):
-        raise ValueError(f'channels={asked}: the network is that of {self.name}, with {own}: leave them out')
+    "As from nothing, but the networks are the start's. Raises `ValueError` for sizes that are not."
+    own = self.own_sizes()
+    for name,value in own.items():
+        asked = arguments.get(name)
+        if asked is None or _as_tuple(asked)==_as_tuple(value): continue
+        raise ValueError(f'{name}={asked}: the networks are those of {self.name}, with {value}: leave it out')
     chosen = FromNothing.choose(self, arguments, n)
     if arguments.get('copies') is None and chosen['copies']>1:
         views = chosen['copies']
         print(f'{n} pictures are few: each is trained on in {views} views, and the network is conditioned on the view')
-    return chosen | dict(channels=own)
+    return chosen | own
+
+def _as_tuple(value): return tuple(value) if isinstance(value, (list,tuple)) else value
+
+@patch
+def own_sizes(self:FromModel)->dict: # `channels`, `n_blocks`, `c_latent` and, where it has some, `ae_channels`
+    "The sizes of the start's networks."
+    net = self.ldm.denoiser.net.config()['kwargs']
+    own = dict(channels=tuple(net['channels']), n_blocks=net['n_blocks'], c_latent=self.ldm.shape[0])
+    ae = self.ldm.autoencoder.config()['kwargs']
+    return own | (dict(ae_channels=tuple(ae['channels'])) if 'channels' in ae else {})
+
+@patch
+def to_record(self:FromModel, arguments):
+    "All but the sizes that are the start's, which the fingerprint of the start tells."
+    return {name: value for name,value in arguments.items() if name not in ('n_blocks','c_latent','ae_channels')}
 
 # %% ../../nbs/recipes/14_finetune.ipynb #ec23a7f6
 def _names(embedder):
@@ -152,12 +173,12 @@ def _names(embedder):
     names = next((getattr(embedder, field) for field in ('names','classes','words') if hasattr(embedder, field)), ())
     return list(names)
 
-_TRAINING_ONLY = ('names','partial','examples') # arguments that do not say what the weights mean; names are compared
+_NO_WEIGHTS = ('names','partial','examples','exclusive') # arguments that do not change what the weights mean
 
 def _is_same(new, old):
     "Whether an embedder can take the weights of another."
     def meaning(e):
-        kwargs = {k: v for k,v in e.config()['kwargs'].items() if k not in _TRAINING_ONLY}
+        kwargs = {k: v for k,v in e.config()['kwargs'].items() if k not in _NO_WEIGHTS}
         return type(e), kwargs, _names(e), {name: tensor.shape for name,tensor in e.state_dict().items()}
     return meaning(new)==meaning(old)
 
@@ -308,20 +329,30 @@ def with_adapter(
     return LatentDiffusion(ldm.autoencoder, denoiser.eval(), ldm.shape, ldm.steps, ldm.step, ldm.times)
 
 # %% ../../nbs/recipes/14_finetune.ipynb #6b9df45b
+def _first_of_alike(distances, share=.05):
+    """Rows of pictures without those that are a copy of an earlier one, such as the same photograph saved again, as
+    such a pair would hide that a sample is nearest to one picture. Copies are nearer than a share of the median
+    distance."""
+    others = ~torch.eye(len(distances), dtype=torch.bool)
+    is_copy = distances<=share*distances[others].median()
+    return (~is_copy.tril(-1).any(1)).nonzero()[:,0]
+
 def copying(
     samples, # pictures (n,C,H,W) in [0,1], or bytes
-    train, # the training pictures, at least three: the same, or a set in memory
+    train, # the training pictures, at least three: the same, or a set in memory; copies among them count once
 )->dict: # `n`, `copies`, and `distance`: to the nearest, over that between training pictures
     "How many samples are copies of training pictures, by distances in pixels (Gu et al. 2023, section 2)."
     def vectors(x, mirrored=False):
         x = check_pictures(x).cpu()
         x = x.float()/255 if x.dtype==torch.uint8 else x.float()
         return (x.flip(-1) if mirrored else x).flatten(1)
-    real = vectors(train)
-    mirror = vectors(train, True)
-    def distances(x): return torch.minimum(torch.cdist(x, real), torch.cdist(x, mirror))
-    nearest = distances(vectors(samples)).topk(2, largest=False).values
-    between = distances(real).fill_diagonal_(torch.inf).min(1).values
+    real, mirror = vectors(train), vectors(train, True)
+    def distances(x, rows): return torch.minimum(torch.cdist(x, real[rows]), torch.cdist(x, mirror[rows]))
+    among = distances(real, slice(None))
+    kept = _first_of_alike(among)
+    to_real = F.pad(distances(vectors(samples), kept), (0,1), value=torch.inf)         # so that there is a second one
+    nearest = to_real.topk(2, largest=False).values
+    between = among[kept][:,kept].fill_diagonal_(torch.inf).min(1).values
     return dict(n=len(nearest), copies=int((nearest[:,0]<nearest[:,1]/3).sum()),
                 distance=float(nearest[:,0].median()/between.median().clamp_min(1e-6)))
 
@@ -334,7 +365,7 @@ def draw_like(
     n:int=N_COMPARED, # samples
 )->torch.Tensor: # (n,C,H,W) in [0,1]
     "Samples with the conditions of pictures that are spread over a set."
-    rows = fetch_batch(pictures, [i*len(pictures)//n for i in range(n)])
+    rows = fetch_batch(pictures, cover_indices(len(pictures), n))
     conditions = {name: rows[name] for name in embedders_of(ldm) if name in rows}
     return ldm.sample(n, seed=0, **conditions)
 

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 from ..core.models import fetch_batch, set_seed
 from ..data.augment import Augmented
-from ..data.images import DATASETS, Pictures, find_pictures
+from ..data.images import DATASETS, EmptySplit, Pictures, dataset_key, find_pictures
 from ..diffusion.autoencoder import LatentDataset
 from ..diffusion.cond import Conditioner, VectorEmbedder
 from ..diffusion.denoiser import Denoiser, diffusion_loss, edm_weight
@@ -50,24 +50,24 @@ def own_pictures(
 )->OwnPictures: # the set in its parts
     """Divide a set. Raises what the set raises, and `ValueError` for a share where the set has a part `test`, or one
     that keeps a single picture."""
-    load = partial(picture_set, data, root, size=size, conditions=conditions)
+    part = partial(picture_set, data, root, size=size, conditions=conditions)
     if test is None: test = _share_of(data, conditions)
-    train = load(split='train', test=test)
-    if test==0 and not _has_test_part(load): return OwnPictures(train, None, None, 0.)
-    return OwnPictures(train, *validation_and_test(load(split='test', test=test)), test)
+    train = part(split='train', test=test)
+    if test==0 and not _has_test_part(part): return OwnPictures(train, None, None, 0.)
+    return OwnPictures(train, *validation_and_test(part(split='test', test=test)), test)
 
 def _share_of(data, conditions):
     "The share that is kept aside where none was asked for."
-    is_folder = Path(data).is_dir() and str(data) not in DATASETS
+    is_folder = Path(data).is_dir() and dataset_key(data) not in DATASETS
     if conditions is not None or not is_folder: return 0.                        # it has a split of its own, or none
     return .1 if len(find_pictures(Path(data)))>=KEPT_FROM and not _is_divided(data) else 0.
 
 def _is_divided(data): return any(entry.name.lower()=='test' for entry in Path(data).iterdir())
 
-def _has_test_part(load):
-    "Whether the set has a part for testing."
-    try: return len(load(split='test'))>0
-    except (FileNotFoundError,ValueError): return False
+def _has_test_part(part):
+    "Whether the set has a part for testing. Raises `ValueError` where there is one that cannot be read."
+    try: return len(part(split='test'))>0
+    except (FileNotFoundError,EmptySplit): return False
 
 # %% ../../nbs/recipes/16_own.ipynb #45bec269
 def nearest_pictures(
@@ -147,11 +147,11 @@ def own_ldm(
     lora:int=None, # with `start`: rank of the changes; None: all weights are trained
     tune_autoencoder:bool=False, # with `start`: train its autoencoder, too
     copies:int=None, # augmented views of each picture, see `Augmented`; None: 1, or more of few from a start
-    c_latent:int=None, # channels of the latent; None: see `latent_sizes`
-    ae_channels=None, # of the autoencoder, one number per halving of the sides; None: see `latent_sizes`
+    c_latent:int=None, # channels of the latent; None: see `latent_sizes`, or those of the start
+    ae_channels=None, # of the autoencoder, one number per halving of the sides; None: the same
     ae_steps:int=None, # of the autoencoder's training; None: 6,000, or 1,000 of a start's
     channels=None, # of the U-Net, one number per level; None: (64,128), or those of the start
-    n_blocks:int=1, # residual blocks per level
+    n_blocks:int=None, # residual blocks per level; None: 1, or as many as the start has
     steps:int=None, # of the denoiser's training; None: 20,000, or 2,000 from a start
     batch_size:int=64, # pictures per step, at most
     lr:float=1e-3, # highest learning rate of the denoiser
@@ -173,7 +173,8 @@ def own_ldm(
     arguments |= _choices(base, own, arguments)
     chosen = SimpleNamespace(**arguments)
     factor = base.multiple(chosen.ae_channels)
-    folder = begin(folder, label_ldm, arguments | table_arguments(own.train), own.train,  # its name in earlier versions
+    # recorded under the name that the recipe had in earlier versions
+    folder = begin(folder, label_ldm, base.to_record(arguments) | table_arguments(own.train), own.train,
                    multiple=factor, stages=[*base.stages], **base.marks, **table_marks(own.train))
     print_conditions(own.train, progress)
     training = dict(seed=seed, precision=precision, progress=progress, batch_size=batch_size)
@@ -181,7 +182,7 @@ def own_ldm(
     views = chosen.copies
     ds = Augmented(own.train, views, seed) if views>1 else own.train
     set_seed(seed)
-    new = own_denoiser(ds, chosen.c_latent, chosen.channels, n_blocks, drop, views>1, factor)
+    new = own_denoiser(ds, chosen.c_latent, chosen.channels, chosen.n_blocks, drop, views>1, factor)
     denoiser = base.denoiser(new, ds)
     ae = base.autoencoder(ds, folder, c_latent=chosen.c_latent, channels=chosen.ae_channels, steps=chosen.ae_steps,
                           **training)
@@ -197,7 +198,7 @@ def own_ldm(
 
 # %% ../../nbs/recipes/16_own.ipynb #e5306c21
 def _asked_share(folder, test):
-    "The share to keep aside; 0 where a run of an earlier version goes on, which kept nothing."
+    "The share to keep aside; 0 where a run of an earlier version is resumed, which kept nothing."
     file = Path(folder)/'recipe.json'
     if test is not None or not file.exists(): return test
     return None if 'test' in json.loads(file.read_text(encoding='utf-8')) else 0.
@@ -213,7 +214,7 @@ def _check_patience(patience, own):
 def _choices(base, own, arguments):
     "Arguments that were left open, by how the run begins and what it trains on."
     sizes = latent_sizes(own.train[0]['image'].shape[-1], arguments['c_latent'], arguments['ae_channels'])
-    return base.choose(arguments, len(own.train)) | sizes | dict(test=own.share)
+    return sizes | base.choose(arguments, len(own.train)) | dict(test=own.share)
 
 # %% ../../nbs/recipes/16_own.ipynb #8977b0eb
 def _facts(own, views):

@@ -526,7 +526,7 @@ def settings(self:Page,
 )->dict: # for `draw_settings`
     "What the page says. Raises `ValueError` for what is missing, and loads the model."
     form = self.forms[values['model']]
-    numbers = dict(n=int(values['n']), seed=int(values['seed']), steps=int(values['steps']),
+    numbers = dict(n=int(values['n']), seed=int(values['seed'] or 0), steps=int(values['steps']),   # None: emptied
                    guidance_scale=float(values['guidance_scale']))
     settings = dict(model=values['model'], tab=tab, step=values['step'], **numbers)
     settings['conditions'] = _conditions(values, form)
@@ -619,14 +619,27 @@ def _check_has_widgets(settings, path):
     "`ValueError` for a picture that a command made in a way for which the page has no widgets."
     numbers = ('calls','candidates','precision','first','negative_prompt','negative','negative_masks')
     others = [name for name in numbers if settings.get(name)]
-    most = dict(n=16, steps=100)
-    others += [f'{name}={settings[name]}' for name in most if settings.get(name, 0)>most[name]]
+    most = dict(n=16, steps=100, guidance_scale=10, seed=2**31-1)
+    others += [f'{name}={settings[name]}' for name in most if (settings.get(name) or 0)>most[name]]
+    if (settings.get('step') or '') not in SAMPLERS.values(): others.append(f"step={settings['step']}")
     if settings.get('tab') not in TABS: others.append(settings.get('tab'))
     if not others: return
     raise ValueError(f'{Path(path).name} was made with {", ".join(map(str, others))}, for which this page has no '
                      'button: `fastldm_sample --like` draws it again')
 
 # %% ../../nbs/ui/01_app.ipynb #4f2acc60
+def _class_of(text, names):
+    "A class as the page names it; a command takes it also by its number, and in other capitals."
+    known = {name.casefold(): name for name in reversed(names)}
+    wanted = text.strip().casefold()
+    if text in names or wanted in known: return text if text in names else known[wanted]
+    return names[int(wanted)] if wanted.isdecimal() and int(wanted)<len(names) else text
+
+def _flags_of(text):
+    "{attribute: '', '0' or '1'} of a text as a command takes it: `Smiling=1, Eyeglasses=0`."
+    items = [item.partition('=') for item in text.split(',') if item.strip()]
+    return {name.strip(): value.strip() for name,_,value in items}
+
 def _words(settings, form):
     "The values of the widgets for words and numbers."
     numbers = ('model','n','seed','steps','step','guidance_scale','prior')
@@ -634,10 +647,11 @@ def _words(settings, form):
     conditions = dict(settings['conditions'])
     for kind in ('text','label'):
         if kind in form: values[kind] = conditions.pop(form[kind][0], None)
+    if values.get('label') is not None: values['label'] = _class_of(values['label'], form['label'][1])
     if 'attributes' in form:
-        attributes = conditions.pop(form['attributes'][0], '').split(',')
-        values['present'] = [name for name in attributes if name and not name.endswith('=0')]
-        values['absent'] = [name.removesuffix('=0') for name in attributes if name.endswith('=0')]
+        flags = _flags_of(conditions.pop(form['attributes'][0], ''))
+        values['present'] = [name for name,flag in flags.items() if flag!='0']
+        values['absent'] = [name for name,flag in flags.items() if flag=='0']
     values['others'] = '\n'.join(f'{name}={value}' for name,value in conditions.items())
     return values | dict(new_seed=False)
 
