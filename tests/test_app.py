@@ -410,7 +410,8 @@ def test_speed(visitor):
 
 def test_what_a_command_was_told_is_found_among_the_choices():
     "A class by its number or in other capitals, attributes with =1 and with spaces."
-    form = dict(label=('label', ['T-shirt','Trousers','Pullover','Dress']), attributes=('attrs', ['Smiling','Eyeglasses']))
+    form = dict(label=('label', ['T-shirt','Trousers','Pullover','Dress']),
+                attributes=('attrs', ['Smiling','Eyeglasses']))
     def words(**conditions): return _words(dict(conditions=conditions), form)
     assert [words(label=text)['label'] for text in ('3','dress','Dress','no such')]==['Dress']*3+['no such']
     values = words(attrs='Smiling=1, Eyeglasses =0')

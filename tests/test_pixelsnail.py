@@ -189,7 +189,8 @@ def test_bad_input(kind):
     with pytest.raises(ValueError, match=message): sample_codes(make('all'), 2, **given)
 
 @pytest.mark.parametrize('kw', [
-    dict(n=0), dict(n=1.5), dict(temperature=-1.), dict(top_k=0), dict(top_k=1.5), dict(top_p=0.), dict(top_p=1.5), dict(guidance_scale=2.),
+    dict(n=0), dict(n=1.5), dict(temperature=-1.), dict(top_k=0), dict(top_k=1.5), dict(top_p=0.), dict(top_p=1.5),
+    dict(guidance_scale=2.),
     dict(above=GOOD['above']), dict(text=GOOD['text'])])
 def test_bad_sampling(kw):
     settings = dict(n=2)

@@ -2,7 +2,8 @@
 import io, json, tarfile
 import pytest, torch
 from PIL import Image
-from fastldm.data import hash01, ArrowPictures, Digits, Pictures, Shards, get_dataset, to_image, write_shards, write_stream
+from fastldm.data import (ArrowPictures, Digits, Pictures, Shards, get_dataset, hash01, to_image, write_shards,
+                          write_stream)
 from fastldm.recipes import captioned_set, label_denoiser, label_ldm, own_pictures, picture_set
 
 class Captioned(Pictures):
@@ -151,7 +152,9 @@ def a_table(n=60, labels=None, picture=None):
     return datasets.Dataset.from_dict(dict(image=pictures) | (dict(label=labels) if labels else {}),
                                       features=datasets.Features(features))
 
-def greys(folder): return get_dataset(folder, size=8, channels=1)[:]['image'][:,0,0,0].add(1).mul(127.5).round().tolist()
+def greys(folder):
+    corners = get_dataset(folder, size=8, channels=1)[:]['image'][:,0,0,0]
+    return corners.add(1).mul(127.5).round().tolist()
 
 def test_a_stream_in_several_calls(tmp_path):
     "More rows are added to what is there, also to a shard that is not full; nothing is lost or written twice."
@@ -200,7 +203,8 @@ def test_labels_of_a_stream(tmp_path):
     with tarfile.open(file) as tar: assert [name[-4:] for name in tar.getnames()]==['.png']*4
     with pytest.raises(ValueError, match='rows 0 to 2 of the stream some have a label'):
         write_stream(a_table(4, labels=[0,1,-1,1]), tmp_path/'some', progress=False)
-    with pytest.raises(ValueError, match='row 2 of the table has no label'): ArrowPictures(a_table(4, labels=[0,1,-1,1]))
+    with pytest.raises(ValueError, match='row 2 of the table has no label'):
+        ArrowPictures(a_table(4, labels=[0,1,-1,1]))
     assert ArrowPictures(a_table(4, labels=[-1]*4)).label is None
 
 def class_folders(folder, splits, classes, n=5):

@@ -321,6 +321,7 @@ def check_arguments(self:Learner):
     need('folder', self.folder is None or not self.folder.is_file(), 'a folder, this is a file')
     if self.folder: check_folder(self.folder)
 
+# %% ../../nbs/core/02_train.ipynb #c519f932
 @patch
 def reset(self:Learner):
     "Back to step 0 and an empty log."
@@ -675,6 +676,7 @@ def call(self:Learner,
         except StopTraining: stopped = True
     if stopped: raise StopTraining
 
+# %% ../../nbs/core/02_train.ipynb #be337164
 @patch
 def loop(self:Learner):
     "Step after step, from `step` to `steps`."

@@ -52,11 +52,6 @@ class HeldOutCB(Callback):
         self.n = n
         self.best = None                                   # weights, by name
 
-    def before_fit(self, learn):
-        file = _best_file(learn)
-        if learn.step and file and file.exists(): self.best = load_file(file)
-        if learn.step and self.best is not None and self.is_over(learn): raise StopTraining
-
     def after_step(self, learn):
         if not is_due(learn, self.every): return
         with learn.interruptible(): loss = held_out_loss(learn, self.data, self.n)
@@ -65,16 +60,25 @@ class HeldOutCB(Callback):
         if _best_row(learn)['step']==learn.step: self.keep(learn)
         if self.is_over(learn): raise StopTraining
 
-    def is_over(self, learn):
-        "Whether the loss has not fallen for as long as the patience lasts."
-        return self.patience is not None and learn.step-_best_row(learn)['step']>=self.patience
-
 # %% ../../nbs/core/06_watch.ipynb #c97adb5f
 def _best_row(learn):
     "The row of the log with the least held-out loss."
     return min((row for row in learn.log if 'held_out_loss' in row), key=lambda row: row['held_out_loss'])
 
 def _best_file(learn): return learn.folder/'best.safetensors' if learn.folder else None
+
+@patch
+def before_fit(self:HeldOutCB, learn):
+    "Take the best weights of an interrupted run; one that had ended, ends at once."
+    file = _best_file(learn)
+    if not (learn.step and file and file.exists()): return
+    self.best = load_file(file)
+    if self.is_over(learn): raise StopTraining
+
+@patch
+def is_over(self:HeldOutCB, learn):
+    "Whether the loss has not fallen for as long as the patience lasts."
+    return self.patience is not None and learn.step-_best_row(learn)['step']>=self.patience
 
 @patch
 def keep(self:HeldOutCB, learn):

@@ -33,6 +33,7 @@ class _Denoiser(nn.Module):
         if conditioner is None: return self.denoiser(x, t)
         return self.denoiser(x, t, conditioner(dict(zip(conditioner.embedders, fields))))
 
+# %% ../../nbs/diffusion/11_export.ipynb #20a30b71
 def _embedders(ldm):
     conditioner = ldm.denoiser.conditioner
     return {} if conditioner is None else dict(conditioner.embedders.items())
@@ -74,7 +75,8 @@ def _write_graph(module, inputs, output, file):
 def _settings(ldm, steps):
     "What a loop outside must know, for model.json."
     schedule = ldm.denoiser.schedule
-    times = getattr(samplers, ldm.times)(schedule, ldm.steps if steps is None else whole_number(steps, 'steps', 1)).cpu()
+    steps = ldm.steps if steps is None else whole_number(steps, 'steps', 1)
+    times = getattr(samplers, ldm.times)(schedule, steps).cpu()
     α, σ = schedule(times)
     conditions = {}
     for name,embedder in _embedders(ldm).items():

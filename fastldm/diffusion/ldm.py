@@ -93,8 +93,8 @@ class LatentDiffusion(Module):
         Raises `ValueError` for pictures of another size, number of channels, range or type."""
         z = self.autoencoder.encode(images.to(self.device) if torch.is_tensor(images) else images)
         if tuple(z.shape[1:])==self.shape: return z
-        raise ValueError(f'pictures of shape {tuple(images.shape)} have latents of shape {tuple(z.shape[1:])}, and those '
-                         f'of this model {self.shape}: give pictures as large as it draws, resized by '
+        raise ValueError(f'pictures of shape {tuple(images.shape)} have latents of shape {tuple(z.shape[1:])}, and '
+                         f'those of this model {self.shape}: give pictures as large as it draws, resized by '
                          '`fastldm.data.fit_to`')
 
     @torch.no_grad()
@@ -375,6 +375,7 @@ def _negative_batch(ldm, n, negative, calls):
     except ValueError as error: raise ValueError(f'negative: {error}') from None
     return {name: batch[name] for name in given}
 
+# %% ../../nbs/diffusion/06_ldm.ipynb #72e23081
 def _as_long_as(batch, negative, denoiser):
     """The conditions, of which those that were not given have the shape of the negative ones, as texts have several.
     Raises `ValueError` for two shapes."""
@@ -383,8 +384,8 @@ def _as_long_as(batch, negative, denoiser):
         given, embedder = batch[name], denoiser.conditioner.embedders[name]
         if given.shape==field.shape: continue
         if given.shape!=embedder.empty(len(given)).shape:
-            raise ValueError(f'{name} has the shape {tuple(given.shape)}, and the negative {name} {tuple(field.shape)}: '
-                             'give both the same number of rows')
+            raise ValueError(f'{name} has the shape {tuple(given.shape)}, and the negative {name} the shape '
+                             f'{tuple(field.shape)}: give both the same number of rows')
         matched[name] = embedder.null(field)
     return batch | matched
 

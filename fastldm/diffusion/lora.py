@@ -106,6 +106,7 @@ def remove_lora(
     for name,p in model.named_parameters(): p.requires_grad_(name in before['trained'])
     return model
 
+# %% ../../nbs/diffusion/10_lora.ipynb #5190679c
 def scale_lora(
     model:nn.Module, # with adapters
     **scales, # name of an adapter = its scale: 0 for none of its change, 1 for all

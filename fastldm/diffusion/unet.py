@@ -217,6 +217,13 @@ class _Level(nn.Module):
         return h if isinstance(attention, nn.Identity) else attention(h, context)
 
 # %% ../../nbs/diffusion/02_unet.ipynb #2f551422
+def _attention_of(attention, n_levels):
+    "An entry for each level; raises `ValueError` for another number of them."
+    if attention is None: attention = [i>0 for i in range(n_levels)]
+    if len(attention)==n_levels: return attention
+    raise ValueError(f'attention={attention!r}: expected an entry for each of the {n_levels} levels')
+
+# %% ../../nbs/diffusion/02_unet.ipynb #2e45c5aa
 class UNet(Module):
     """A denoising network `(x, t, conditions) -> output of the shape of x` (Ronneberger et al. 2015; Ho et al. 2020).
     Raises `ValueError` where `attention` does not have one entry for each level."""
@@ -225,7 +232,7 @@ class UNet(Module):
         c_in:int, # channels of the latent, in and out
         channels=(64,128), # width of each level; each level has half the size of the one before
         n_blocks:int=1, # residual blocks per level, down and up
-        attention=None, # which levels have a spatial transformer; 'cross': without self-attention; None: all but the first
+        attention=None, # levels with a spatial transformer; 'cross': without self-attention; None: all but the first
         d_emb:int=None, # width of the time embedding and of `vector` conditions; None: 4 times the first level
         d_context:int=None, # width of `context` tokens; None: no cross-attention
         c_concat:int=0, # channels of `concat` planes
@@ -234,9 +241,7 @@ class UNet(Module):
         position_embedding:bool=False, # as in `SpatialTransformer`
     ):
         super().__init__()
-        if attention is None: attention = [i>0 for i in range(len(channels))]
-        if len(attention)!=len(channels):
-            raise ValueError(f'attention={attention!r}: expected one for each level, and there are {len(channels)}')
+        attention = _attention_of(attention, len(channels))
         self.c_in = c_in
         self.d_time = channels[0]
         self.d_emb = d_emb or 4*channels[0]
