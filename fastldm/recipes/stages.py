@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RENAMED_STAGES', 'RECIPES', 'run_stage', 'every_stage', 'train_stage', 'ResumeCB', 'stage_folder',
-           'train_autoencoder', 'reconstructions', 'train_denoiser', 'card_metadata', 'card_rows', 'write_card',
-           'licence_line', 'enlarged_grid', 'save_grid', 'PicturesCB', 'full_path', 'finish', 'digest_of', 'data_facts',
-           'check_free', 'check_same_run', 'begin', 'picture_set', 'comparable_set', 'captioned_set',
-           'validation_and_test', 'training_set', 'with_article', 'diffusion_of', 'embedders_of', 'recipe']
+           'train_autoencoder', 'reconstructions', 'train_denoiser', 'card_metadata', 'with_article', 'card_rows',
+           'write_card', 'licence_line', 'enlarged_grid', 'save_grid', 'PicturesCB', 'full_path', 'finish', 'digest_of',
+           'data_facts', 'check_free', 'check_same_run', 'begin', 'picture_set', 'comparable_set', 'captioned_set',
+           'validation_and_test', 'training_set', 'diffusion_of', 'embedders_of', 'recipe']
 
 # %% ../../nbs/recipes/00_stages.ipynb #cc247f72
 import json
@@ -269,6 +269,13 @@ def _measures(metrics):
         if isinstance(value, dict): found |= _measures(value)
         elif isinstance(value, float) and not name.startswith('real_'): found.add(name.partition(' ')[0])
     return found
+
+# %% ../../nbs/recipes/00_stages.ipynb #fb950159
+def with_article(
+    name:str, # of a class
+)->str: # e.g. 'an Evaluator'
+    "The name of a class after its article."
+    return f"{'an' if name[0] in 'AEIO' else 'a'} {name}"
 
 # %% ../../nbs/recipes/00_stages.ipynb #84389587
 def card_rows(
@@ -685,12 +692,6 @@ def training_set(
     return validation_and_test(ds)[1] if split=='test' and card.get('n_validation') else ds
 
 # %% ../../nbs/recipes/00_stages.ipynb #8114e12e
-def with_article(
-    name:str, # of a class
-)->str: # e.g. 'an Evaluator'
-    "The name of a class after its article."
-    return f"{'an' if name[0] in 'AEIO' else 'a'} {name}"
-
 def diffusion_of(
     model, # a `LatentDiffusion`, or a model that has one as its `diffusion`
 )->LatentDiffusion: # the model itself, or its part
