@@ -2,14 +2,15 @@
 import copy, json, shutil, subprocess, sys, warnings
 from functools import wraps
 from pathlib import Path
-import pytest, torch
+import pytest, torch, torch.nn.functional as F
 from PIL import Image
-from fastldm.codes import CodeDataset, CodeLatents, TextToImage, sample_codes
+from fastldm.codes import CodeDataset, CodeLatents, TextToImage, WordVectors, sample_codes
 from fastldm.core import fingerprint, perceptual
 from fastldm.data import Captioned
 from fastldm.diffusion import Autoencoder, load, make_student
 from fastldm.metrics import psnr
-from fastldm.recipes import codes_cli, eval_cli, evaluate, evaluate_texts, held_out_pairs, reconstruction_texts
+from fastldm.recipes import codes_cli, eval_cli, evaluate, evaluate_texts, frozen_text_encoder, held_out_pairs
+from fastldm.recipes import reconstruction_texts
 from fastldm.recipes import sample_cli, text_to_image, train_cli, train_student
 
 pytest.importorskip('transformers')
@@ -97,6 +98,15 @@ def test_another_vqvae_under_the_same_codes(trained, tmp_path):
     message = 'codes_train holds codes of something else: model was .*another folder, or delete it'
     with pytest.raises(ValueError, match=message): text_to_image(str(d/'set'), run, **dict(SMALL, ae_steps=6))
     assert not (run/'prior_0').exists()
+
+def test_the_table_of_word_vectors():
+    "It ships with `emoji`, needs no package, and knows what words mean that no label has."
+    words = frozen_text_encoder('word_vectors')
+    assert type(words) is WordVectors and not words.training
+    vectors = F.normalize(words.vectors.float(), dim=1)
+    def like(a, b): return vectors[words.ids[a]]@vectors[words.ids[b]]
+    for word,synonym,other in (('puppy','dog','truck'), ('lorry','truck','dog'), ('kid','child','castle')):
+        assert like(word, synonym)>.5>2*like(word, other)
 
 def test_a_frozen_text_encoder(trained, tmp_path):
     "It is that of another model, nothing of it is trained, and the model brings it along."

@@ -15,7 +15,7 @@ from ..codes.blip import Blip, blip_loss
 from ..codes.pixelsnail import EarlyStopCB, PixelSNAIL, bits_per_code, pixelsnail_loss
 from ..codes.store import CodeDataset, write_codes
 from ..codes.text2image import CodeLatents, TextLatents, TextToImage
-from ..codes.text_encoder import MiniLM, TextEncoder, WordVectors
+from ..codes.text_encoder import MiniLM, TextEncoder
 from ..codes.vqvae import VQVAE, vqvae_loss
 from ..core.models import set_seed, spread_indices, whole_number
 from ..data.augment import Augmented, Balanced
@@ -54,13 +54,12 @@ def train_text_encoder(
 
 # %% ../../nbs/recipes/03_text.ipynb #fe846fab
 def frozen_text_encoder(
-    name, # 'minilm'; 'word_vectors', a table made from it; or a model that draws from texts, by name or folder
+    name, # 'word_vectors', the table of `emoji`; 'minilm'; or a model that draws from texts, by name or folder
 )->TextEncoder: # in eval mode
     """A text encoder that is used as it is. Raises `FileNotFoundError` where MiniLM is not installed, `ValueError` for
     a model without a text encoder, and what `load` raises."""
     if name=='minilm': return MiniLM.from_pretrained()
-    if name=='word_vectors': return WordVectors.from_minilm()
-    model = load(name, 'cpu')
+    model = load('emoji' if name=='word_vectors' else name, 'cpu')
     if hasattr(model, 'text_encoder'): return model.text_encoder.eval()
     raise ValueError(f"text_encoder={str(name)!r} is a {type(model).__name__}, which reads no texts: "
                      "expected 'minilm', 'word_vectors', or a model that draws from texts")
@@ -348,9 +347,9 @@ recipe('clipart', text_to_image, 'clipart+emoji', copies=8,
        text_encoder=_small_encoder, text_encoder_steps=2500,
        ae_steps=2000, prior_steps=(2500,3000), steps=9000, codes=_codes, diffusion=_diffusion)
 recipe('emoji', text_to_image, 'icons', held_out='val', class_field='style', balance=.5,
-       text_encoder=_small_encoder, text_encoder_steps=3000, ae_steps=3000,
-       autoencoder=dict(c_latent=16, channels=(48,96,128), lr=2e-3, steps=3000), channels=(96,192), steps=12_000,
-       prior_steps=(8000,8000), codes=_codes, diffusion=_diffusion)
+       text_encoder='word_vectors', ae_steps=3000,
+       autoencoder=dict(c_latent=16, channels=(48,96,128), lr=2e-3, steps=3000), channels=(96,192), steps=20_000,
+       prior_steps=(3000,4000), codes=_codes, diffusion=_diffusion)
 recipe('paintings', text_to_image, 'paintings',
        text_encoder=_small_encoder, text_encoder_steps=1500,
        ae_steps=2000, prior_steps=(1000,1200), steps=2500,
