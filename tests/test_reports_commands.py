@@ -301,6 +301,7 @@ def test_a_module_that_has_a_name_of_pythons(tmp_path):
     with pytest.raises(ImportError, match='another module calendar is loaded already .*: rename the file'):
         import_module_of(str(tmp_path/'calendar.py'))
     with pytest.raises(ImportError, match='none.py does not exist'): import_module_of(str(tmp_path/'none.py'))
+    assert str(tmp_path) not in sys.path                                 # where processes would import it
 
 def test_a_module_from_a_file(tmp_path, monkeypatch):
     "It is run once, finds what lies beside it, and is forgotten where it fails."

