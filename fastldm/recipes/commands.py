@@ -140,8 +140,9 @@ def _import_file(path):
     spec = importlib.util.spec_from_file_location(name, path)
     sys.modules[name] = importlib.util.module_from_spec(spec)
     try: spec.loader.exec_module(sys.modules[name])
-    except BaseException:
+    except BaseException:                                                 # a file that fails leaves nothing behind
         del sys.modules[name]
+        sys.path.remove(str(path.parent.absolute()))
         raise
 
 # %% ../../nbs/recipes/06_commands.ipynb #ba851724

@@ -173,9 +173,7 @@ def own_ldm(
     arguments |= _choices(base, own, arguments)
     chosen = SimpleNamespace(**arguments)
     factor = base.multiple(chosen.ae_channels)
-    # recorded under the name that the recipe had in earlier versions
-    folder = begin(folder, label_ldm, base.to_record(arguments) | table_arguments(own.train), own.train,
-                   multiple=factor, stages=[*base.stages], **base.marks, **table_marks(own.train))
+    folder = _begin(folder, base, own, arguments, factor)
     print_conditions(own.train, progress)
     training = dict(seed=seed, precision=precision, progress=progress, batch_size=batch_size)
 
@@ -187,10 +185,10 @@ def own_ldm(
     ae = base.autoencoder(ds, folder, c_latent=chosen.c_latent, channels=chosen.ae_channels, steps=chosen.ae_steps,
                           **training)
     encoded = partial(LatentDataset, autoencoder=ae, cache=folder/'cache', progress=progress)
-    validation = Augmented(own.validation, 1) if own.validation and views>1 else own.validation     # 1: as they are
+    held_out = _held_out(own, views)
     shape = ae.latent_shape(*own.train[0]['image'].shape[1:])
     denoiser = train_denoiser(encoded(ds), folder, denoiser, partial(diffusion_loss, weight=weight), chosen.steps,
-                              lr=lr, draw=partial(_draw, ae, shape), held_out=validation and encoded(validation),
+                              lr=lr, draw=partial(_draw, ae, shape), held_out=held_out and encoded(held_out),
                               patience=patience, cbs=cbs, **base.hooks(folder), **training)
     ldm = LatentDiffusion(ae, denoiser, shape)
     about = _facts(own, views) | base.card() | dict(seed=seed) | (card or {})
@@ -202,6 +200,16 @@ def _asked_share(folder, test):
     file = Path(folder)/'recipe.json'
     if test is not None or not file.exists(): return test
     return None if 'test' in json.loads(file.read_text(encoding='utf-8')) else 0.
+
+def _begin(folder, base, own, arguments, factor):
+    "Open the folder of the run, recorded under the name that the recipe had in earlier versions."
+    record = base.to_record(arguments) | table_arguments(own.train)
+    return begin(folder, label_ldm, record, own.train, multiple=factor, stages=[*base.stages], **base.marks,
+                 **table_marks(own.train))
+
+def _held_out(own, views):
+    "The pictures that choose the weights: as they are, with the conditions of a view where training has several."
+    return Augmented(own.validation, 1) if own.validation and views>1 else own.validation
 
 def _draw(ae, shape, denoiser): return draw_conditions(LatentDiffusion(ae, denoiser, shape))
 
