@@ -173,7 +173,8 @@ def own_ldm(
     arguments |= _choices(base, own, arguments)
     chosen = SimpleNamespace(**arguments)
     factor = base.multiple(chosen.ae_channels)
-    folder = _begin(folder, base, own, arguments, factor)
+    # recorded under the name that the recipe had in earlier versions
+    folder = begin(folder, label_ldm, _record(base, own, arguments), own.train, multiple=factor, **_marks(base, own))
     print_conditions(own.train, progress)
     training = dict(seed=seed, precision=precision, progress=progress, batch_size=batch_size)
 
@@ -201,11 +202,13 @@ def _asked_share(folder, test):
     if test is not None or not file.exists(): return test
     return None if 'test' in json.loads(file.read_text(encoding='utf-8')) else 0.
 
-def _begin(folder, base, own, arguments, factor):
-    "Open the folder of the run, recorded under the name that the recipe had in earlier versions."
-    record = base.to_record(arguments) | table_arguments(own.train)
-    return begin(folder, label_ldm, record, own.train, multiple=factor, stages=[*base.stages], **base.marks,
-                 **table_marks(own.train))
+def _record(base, own, arguments):
+    "The arguments that the folder of the run keeps."
+    return base.to_record(arguments) | table_arguments(own.train)
+
+def _marks(base, own):
+    "What else makes the run what it is: how it begins, and the table of its pictures."
+    return dict(stages=[*base.stages], **base.marks, **table_marks(own.train))
 
 def _held_out(own, views):
     "The pictures that choose the weights: as they are, with the conditions of a view where training has several."
