@@ -3,7 +3,7 @@ import math
 import pytest, torch
 import torch.nn.functional as F
 from fastcore.test import test_close as close, test_eq as eq
-from fastldm.core import Callback, Learner, load_model, save_model
+from fastldm.core import Callback, HeldOutCB, Learner, load_model, save_model
 from fastldm.codes.pixelsnail import *
 
 KINDS = dict(
@@ -244,10 +244,10 @@ def learner(folder, cbs=()):
     "A run that learns 40 maps by heart, and should be stopped before its end."
     settings = dict(steps=240, batch_size=20, lr=1e-2, warmup=0, ema=.9, weight_decay=0., schedule='constant',
                     save_every=15, folder=folder, progress=False, seed=0)
-    stop = EarlyStopCB(Codes(60,1), every=10, patience=3)
+    stop = HeldOutCB(Codes(60,1), every=10, patience=30, measure=held_out_bits)
     return Learner(prior(), Codes(40,0), pixelsnail_loss(1), cbs=[stop, *cbs], **settings)
 
-def measured(learn): return [(row['bits_valid'],row['step']) for row in learn.log if 'bits_valid' in row]
+def measured(learn): return [(row['held_out_bits'],row['step']) for row in learn.log if 'held_out_bits' in row]
 
 def test_early_stop_keeps_the_best(tmp_path):
     learn = learner(tmp_path).fit()

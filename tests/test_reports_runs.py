@@ -831,9 +831,10 @@ def test_a_prior_of_no_level_or_of_too_few_codes(tmp_path):
     "The level was an IndexError, and a single held-out picture a failure at the first measurement."
     codes = SimpleNamespace(shapes=[(2,2),(4,4)], n_codes=8, header=dict(text=None))
     def train(level, held_out): return text.train_prior(codes, held_out, tmp_path/'m', level)
-    with pytest.raises(ValueError, match='level=2: these codes have 2, from 0'): train(2, [0,1])
-    with pytest.raises(ValueError, match='1 held-out codes: 2 are needed'): train(0, [0])
-    with pytest.raises(ValueError, match='steps=0'): text.train_prior(codes, [0,1], tmp_path/'m', 0, steps=0)
+    with pytest.raises(ValueError, match='level=2: these codes have 2, from 0'): train(2, [{},{}])
+    with pytest.raises(ValueError, match='4 held-out codes of one picture: 2'):
+        train(0, [dict(name='cat')]*4)
+    with pytest.raises(ValueError, match='steps=0'): text.train_prior(codes, [{},{}], tmp_path/'m', 0, steps=0)
 
 def test_a_card_that_fails_does_not_cost_the_model(tmp_path, finished):
     "The model is saved, and its card says what happened; weights beyond half precision are saved in full."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CausalConv2d', 'CodeConv', 'GatedBlock', 'CausalAttention', 'TextAttention', 'CodeMap', 'PixelSNAIL',
-           'pixelsnail_loss', 'bits_per_code', 'unigram_bits', 'EarlyStopCB', 'choose_codes', 'whole_network',
+           'pixelsnail_loss', 'bits_per_code', 'unigram_bits', 'held_out_bits', 'choose_codes', 'whole_network',
            'sample_codes_slow', 'Stepper', 'sample_codes']
 
 # %% ../../nbs/codes/02_pixelsnail.ipynb #de412204
@@ -13,9 +13,10 @@ from functools import partial
 import torch, torch.nn.functional as F
 from torch import nn
 from tqdm.auto import tqdm
-from fastcore.basics import patch, store_attr
-from ..core.models import Module, evaluating, fetch_batch, real_number, whole_number, write_atomic
-from ..core.train import Callback, StopTraining, rows_of_batch
+from torch.utils.data import Subset
+from fastcore.basics import patch
+from ..core.models import Module, evaluating, fetch_batch, real_number, spread_indices, whole_number
+from ..core.train import rows_of_batch
 from ..diffusion.autoencoder import Residual
 from ..diffusion.samplers import sample_generators
 from ..diffusion.unet import attend
@@ -356,64 +357,13 @@ def unigram_bits(
     return -(counts/counts.sum()).log2()[test.flatten()].mean().item()
 
 # %% ../../nbs/codes/02_pixelsnail.ipynb #50d0a68d
-class EarlyStopCB(Callback):
-    "Measure held-out bits per code, keep the best weights, and stop when they were not beaten `patience` times."
-    def __init__(self,
-        ds, # held-out codes
-        every:int=500, # steps between measurements
-        patience:int=5, # measurements without a new best
-        level:int=None, # of the codes, see `bits_per_code`
-    ):
-        store_attr()
-
-    def before_fit(self, learn):
-        self.best = math.inf                                          # bits, of `weights`
-        self.since = 0                                                # measurements ago
-        self.weights = None
-        file = self.file(learn)
-        if learn.step and file and file.exists(): self.resume(learn, file)
-        if self.since>=self.patience: raise StopTraining               # it had ended
-
-    def after_step(self, learn):
-        if learn.step%self.every and learn.step<learn.steps: return
-        bits = bits_per_code(learn.ema_model, self.ds, self.level)
-        learn.record(bits_valid=bits)
-        self.since += 1
-        if bits<self.best: self.keep(learn, bits)
-        if self.since>=self.patience: raise StopTraining
-
-    def after_fit(self, learn):
-        if self.weights: learn.ema_model.load_state_dict(self.weights)
-
-# %% ../../nbs/codes/02_pixelsnail.ipynb #08af7417
-@patch
-def file(self:EarlyStopCB, learn):
-    "Where the best weights are kept; None where the learner has no folder."
-    return learn.folder and learn.folder/'best.safetensors'
-
-@patch
-def keep(self:EarlyStopCB, learn, bits):
-    "Keep these weights: they are the best so far."
-    from safetensors.torch import save_file
-    self.best = bits
-    self.since = 0
-    self.weights = {k:v.detach().cpu().clone().contiguous() for k,v in learn.ema_model.state_dict().items()}
-    if not learn.folder or not learn.acc.is_main_process: return
-    with write_atomic(self.file(learn)) as path:
-        save_file(self.weights, path, dict(step=str(learn.step), bits=repr(bits)))
-
-@patch
-def resume(self:EarlyStopCB, learn, file):
-    "Take the best weights from the file, unless they are of a step that will be done again."
-    from safetensors import safe_open
-    with safe_open(file, 'pt') as f:
-        meta = f.metadata()
-        weights = {k:f.get_tensor(k) for k in f.keys()}
-    step = int(meta['step'])
-    if step>learn.step: return
-    self.best = float(meta['bits'])
-    self.weights = weights
-    self.since = sum(row['step']>step for row in learn.log if 'bits_valid' in row)
+def held_out_bits(
+    learn, # a `Learner` of a prior, within `fit`
+    codes, # held-out codes, as in `bits_per_code`
+    n:int=1024, # how many maps of them, at most
+)->float: # bits per code
+    "The held-out bits of the averaged weights: the `measure` of a `HeldOutCB`."
+    return bits_per_code(learn.ema_model, Subset(codes, spread_indices(len(codes), n)))
 
 # %% ../../nbs/codes/02_pixelsnail.ipynb #00150092
 def choose_codes(

@@ -24,46 +24,51 @@ def held_out_loss(
 )->float: # the mean of the learner's loss
     "The loss of the averaged weights; two calls use the same noise."
     from accelerate.utils import send_to_device
-    n = min(n, len(data))
     model = learn.ema_model.eval()
+    rows = spread_indices(len(data), n)                    # from all over the set, which may be sorted
     total = 0.
-    for start in range(0, n, learn.batch_size):
-        indices = range(start, min(start+learn.batch_size, n))
+    for start in range(0, len(rows), learn.batch_size):
+        indices = rows[start:start+learn.batch_size]
         seed_by(learn.seed, 'held out', start)
-        batch = send_to_device(fetch_batch(data, list(indices)), learn.acc.device)
+        batch = send_to_device(fetch_batch(data, indices), learn.acc.device)
         with learn.acc.autocast(): loss = learn.loss_fn(model, batch)['loss']
         total += len(indices)*loss.item()
-    return total/n
+    return total/len(rows)
 
 # %% ../../nbs/core/06_watch.ipynb #b1983b7c
 class HeldOutCB(Callback):
-    """Every so many steps, log the loss on held-out data; at the end, put back the averaged weights that had the
-    least. Raises `ValueError` for no data, or a patience in which nothing is measured."""
+    """Every so many steps, log the loss on held-out data, or another measure; at the end, put back the averaged
+    weights that had the least. Raises `ValueError` for no data, or a patience in which nothing is measured."""
     def __init__(self,
         data, # examples that are not trained on
         every:int=500, # steps
         patience:int=None, # end the run after so many steps in which it has not fallen; None: go to the last step
         n:int=1024, # examples, at most
+        measure=held_out_loss, # `measure(learn, data, n)` -> a number: the less, the better
     ):
         if not len(data): raise ValueError('there are no held-out examples: give a larger part of the data')
         self.data = data
         self.every = whole_number(every, 'every', 1)
         self.patience = None if patience is None else whole_number(patience, 'patience', every)
         self.n = n
+        self.measure = measure
+        self.column = measure.__name__                     # of the log
         self.best = None                                   # weights, by name
 
     def after_step(self, learn):
         if not is_due(learn, self.every): return
-        with learn.interruptible(): loss = held_out_loss(learn, self.data, self.n)
+        with learn.interruptible(): measured = self.measure(learn, self.data, self.n)
         learn.model.train()
-        learn.record(held_out_loss=loss)
-        if _best_row(learn)['step']==learn.step: self.keep(learn)
+        learn.record(**{self.column: measured})
+        if self.best_step(learn)==learn.step: self.keep(learn)
         if self.is_over(learn): raise StopTraining
 
 # %% ../../nbs/core/06_watch.ipynb #c97adb5f
-def _best_row(learn):
-    "The row of the log with the least held-out loss."
-    return min((row for row in learn.log if 'held_out_loss' in row), key=lambda row: row['held_out_loss'])
+@patch
+def best_step(self:HeldOutCB, learn):
+    "The step at which the least was measured, by the log."
+    rows = [row for row in learn.log if self.column in row]
+    return min(rows, key=lambda row: row[self.column])['step']
 
 def _best_file(learn): return learn.folder/'best.safetensors' if learn.folder else None
 
@@ -77,8 +82,8 @@ def before_fit(self:HeldOutCB, learn):
 
 @patch
 def is_over(self:HeldOutCB, learn):
-    "Whether the loss has not fallen for as long as the patience lasts."
-    return self.patience is not None and learn.step-_best_row(learn)['step']>=self.patience
+    "Whether the measure has not fallen for as long as the patience lasts."
+    return self.patience is not None and learn.step-self.best_step(learn)>=self.patience
 
 @patch
 def keep(self:HeldOutCB, learn):
@@ -89,8 +94,8 @@ def keep(self:HeldOutCB, learn):
 
 @patch
 def after_fit(self:HeldOutCB, learn):
-    "Put the weights with the least loss in place of the last ones."
-    if self.best is None or _best_row(learn)['step']==learn.step: return
+    "Put the weights with the least in place of the last ones."
+    if self.best is None or self.best_step(learn)==learn.step: return
     learn.ema_model.load_state_dict(self.best)
 
 # %% ../../nbs/core/06_watch.ipynb #48a480fd
