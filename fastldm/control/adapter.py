@@ -16,7 +16,7 @@ from functools import partial
 from PIL import Image
 from fastcore.basics import patch
 from torch import nn
-from ..core.models import Module, fingerprint, check_choice
+from ..core.models import Module, check_choice, evaluating, fingerprint
 from ..core.train import noise_of_batch, rows_of_batch
 from ..data.faces import read_mask
 from ..data.images import edges, from_image, plain_picture
@@ -245,7 +245,7 @@ def features(self:ControlPart,
     region = self.region.to(ldm.device)
     picture = self.picture.to(ldm.device)
     if self.mask_control: picture = picture*(region>0)
-    maps = self.adapter.to(ldm.device).eval()(picture)
+    with evaluating(self.adapter.to(ldm.device)): maps = self.adapter(picture)
     return [self.weight*f.expand(n, -1, -1, -1) for f in mask_features(maps, region, self.mode)]
 
 # %% ../../nbs/control/00_adapter.ipynb #6b0259c8

@@ -141,7 +141,7 @@ class PathDataset:
         progress:bool=True, # show a bar
         part:int=250, # paths in a part
     ):
-        self.teacher = teacher.eval()
+        self.teacher = teacher
         self.shape = tuple(shape)
         self.conditions = conditions or {}
         self.guidance = check_scales(guidance)
@@ -207,7 +207,7 @@ def _record(self:PathDataset, start, n):
     _, σ = scales(teacher, 1., noise)
     on_device = {name: values.to(device) for name,values in fields.items()}
     denoise = GuidedRows(teacher, on_device, scale) if fields else teacher
-    with torch.autocast(device.type, torch.bfloat16, enabled=self.precision=='bf16'):
+    with evaluating(teacher), torch.autocast(device.type, torch.bfloat16, enabled=self.precision=='bf16'):
         path = record_paths(denoise, (σ*noise).to(device), self.steps)
     return dict(path=path.half().cpu(), guidance=scale[:,None]-1, **fields)
 

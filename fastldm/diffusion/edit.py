@@ -9,7 +9,7 @@ __all__ = ['BlendedDenoiser', 'RegionEdit', 'edit', 'ddim_inverse_step', 'Invers
 import torch, torch.nn.functional as F
 from ..core.models import whole_number
 from .denoiser import eps_of, scales
-from .constraints import Variation, check_pictures, check_region
+from .constraints import Variation, check_signed_pictures, check_region
 from .ldm import Constraint
 
 # %% ../../nbs/diffusion/08_edit.ipynb #e7e207ed
@@ -48,7 +48,7 @@ def edit(
 
     Raises `ValueError` for pictures that are not in [-1,1], a region that is empty, of another shape or soft, or a
     strength outside (0,1]."""
-    images = check_pictures(images, 'edit')
+    images = check_signed_pictures(images, 'edit')
     return RegionEdit(images, strength, check_region(region, images).float())
 
 # %% ../../nbs/diffusion/08_edit.ipynb #63fa81b3
@@ -111,4 +111,4 @@ def invert(
     """Back to the noise under the picture's own conditions, to be sampled again under others (Song et al. 2021a).
 
     Raises `ValueError` for pictures that are not in [-1,1]."""
-    return Inversion(check_pictures(images, 'invert'), conditions, rounds)
+    return Inversion(check_signed_pictures(images, 'invert'), conditions, rounds)

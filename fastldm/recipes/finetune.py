@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from copy import deepcopy
 from fastcore.basics import patch
 from pathlib import Path
-from ..core.models import cover_indices, fetch_batch, from_config, whole_number
+from ..core.models import cover_indices, evaluating, fetch_batch, from_config, whole_number
 from ..data.images import has_one_size
 from ..diffusion.cond import LabelEmbedder
 from ..diffusion.denoiser import Denoiser
@@ -277,7 +277,8 @@ def _check_conditions(self:FromModel, model, ds):
     batch = fetch_batch(ds, [0])
     latent = torch.zeros(1, *self.ldm.autoencoder.latent_shape(*batch['image'].shape[2:]), device=self.ldm.device)
     batch = {name: v.to(latent.device) if torch.is_tensor(v) else v for name,v in batch.items()}
-    try: model.eval()(latent, .5, model.conditioner(batch) if model.conditioner is not None else None)
+    try:
+        with evaluating(model): model(latent, .5, model.conditioner(batch) if model.conditioner is not None else None)
     except RuntimeError as error:
         names = ', '.join(model.conditioner.embedders) if model.conditioner is not None else 'none'
         raise ValueError(f'the network of {self.name} has no place for these conditions ({names}): {error}') from error

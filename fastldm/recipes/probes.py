@@ -11,7 +11,7 @@ __all__ = ['example_images', 'channel_grid', 'label_probabilities', 'label_repor
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 import fastldm
-from ..core.models import check_choice
+from ..core.models import check_choice, evaluating
 from ..diffusion.constraints import inpaint
 from ..diffusion.ldm import LatentDiffusion
 from ..diffusion.samplers import bits_per_dim, log_likelihood, sample
@@ -240,7 +240,8 @@ def attention_weights(
         weights.append(logits.softmax(-1).mean(1))
     layers = [m for name,m in denoiser.named_modules() if isinstance(m, CrossAttention) and name.endswith('.cross')]
     hooks = [layer.register_forward_hook(record) for layer in layers]
-    try: denoiser.eval()(x, torch.tensor(t), cond)
+    try:
+        with evaluating(denoiser): denoiser(x, torch.tensor(t), cond)
     finally:
         for hook in hooks: hook.remove()
     return weights
