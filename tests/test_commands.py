@@ -3,9 +3,9 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-import fastldm.recipes.commands as commands_module
 from commands import run
 from fastldm import load
+from fastldm.recipes import trained_for
 
 
 def drawing(kind, size, rng):
@@ -201,10 +201,10 @@ def test_a_network_of_ones_own_scores_first(tmp_path, monkeypatch, name):
     data, what = name.split('_')
     kind = dict(icons='IconClassifier', avatars='FaceClassifier', mnist='Evaluator', pens='FaceClassifier')[data]
     shipped = None if data=='pens' else name
-    assert commands_module._trained_for(data, what, kind)==shipped
+    assert trained_for(data, what, kind)==shipped
     own = tmp_path/'runs'/name
     own.mkdir(parents=True)
-    assert commands_module._trained_for(data, what, kind)==shipped       # nothing was saved yet
+    assert trained_for(data, what, kind)==shipped       # nothing was saved yet
     (own/'config.json').write_text('{}')
-    assert commands_module._trained_for(data, what, kind)==str(own.relative_to(tmp_path))
-    assert commands_module._trained_for(f'sets/{data}', what, kind) is None
+    assert trained_for(data, what, kind)==str(own.relative_to(tmp_path))
+    assert trained_for(f'sets/{data}', what, kind) is None

@@ -35,7 +35,7 @@ from ..core.processes import process_share, shared_work
 from ..core.train import Interrupted, sigterm_as_interrupt
 from ..core.watch import DeadlineCB, TrackCB
 from ..data.faces import read_mask
-from ..data.images import dataset_key, has_one_size, to_image
+from ..data.images import to_image
 from ..diffusion.cond import (AttributeEmbedder, Embedder, LabelEmbedder, MaskEmbedder, NumberEmbedder,
                                     WordEmbedder)
 from ..diffusion.ldm import LatentDiffusion, available, load, weights_folders
@@ -49,7 +49,7 @@ from .many import DrawnPictures, draw_shards, is_drawing
 from .pictures import (CONDITIONS, Film, check_same_weights, constraint_of, constraint_settings,
                                       fit_control, fit_region, open_masks, options_of, settings_of)
 from .stages import (RECIPES, captioned_set, comparable_set, diffusion_of, embedders_of, every_stage,
-                                    full_path, save_grid, training_set, with_article, write_card)
+                                    full_path, save_grid, trained_for, training_set, with_article, write_card)
 
 # %% ../../nbs/recipes/06_commands.ipynb #7ff52052
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, Busy) # their messages say what to do
@@ -829,23 +829,15 @@ def evaluate_command(self:LatentDiffusion,
     data = data_of(self, data)
     options = given(n=n, root=root, seed=seed, steps=steps, calls=calls, step=step, guidance_scale=guidance_scale)
     embedders = embedders_of(self)
-    of_faces = _trained_for(data, 'classifier', 'FaceClassifier') if {'attrs','mask'} & {*embedders} else None
+    of_faces = trained_for(data, 'classifier', 'FaceClassifier') if {'attrs','mask'} & {*embedders} else None
     if of_faces: return evaluate_faces(self, data, classifier=load(of_faces), **options)
     if any(hasattr(e, 'score') for e in embedders.values()): return evaluate_conditions(self, data, **options)
-    evaluator = _trained_for(data, 'evaluator', 'Evaluator') if 'label' in embedders else None
+    evaluator = trained_for(data, 'evaluator', 'Evaluator') if 'label' in embedders else None
     if evaluator: return evaluate_ldm(self, load(evaluator), data, reference=Reference.load(evaluator), **options)
     train, test = _parts_of(self, data, options.pop('root', None))
     return evaluate_pictures(self, train, test, **options)
 
 # %% ../../nbs/recipes/06_commands.ipynb #fbb4d552
-def _trained_for(data, what, kind):
-    "The network that scores pictures of a set: one that was trained for it in `runs`, or a shipped one; None without."
-    data = dataset_key(data) if has_one_size(data) else data                # 'Fashion-MNIST' has `fashion_evaluator`
-    name = f'{data}_{what}'
-    own = Path('runs')/name
-    if '/' not in str(data) and (own/'config.json').exists(): return str(own)
-    return name if name in available(kind, details=True).names else None
-
 def _parts_of(ldm, data, root):
     "A set for training, and its part for testing; None where there is none."
     side = picture_shape(ldm)[-1]
@@ -873,7 +865,7 @@ def evaluate_command(self:TextToImage,
     data = data_of(self, data)
     options = given(prior=prior, candidates=candidates, steps=steps, calls=calls, step=step,
                     guidance_scale=guidance_scale)
-    classifier = _trained_for(data, 'classifier', 'IconClassifier')
+    classifier = trained_for(data, 'classifier', 'IconClassifier')
     if classifier:
         scores = evaluate_icons(self, data, n, root, classifier=load(classifier), seed=seed, **options)
         return dict(classifier=classifier, **scores)

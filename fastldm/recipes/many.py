@@ -18,12 +18,12 @@ from ..core.models import json_text, spread_indices, whole_number, write_atomic
 from ..core.processes import map_parts
 from ..core.show import write_picture
 from ..core.train import locked
-from ..data.images import dataset_key, has_one_size, to_image
+from ..data.images import to_image
 from ..data.shards import Shards, add_file
-from ..diffusion.ldm import available, load
+from ..diffusion.ldm import load
 from ..metrics.images import (EfficientNetLite, Reference, fid, image_features, kid, label_accuracy,
                                     precision_recall)
-from .stages import comparable_set
+from .stages import comparable_set, trained_for
 
 # %% ../../nbs/recipes/17_many.ipynb #85784184
 _MAY_CHANGE = ('model','version','data')
@@ -135,11 +135,9 @@ def _shape_in(file):
 # %% ../../nbs/recipes/17_many.ipynb #edb4da03
 def _scorer(data):
     "The network that scores pictures of a set, and the `Reference` beside it, where there is one."
-    data = dataset_key(data) if has_one_size(data) else data                # 'Fashion-MNIST' has `fashion_evaluator`
-    for kind,suffix in (('Evaluator','evaluator'), ('PhotoEvaluator','evaluator'), ('FaceClassifier','classifier')):
-        name = f'{data}_{suffix}'
-        if name not in available(kind, details=True).names: continue
-        return load(name), Reference.load(name) if suffix=='evaluator' else None
+    for kind,what in (('Evaluator','evaluator'), ('PhotoEvaluator','evaluator'), ('FaceClassifier','classifier')):
+        name = trained_for(data, what, kind)
+        if name: return load(name), Reference.load(name) if what=='evaluator' else None
     return EfficientNetLite(), None
 
 def _features(ds, net, chosen, batch_size=1000):

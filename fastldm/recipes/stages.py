@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['RENAMED_STAGES', 'RECIPES', 'run_stage', 'every_stage', 'train_stage', 'ResumeCB', 'stage_folder',
            'train_autoencoder', 'reconstructions', 'train_denoiser', 'card_metadata', 'with_article', 'card_rows',
-           'write_card', 'licence_line', 'enlarged_grid', 'save_grid', 'PicturesCB', 'full_path', 'finish', 'digest_of',
-           'data_facts', 'check_free', 'check_same_run', 'begin', 'picture_set', 'comparable_set', 'captioned_set',
-           'validation_and_test', 'training_set', 'diffusion_of', 'embedders_of', 'recipe']
+           'write_card', 'licence_line', 'enlarged_grid', 'save_grid', 'PicturesCB', 'full_path', 'trained_for',
+           'finish', 'digest_of', 'data_facts', 'check_free', 'check_same_run', 'begin', 'picture_set',
+           'comparable_set', 'captioned_set', 'validation_and_test', 'training_set', 'diffusion_of', 'embedders_of',
+           'recipe']
 
 # %% ../../nbs/recipes/00_stages.ipynb #cc247f72
 import json
@@ -388,6 +389,19 @@ def full_path(
     "The name or path that a card records for a data set or a model."
     is_name = dataset_key(name) in DATASETS or str(name) in available('')
     return str(name) if is_name or not Path(name).exists() else str(Path(name).resolve())
+
+# %% ../../nbs/recipes/00_stages.ipynb #190e4b39
+def trained_for(
+    data, # a data set by name, or a folder
+    what:str, # 'evaluator' or 'classifier'
+    kind:str, # the class of the network, e.g. 'Evaluator'
+)->str: # a folder or a name for `load`; None where there is no such network
+    "The network that scores pictures of a set: one that was trained for it in `runs`, or a shipped one."
+    data = dataset_key(data) if has_one_size(data) else data                # 'Fashion-MNIST' has `fashion_evaluator`
+    name = f'{data}_{what}'
+    own = Path('runs')/name
+    if '/' not in str(data) and (own/'config.json').exists(): return str(own)
+    return name if name in available(kind, details=True).names else None
 
 # %% ../../nbs/recipes/00_stages.ipynb #e196acc4
 def finish(
