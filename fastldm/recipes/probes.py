@@ -194,9 +194,15 @@ def rank_correlation(
     a:torch.Tensor, # (n,n)
     b:torch.Tensor, # (n,n)
 )->float: # from -1 to 1
-    "Spearman's correlation of the pairs of two matrices."
-    ranks = [pair_values(m).argsort().argsort().double() for m in (a,b)]
+    "Spearman's correlation of the pairs of two matrices; NaN where all pairs of one are equal."
+    ranks = [_ranks(pair_values(m)) for m in (a,b)]
     return torch.corrcoef(torch.stack(ranks))[0,1].item()
+
+def _ranks(values):
+    "The rank of each value from 0; equal values have the mean of their ranks."
+    n_less = (values[:,None]>values).sum(1)
+    n_equal = (values[:,None]==values).sum(1)
+    return n_less + (n_equal-1)/2
 
 def largest_pairs(
     matrix:torch.Tensor, # (n,n)
