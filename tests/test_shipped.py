@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from fastldm import available, load
+from fastldm.core import fingerprint
 from fastldm.metrics import Reference, fid, image_features, label_accuracy
 from fastldm.recipes.stages import card_metadata
 
@@ -190,3 +191,23 @@ def test_card(name):
     assert card.data.license==('apache-2.0' if is_free else 'other')
     assert card.data.to_dict()==card_metadata(record)
     assert f"fastldm.load('{name}')" in card.text
+
+# ---- the figures are of these weights
+
+def fingerprints_of(name):
+    "Of a shipped model, of each of its parts, and of its student."
+    model = load(name, 'cpu')
+    parts = [model, *model.children()]
+    if (WEIGHTS/name/'student').exists(): parts.append(model.student())
+    return {fingerprint(part) for part in parts}
+
+def test_figures_are_of_the_weights_that_ship():
+    "A7 showed a model for weeks that had another name by then, and confused nearly all digits."
+    shipped = set().union(*(fingerprints_of(folder.parent.name) for folder in WEIGHTS.glob('*/config.json')))
+    stale = {}
+    for file in sorted((WEIGHTS.parents[1]/'figures').glob('*.json')):
+        weights = json.loads(file.read_text(encoding='utf-8')).get('weights') or {}
+        marks = {'the model': weights} if isinstance(weights, str) else weights
+        for name,mark in marks.items():
+            if mark not in shipped: stale[f'{file.stem}: {name}'] = mark
+    assert not stale, 'execute the notebooks of these figures again'

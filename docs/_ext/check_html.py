@@ -1,6 +1,7 @@
 """Follows every link inside a built site, and finds what a page would load from elsewhere."""
 
 import re
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -37,11 +38,13 @@ def is_elsewhere(address):
     return bool(parts.netloc) or parts.scheme not in ('', 'data')
 
 
-def resolve(page, link):
-    """File and anchor that a link of a page leads to."""
-    parts = urlsplit(link)
-    target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
-    return (target / 'index.html' if target.is_dir() else target), unquote(parts.fragment)
+@cache  # every page has the navigation, which links to every other page
+def resolve(folder, path):
+    """The file that a path leads to from a folder; None where there is none."""
+    target = (folder / unquote(path)).resolve()
+    if target.is_dir():
+        target /= 'index.html'
+    return target if target.exists() else None
 
 
 def broken(path, page, pages):
@@ -49,14 +52,17 @@ def broken(path, page, pages):
     for link in dict.fromkeys(page.links):
         if is_elsewhere(link) or link.startswith('data:') or link == '#':
             continue
-        target, anchor = resolve(path, link)
-        if not target.exists() or (anchor and target in pages and anchor not in pages[target].anchors):
+        parts = urlsplit(link)
+        target = resolve(path.parent, parts.path) if parts.path else path
+        anchor = unquote(parts.fragment)
+        if target is None or (anchor and target in pages and anchor not in pages[target].anchors):
             yield link
 
 
 def faults(site):
     """What is wrong with a built site, one line each."""
     site = Path(site).resolve()
+    resolve.cache_clear()
     files = [f for f in sorted(site.rglob('*.html')) if f.relative_to(site).parts[0] != '_static']  # templates
     pages = {f: Page(f.read_text(encoding='utf-8')) for f in files}
     found = []
