@@ -234,6 +234,9 @@ def test_words(visitor):
     settings = visitor.draw()
     assert settings['conditions']=={'label': '7'} and settings['model']=='mnist'
     assert (np.array(grid_of(draw_settings(settings)))==np.array(Image.open(visitor.download()))).all()
+    visitor.page.get_by_text('away from', exact=True).click()
+    visitor.choose('label that guidance moves away from', '1')
+    assert visitor.draw()['negative']=={'label': '1'}
     visitor.choose('model', 'avatars')
     visitor.choose('attributes: yes', 'Red Hair')
     visitor.choose('attributes: no', 'Smiling')
@@ -422,8 +425,9 @@ def test_what_a_command_was_told_is_found_among_the_choices():
 
 @pytest.mark.parametrize('settings,says', [
     (dict(guidance_scale=12.), 'guidance_scale=12'), (dict(seed=2**31), 'seed=2147483648'), (dict(n=20), 'n=20'),
-    (dict(step='my_step'), 'step=my_step')])
+    (dict(step='my_step'), 'step=my_step'), (dict(negative=dict(attrs='Smiling')), 'negative_attrs')])
 def test_numbers_beyond_the_widgets_are_refused(settings, says):
     whole = dict(tab='new', n=4, steps=0, step='', guidance_scale=2., seed=0)
-    _check_has_widgets(whole, 'a.png')
-    with pytest.raises(ValueError, match=says): _check_has_widgets(whole|settings, 'a.png')
+    form = dict(label=('label', ['0','1']))
+    _check_has_widgets(whole | dict(negative=dict(label='1'), negative_prompt='a bird'), 'a.png', form)
+    with pytest.raises(ValueError, match=says): _check_has_widgets(whole|settings, 'a.png', form)

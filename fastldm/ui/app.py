@@ -322,6 +322,9 @@ def build_conditions(self:Page):
         add['absent'] = gr.Dropdown([], label='attributes: no', multiselect=True, min_width=140)
     add['others'] = gr.Textbox(label='other conditions', visible=False, placeholder='NAME=VALUE, one a line')
     add['prior'] = gr.Radio([], label='prior', visible=False, info='codes are drawn one by one, which takes longer')
+    with gr.Accordion('away from', open=False, visible=False) as self.negative_box:
+        add['negative_text'] = gr.Textbox(label='text that guidance moves away from', visible=False)
+        add['negative_label'] = gr.Dropdown([], label='label', visible=False)
 
 # %% ../../nbs/ui/01_app.ipynb #453160b7
 @patch
@@ -474,6 +477,10 @@ def show_words(self:Page,
         add['absent']: update(choices=attributes, value=[]),
         add['others']: update(visible=bool(form['others']), label='other conditions: '+', '.join(form['others'])),
         add['prior']: update(visible=len(priors)>1, choices=priors, value=next(iter(priors), None)),
+        self.negative_box: update(visible='text' in form or bool(labels)),
+        add['negative_text']: update(visible='text' in form, value=''),
+        add['negative_label']: update(visible=bool(labels), label=f'{label} that guidance moves away from',
+                                      choices=labels, value=None),
         add['guidance_scale']: update(value=3 if priors else 2)}
 
 # %% ../../nbs/ui/01_app.ipynb #a84c284c
@@ -530,9 +537,9 @@ def settings(self:Page,
                    guidance_scale=float(values['guidance_scale']))
     settings = dict(model=values['model'], tab=tab, step=values['step'], **numbers)
     settings['conditions'] = _conditions(values, form)
+    settings |= _negative(values, form)
     if form['priors']: settings['prior'] = values['prior']
-    if settings.get('prior')=='codes' and tab!='new':
-        raise ValueError('codes start from nothing: choose the prior `diffusion`, or the tab New')
+    if settings.get('prior')=='codes': _check_codes(settings)
     if tab=='new': return settings
     channels, size, _ = self.picture_shape(values['model'])
     if tab=='mask': return settings | _mask(values, *form['mask'], size)
@@ -562,6 +569,23 @@ def _conditions(values, form):
     return conditions
 
 # %% ../../nbs/ui/01_app.ipynb #8438f539
+def _negative(values, form):
+    "The settings of what guidance moves away from."
+    negative = {}
+    if 'label' in form and values['negative_label'] is not None: negative[form['label'][0]] = values['negative_label']
+    text = values['negative_text'] if 'text' in form else ''
+    if text and not form['priors']: negative[form['text'][0]] = text
+    settings = dict(negative=negative) if negative else {}
+    if text and form['priors']: settings['negative_prompt'] = text
+    return settings
+
+def _check_codes(settings):
+    "Raises `ValueError` for what only the diffusion prior can do."
+    if settings['tab']!='new':
+        raise ValueError('codes start from nothing: choose the prior `diffusion`, or the tab New')
+    if 'negative' in settings or 'negative_prompt' in settings:
+        raise ValueError('codes have nothing to move away from: choose the prior `diffusion`, or leave that empty')
+
 def _mask(values, name, classes, size):
     "The settings that the mask adds."
     mask = painted_classes(values['mask'], len(classes), size)
@@ -606,7 +630,7 @@ def restore(self:Page,
     settings = read_settings(path)
     name = check_choice(settings.get('model'), self.names, 'model')
     tab = settings.get('tab')
-    _check_has_widgets(settings, path)
+    _check_has_widgets(settings, path, self.forms[name])
     updates = self.show_model(name, tab)
     values = _words(settings, self.forms[name]) | _paint(settings, self.forms[name])
     for widget,value in values.items():
@@ -615,10 +639,12 @@ def restore(self:Page,
     return updates
 
 # %% ../../nbs/ui/01_app.ipynb #0ab4ce47
-def _check_has_widgets(settings, path):
+def _check_has_widgets(settings, path, form):
     "`ValueError` for a picture that a command made in a way for which the page has no widgets."
-    numbers = ('calls','candidates','precision','first','negative_prompt','negative','negative_masks')
+    numbers = ('calls','candidates','precision','first','negative_masks')
     others = [name for name in numbers if settings.get(name)]
+    of_words = {form[kind][0] for kind in ('text','label') if kind in form}
+    others += [f'negative_{name}' for name in settings.get('negative', {}) if name not in of_words]
     most = dict(n=16, steps=100, guidance_scale=10, seed=2**31-1)
     others += [f'{name}={settings[name]}' for name in most if (settings.get(name) or 0)>most[name]]
     if (settings.get('step') or '') not in SAMPLERS.values(): others.append(f"step={settings['step']}")
@@ -653,7 +679,16 @@ def _words(settings, form):
         values['present'] = [name for name,flag in flags.items() if flag!='0']
         values['absent'] = [name for name,flag in flags.items() if flag=='0']
     values['others'] = '\n'.join(f'{name}={value}' for name,value in conditions.items())
-    return values | dict(new_seed=False)
+    return values | _negative_words(settings, form) | dict(new_seed=False)
+
+def _negative_words(settings, form):
+    "The values of the widgets for what guidance moves away from."
+    negative = settings.get('negative', {})
+    values = dict(negative_text=settings.get('negative_prompt', ''))
+    if 'text' in form: values['negative_text'] = values['negative_text'] or negative.get(form['text'][0], '')
+    if 'label' in form and form['label'][0] in negative:
+        values['negative_label'] = _class_of(negative[form['label'][0]], form['label'][1])
+    return values
 
 # %% ../../nbs/ui/01_app.ipynb #97b147f5
 def _paint(settings, form):
@@ -744,7 +779,7 @@ def connect(self:Page):
     "What the buttons do."
     gr = self.gr
     form = [*self.inputs.values(), *self.tabs.values(), self.all_tabs, self.tab, self.legend, self.part,
-            self.attributes_row]
+            self.attributes_row, self.negative_box]
     result = [self.inputs['seed'], self.status, self.picture, self.history, self.download, self.past, self.gallery,
               self.command]
 
