@@ -789,6 +789,7 @@ def test_faces_with_three_levels(tmp_path, monkeypatch, mask):
 TEXT_OPTIONS = [
     (dict(channels=(8,0)), 'channels=0: expected a whole number of at least 1'),
     (dict(prior_channels=(8,0)), 'channels=0: expected positive whole numbers'),
+    (dict(prior_dropout=(.1,2.)), 'has to be between 0 and 1, but got 2'),
     (dict(codes=dict(temperatur=.9)), "unknown setting 'temperatur'"),
     (dict(diffusion=dict(temperature=.9)), "unknown setting 'temperature': sampling by diffusion"),
 ]

@@ -172,6 +172,7 @@ def text_to_image(
     steps:int=8000, # of the diffusion prior's training
     channels=(48,96), # of the diffusion prior
     prior_channels=(96,96), # of the other priors, one number per level
+    prior_dropout=.1, # of these, more for a small set, which they learn by heart: one number per level, or one for all
     copies:int=1, # views of each picture for the priors, for few pictures on a plain ground: see `Augmented`
     codes:dict=None, # settings to draw by codes with, as in `TextToImage`
     diffusion:dict=None, # settings to draw by diffusion with, as in `TextToImage`
@@ -186,11 +187,12 @@ def text_to_image(
 )->TextToImage: # saved in `folder`
     "Train text encoder, VQ-VAE and priors. Raises what the data set raises, before work starts."
     prior_steps = _for_each_level(prior_steps, 'prior_steps', len(prior_channels))
+    prior_dropout = _for_each_level(prior_dropout, 'prior_dropout', len(prior_channels))
     arguments = dict(locals())
     ds = captioned_set(data, root, 'train', size)
     unseen = captioned_set(data, root, held_out, size)
     _check_text_options(ds, unseen, data, class_field, autoencoder, copies, balance)
-    _check_networks(prior_channels, channels, codes, diffusion)
+    _check_networks(prior_channels, prior_dropout, channels, codes, diffusion)
     frozen = None if isinstance(text_encoder, (dict,type(None))) else frozen_text_encoder(text_encoder)
     stages = _stages_of_text(prior_channels, autoencoder, frozen)
     folder = begin(folder, text_to_image, arguments, ds, multiple=8, stages=stages)
@@ -207,8 +209,8 @@ def text_to_image(
     draw = partial(_draw_by_diffusion, parts=parts, captions=unseen.caption)
     denoiser = _train_text_denoiser(_balanced(latents, ds, balance), parts, ds, folder, channels, class_field, steps,
                                     draw, training)
-    priors = [train_prior(stored, stored_unseen, folder, level, width, most, **training)
-              for level,(width,most) in enumerate(zip(prior_channels, prior_steps))]
+    priors = [train_prior(stored, stored_unseen, folder, level, width, most, network=dict(dropout=dropout), **training)
+              for level,(width,most,dropout) in enumerate(zip(prior_channels, prior_steps, prior_dropout))]
     model = TextToImage(priors=priors, denoiser=denoiser, codes=codes, **parts)
     about = dict(n_pictures=len(getattr(ds, 'firsts', ds)), seed=seed) | (card or {})
     return _finish_text(folder, model, stages, ds, unseen, data, about)
@@ -293,13 +295,14 @@ def _draw_by_diffusion(denoiser, parts, captions):
     return TextToImage(denoiser=denoiser, **parts).sample(_sixteen(captions), seed=0)
 
 # %% ../../nbs/recipes/03_text.ipynb #de0767b2
-def _check_networks(prior_channels, channels, codes, diffusion):
+def _check_networks(prior_channels, prior_dropout, channels, codes, diffusion):
     "Build the model of small untrained parts: what the last stage could not use is said before the first."
     d_text = 8
     with torch.random.fork_rng(devices=[]):
         vqvae = VQVAE()
         shapes = vqvae.code_shapes(64)
-        priors = [prior_network(vqvae.n_codes, shapes, i, width, d_text) for i,width in enumerate(prior_channels)]
+        priors = [prior_network(vqvae.n_codes, shapes, level, width, d_text, dropout=dropout)
+                  for level,(width,dropout) in enumerate(zip(prior_channels, prior_dropout))]
         denoiser = text_denoiser(vqvae.c_latent, d_text, channels)
         TextToImage(None, vqvae, priors, denoiser, 64, codes, diffusion).check_settings()
 
@@ -362,7 +365,7 @@ recipe('clipart', text_to_image, 'clipart+emoji', copies=8,
 recipe('emoji', text_to_image, 'icons', held_out='val', class_field='style', balance=.5,
        text_encoder='word_vectors', ae_steps=3000,
        autoencoder=dict(c_latent=16, channels=(48,96,128), lr=2e-3, steps=3000), channels=(96,192), steps=20_000,
-       prior_steps=(3000,4000), codes=_codes, diffusion=_diffusion)
+       prior_steps=(3000,4000), prior_dropout=(.2,.1), codes=_codes, diffusion=_diffusion)
 recipe('paintings', text_to_image, 'paintings',
        text_encoder=_small_encoder, text_encoder_steps=1500,
        ae_steps=2000, prior_steps=(1000,1200), steps=2500,
