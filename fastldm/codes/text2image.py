@@ -15,10 +15,11 @@ from pathlib import Path
 from torch import nn
 from fastcore.basics import patch
 from tqdm.auto import tqdm
-from ..core.models import Module, check_choice, fingerprint, whole_number
+from ..core.models import Module, check_choice, fingerprint, n_params, whole_number
 from ..core.rows import digest_of_list, read_rows, write_rows
 from ..diffusion.constraints import PictureConstraint
-from ..diffusion.ldm import OUTPUTS, LatentDiffusion, argument_hint, check_seed, to_output
+from ..diffusion.ldm import (OUTPUTS, LatentDiffusion, argument_hint, check_seed, describe_conditions,
+                                   to_output)
 from .pixelsnail import sample_codes
 
 # %% ../../nbs/codes/05_text2image.ipynb #dd64cc09
@@ -160,6 +161,15 @@ def _by_diffusion(self:TextToImage, text, seed, first, batch_size, progress, *, 
         settings['negative'] = (settings.get('negative') or {}) | dict(text=negative_prompt)
     return self.diffusion.sample(len(text), text=text, seed=seed, first=first, batch_size=batch_size,
                                  progress=progress, **settings)
+
+# %% ../../nbs/codes/05_text2image.ipynb #7bf5237e
+@patch
+def __repr__(self:TextToImage):
+    head = f'TextToImage: {self.size} pixels, {n_params(self)/1e6:.1f} M parameters, priors: {", ".join(self.kinds)}'
+    texts = f'  prompt: a text, or a list with one per sample (by {type(self.text_encoder).__name__})'
+    lines = [] if self.denoiser is None else describe_conditions(self.denoiser.conditioner)
+    others = [line for line in lines if not line.startswith('  text:')]
+    return '\n'.join([head, texts, *others])
 
 # %% ../../nbs/codes/05_text2image.ipynb #ef2ccde9
 @patch(as_prop=True)

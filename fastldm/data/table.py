@@ -256,8 +256,8 @@ class PictureTable(PictureRows):
         root = Path(root).expanduser()
         self.table,find = find_source(root)
         if self.table is None:
-            raise FileNotFoundError(f"{root} has no table: put one beside the pictures (.csv, .tsv or .jsonl), with a "
-                                    "column of their names and one for each condition")
+            raise FileNotFoundError(f"{root} has no table: {_spreadsheet_hint(root)}put one beside the pictures (.csv, "
+                                    ".tsv or .jsonl), with a column of their names and one for each condition")
         raw = read_table(self.table)
         rows = self._rows_of(raw, find, image)
         self._read_columns(raw, rows, find, kinds, size)
@@ -266,6 +266,13 @@ class PictureTable(PictureRows):
         self.set_rows(rows, size, channels, cache, test, skip=skip)
         place = torch.tensor([row['index'] for row in self.rows])
         self.fields = {name:values[place] for name,values in self.fields.items()}
+
+# %% ../../nbs/data/10_table.ipynb #c4d725bb
+def _spreadsheet_hint(root):
+    "What to do with a spreadsheet that lies where a table should be."
+    files = sorted(Path(root).iterdir()) if Path(root).is_dir() else []
+    found = [file.name for file in files if file.suffix.lower() in ('.xlsx','.xls','.ods','.numbers')]
+    return f'{found[0]} is a spreadsheet, save it as CSV (UTF-8); ' if found else ''
 
 # %% ../../nbs/data/10_table.ipynb #819a9406
 @patch

@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 import torch
+import warnings
 from PIL import Image
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from fastcore.basics import patch
@@ -65,7 +66,7 @@ def command(
     @wraps(f)
     def run(*args, **kwargs):
         try:
-            with _only_the_first_prints(): return f(*args, **kwargs)
+            with _only_the_first_prints(), _short_warnings(name): return f(*args, **kwargs)
         except (Exception,KeyboardInterrupt) as error:
             if os.environ.get('FASTLDM_DEBUG'): raise
             rank, world = process_share()
@@ -80,6 +81,14 @@ def _only_the_first_prints():
         yield
         return
     with open(os.devnull, 'w') as nothing, redirect_stdout(nothing), redirect_stderr(nothing): yield
+
+@contextmanager
+def _short_warnings(name):
+    "In the block a warning is one line of the command, without the code that gave it."
+    before = warnings.formatwarning
+    if not os.environ.get('FASTLDM_DEBUG'): warnings.formatwarning = lambda message, *_, **__: f'{name}: {message}\n'
+    try: yield
+    finally: warnings.formatwarning = before
 
 def _one_line(error):
     "What the user reads of an error."

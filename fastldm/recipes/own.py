@@ -9,6 +9,7 @@ __all__ = ['KEPT_FROM', 'LARGE', 'SCORED_FROM', 'N_SCORED', 'OwnPictures', 'own_
 # %% ../../nbs/recipes/16_own.ipynb #2b07b5e1
 import json
 import torch
+import warnings
 import torch.nn.functional as F
 from functools import partial
 from pathlib import Path
@@ -50,11 +51,25 @@ def own_pictures(
 )->OwnPictures: # the set in its parts
     """Divide a set. Raises what the set raises, and `ValueError` for a share where the set has a part `test`, or one
     that keeps a single picture."""
+    if conditions is None: _warn_of_unused(data)
     part = partial(picture_set, data, root, size=size, conditions=conditions)
     if test is None: test = _share_of(data, conditions)
     train = part(split='train', test=test)
     if test==0 and not _has_test_part(part): return OwnPictures(train, None, None, 0.)
     return OwnPictures(train, *validation_and_test(part(split='test', test=test)), test)
+
+def _warn_of_unused(data):
+    "Warn of a table, or of texts, beside the pictures of a folder: without `conditions` they are not used."
+    folder = Path(data)
+    if dataset_key(data) in DATASETS or not folder.is_dir(): return
+    tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in ('.csv','.tsv','.jsonl'))
+    texts = {path.stem for path in folder.rglob('*.txt')} & {Path(path).stem for path in find_pictures(folder)}
+    if tables:
+        warnings.warn(f'{tables[0]} lies beside the pictures, and its columns are not used: name those that are '
+                      'conditions (--conditions species,length), if any should be')
+    elif texts:
+        warnings.warn(f'{len(texts)} pictures of {folder} have a text beside them, which is not used: '
+                      '`fastldm_train captioned` trains on texts')
 
 def _share_of(data, conditions):
     "The share that is kept aside where none was asked for."

@@ -34,7 +34,7 @@ from ..data.synthetic import SyntheticScenes
 from ..data.table import PictureTable
 from ..diffusion.autoencoder import Autoencoder, autoencoder_loss
 from ..diffusion.denoiser import diffusion_loss
-from ..diffusion.ldm import LatentDiffusion, available, load, save
+from ..diffusion.ldm import LatentDiffusion, available, load, save, weights_folders
 
 # %% ../../nbs/recipes/00_stages.ipynb #440bf9c2
 def _check_writable(folder):
@@ -286,6 +286,7 @@ def card_rows(
     def short(values):
         return {k: v for k,v in values.items() if isinstance(v, (str,int,float)) and 'fingerprint' not in k}
     rows = short(info)
+    if Path(str(info.get('data'))).is_absolute(): rows['data'] = Path(info['data']).name    # a card may be published
     for stage,about in info.get('stages', {}).items():
         rows |= {f'{stage}: {k}': v for k,v in short(about).items() if k!='stage'}
     for metric,value in info.get('metrics', {}).items():
@@ -306,7 +307,9 @@ def write_card(
     article = with_article(cls).partition(' ')[0].capitalize()
     metadata = [f'{key}: {json.dumps(value)}' for key,value in card_metadata(info).items()]      # JSON is YAML, too
     title = ['---', *metadata, '---', f'# {name}', '']
-    title += [f"{article} `{cls}` of fastldm: `fastldm.load('{name}')`.", '']
+    is_shipped = folder.resolve().parent in weights_folders()
+    place = name if is_shipped else 'path/of/this/folder'
+    title += [f"{article} `{cls}` of fastldm: `fastldm.load('{place}')`.", '']
     table = ['| | |', '|---|---|'] + [f'| {k} | {v} |' for k,v in card_rows(info).items()]
     with write_atomic(folder/'README.md') as f:
         f.write_text('\n'.join(title+table)+'\n', encoding='utf-8', errors='backslashreplace')
@@ -585,12 +588,16 @@ def _check_numbers(arguments):
     "Raises `ValueError` for steps, channels, pictures or pixels that are no whole number above 0, and for odd rates."
     arguments = arguments | (arguments.get('network') or {})
     for name,value in arguments.items():
+        is_per_level = name in ('channels','ae_channels','prior_channels')
+        if is_per_level and not isinstance(value, (list,tuple,type(None))):
+            raise ValueError(f'{name}={value!r}: expected a list with one number per level, as in [64,128]')
         is_count = name.endswith(('steps','epochs','channels')) or name in _COUNTS
         numbers = value if isinstance(value, (list,tuple)) else [value]
         if is_count and value is not None: numbers = [whole_number(number, name, 1) for number in numbers]
     whole_number(arguments.get('seed', 0), 'seed')
     for name in ('drop','partial'): real_number(arguments.get(name, 0), name, 0, 1)
-    if arguments.get('lr') is not None: real_number(arguments['lr'], 'lr', 0)
+    if arguments.get('lr') is not None and not real_number(arguments['lr'], 'lr', 0):
+        raise ValueError('lr=0: nothing would be learned; give a learning rate above 0, such as 0.001')
 
 def _check_size(height, width, multiple):
     "Raises `ValueError` for pictures that the networks cannot divide as often as they need to."
