@@ -232,6 +232,9 @@ def choose_kind(
     if not given: column.reject_all("is empty: leave it out")
     if all(text.casefold() in _FLAGS for text in given): return 'attribute'
     if all(map(_is_number, given)): return 'number'
+    if all(re.fullmatch(r'-?\d+,\d+', text.strip()) for text in given):
+        column.reject_all(f"has numbers with a comma, such as {given[0]}: write them with a point, as "
+                          f"{given[0].replace(',', '.')}, or say what they are, as in {column.name}:label")
     if all(text.lower().endswith('.png') and column.find(text) for text in given): return 'mask'
     is_short = all(len(split_words(text))<4 for text in given)
     return 'label' if is_short and len({*given})<=max(2, len(given)//3) else 'text'

@@ -171,7 +171,7 @@ def train_cli(
     out:str=None, # where the model goes (default: runs/RECIPE)
     data:str=None, # pictures: one folder per class, flat, tar shards, Parquet; for `captioned` also a table or zip file
     start:str=None, # for `folder`: a trained model to begin with, shipped or a folder, such as flowers
-    lora:int=None, # with --start: train changes of this rank and no weights, and save them alone, too
+    lora:int=None, # with --start: train low-rank changes (LoRA) of this rank, which are saved alone, too
     tune_autoencoder:store_true=False, # with --start: train its autoencoder, too
     model:str=None, # for `local` and `distil`: the base, a shipped model or a folder
     kinds:str=None, # for `local`: edges, segmentation, silhouette, depth or colour; several with + between them
@@ -181,7 +181,7 @@ def train_cli(
     ae_steps:int=None, # of the training of the autoencoder, or VQ-VAE
     text_encoder_steps:int=None, # of the text encoder's training, for `captioned`
     text_encoder:str=None, # for `captioned`: one that is not trained: minilm, word_vectors, or that of a model
-    prior_steps:str=None, # of the training of each level's prior, for `captioned`: one number, or as in 8000,6000
+    prior_steps:str=None, # training steps of each level's prior, for `captioned`: one number, or as in 8000,6000
     epochs:int=None, # of the last stage, for `mnist_tutorial` and classifiers
     ae_epochs:int=None, # of the autoencoder's training, for `mnist_tutorial`
     batch_size:int=None, # pictures per step (default: 64)
@@ -190,7 +190,7 @@ def train_cli(
     copies:int=None, # turned, scaled and mirrored views of each picture, for few pictures (default: 1, none)
     conditions:str=None, # for `folder`: columns of a table beside the pictures, as in species:label,length:number
     test:float=None, # share of a folder's pictures that is kept aside, to measure by (default: a tenth, from 200 on)
-    patience:int=None, # end the denoiser's training where the loss of those has not fallen for so many steps
+    patience:int=None, # stop the denoiser when its loss on the pictures kept aside has not fallen for so many steps
     max_minutes:float=None, # stop after this time, as Ctrl-C does: the same command resumes later
     quick:store_true=False, # a trial of a minute: 20 steps for each stage, in runs/RECIPE_quick
     track:str=None, # send the log and pictures to tensorboard, wandb, ...; several with commas between them
@@ -630,7 +630,7 @@ def sample_cli(
     condition:Param('any condition, as NAME=VALUE; as often as you like', str, action='append')=None, # e.g. ink=1,0,0
     negative:Param('a condition that guidance moves away from, as NAME=VALUE', str, action='append')=None, # as label=5
     steps:int=None, # of sampling
-    calls:int=None, # in place of --steps: calls of the model's student, such as 1, 2 or 4
+    calls:int=None, # draw by the distilled student in so many calls (1, 2 or 4), in place of --steps
     sampler:str=None, # ddim, euler_a, heun, dpmpp_2m, unipc and others (default: the model's own)
     step:Param(argparse.SUPPRESS, str)=None, # the old name of `sampler`
     guidance_scale:float=None, # how closely to follow the conditions (default: 1, or the model's own)
@@ -900,7 +900,7 @@ def eval_cli(
     data:str=None, # data set to compare with (default: the one in the model's card)
     n:int=None, # pictures (default: 10000, 5000 of faces, 1000 of texts)
     steps:int=None, # of sampling
-    calls:int=None, # in place of --steps: calls of the model's student, such as 1, 2 or 4
+    calls:int=None, # draw by the distilled student in so many calls (1, 2 or 4), in place of --steps
     sampler:str=None, # ddim, euler_a, heun, dpmpp_2m, unipc and others (default: the model's own)
     step:Param(argparse.SUPPRESS, str)=None, # the old name of `sampler`
     guidance_scale:float=None, # how closely to follow the conditions (default: 1, or the model's own)
