@@ -85,8 +85,9 @@ def _only_the_first_prints():
 @contextmanager
 def _short_warnings(name):
     "In the block a warning is one line of the command, without the code that gave it."
+    def one_line(message, *_, **__): return f'{name}: {message}\n'
     before = warnings.formatwarning
-    if not os.environ.get('FASTLDM_DEBUG'): warnings.formatwarning = lambda message, *_, **__: f'{name}: {message}\n'
+    if not os.environ.get('FASTLDM_DEBUG'): warnings.formatwarning = one_line
     try: yield
     finally: warnings.formatwarning = before
 

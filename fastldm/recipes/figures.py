@@ -25,6 +25,8 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+
+# %% ../../nbs/recipes/07_figures.ipynb #7f5b2f6f
 from ..codes.text2image import TextToImage
 from ..core.models import check_choice, install_line, require_package, write_atomic
 from ..core.show import figures_path, moved

@@ -58,6 +58,7 @@ def own_pictures(
     if test==0 and not _has_test_part(part): return OwnPictures(train, None, None, 0.)
     return OwnPictures(train, *validation_and_test(part(split='test', test=test)), test)
 
+# %% ../../nbs/recipes/16_own.ipynb #55983673
 def _warn_of_unused(data):
     "Warn of a table, or of texts, beside the pictures of a folder: without `conditions` they are not used."
     folder = Path(data)

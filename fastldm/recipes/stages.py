@@ -294,6 +294,7 @@ def card_rows(
         rows |= {f'metric: {name}': f'{v:.4g}' if isinstance(v, float) else v for name,v in parts.items()}
     return rows
 
+# %% ../../nbs/recipes/00_stages.ipynb #1c3b257e
 def write_card(
     folder, # of a saved model
     **more, # added to its `config.json` first, e.g. `metrics=dict(fid=1.2)`

@@ -100,6 +100,7 @@ def prior_network(
     options = dict(above=above, d_text=d_text, attention=level==0, kernel=(1,3), n_res=3) | network
     return PixelSNAIL(n_codes, shapes[level], channels, **options)
 
+# %% ../../nbs/recipes/03_text.ipynb #05a5a3e3
 def deal_pictures(
     held_out, # codes, with the `name` of their picture where one may have several rows
 )->tuple: # the rows of every second picture, and those of the others
@@ -108,6 +109,7 @@ def deal_pictures(
     number = {name: k for k,name in enumerate(dict.fromkeys(names))}
     return tuple([i for i,name in enumerate(names) if number[name]%2==half] for half in (0,1))
 
+# %% ../../nbs/recipes/03_text.ipynb #5a5431e0
 def train_prior(
     codes, # `CodeDataset` to train on
     held_out, # held-out codes: those of one half of the pictures choose the weights, the others measure them
@@ -201,8 +203,7 @@ def text_to_image(
                                            hard_negatives=hard_negatives, paraphrases=paraphrases, **training)
     vqvae = train_vqvae(ds, folder, steps=ae_steps, **training)
     views = Augmented(ds, copies, seed, turn=.15, zoom=.15, move=.06, padding_mode='border') if copies>1 else ds
-    stored = _stored_codes(views, vqvae, encoder, folder, progress)
-    stored_unseen = _stored_codes(unseen, vqvae, encoder, folder, progress)
+    stored, stored_unseen = (_stored_codes(part, vqvae, encoder, folder, progress) for part in (views,unseen))
     own = train_autoencoder(ds, folder, **autoencoder, **training) if autoencoder else None
     latents = _own_latents(ds, own, encoder, folder, progress) if own else CodeLatents(stored, vqvae)
     parts = dict(text_encoder=encoder, vqvae=vqvae, size=size, diffusion=diffusion, autoencoder=own)

@@ -586,6 +586,7 @@ def _check_codes(settings):
     if 'negative' in settings or 'negative_prompt' in settings:
         raise ValueError('codes have nothing to move away from: choose the prior `diffusion`, or leave that empty')
 
+# %% ../../nbs/ui/01_app.ipynb #4c72918e
 def _mask(values, name, classes, size):
     "The settings that the mask adds."
     mask = painted_classes(values['mask'], len(classes), size)
@@ -681,6 +682,7 @@ def _words(settings, form):
     values['others'] = '\n'.join(f'{name}={value}' for name,value in conditions.items())
     return values | _negative_words(settings, form) | dict(new_seed=False)
 
+# %% ../../nbs/ui/01_app.ipynb #338b3a2c
 def _negative_words(settings, form):
     "The values of the widgets for what guidance moves away from."
     negative = settings.get('negative', {})
