@@ -9,6 +9,7 @@ from fastldm import load, save
 from fastldm.core import fetch_published, published
 from fastldm.diffusion import push_to_hub
 from fastldm.metrics import Reference
+from fastldm.recipes.stages import write_card
 from hub_server import hub_server
 
 WEIGHTS = Path(__file__).parents[1]/'fastldm'/'weights'
@@ -41,6 +42,17 @@ def test_up_and_back(hub, small):
     assert all(file.raw==(small/name).read_bytes() for name,file in files.items())
     back = load('me/small', 'cpu')
     for name,weight in load(small, 'cpu').state_dict().items(): assert torch.equal(weight, back.state_dict()[name])
+
+def test_no_path_of_this_computer_is_published(hub, tmp_path):
+    "The folder of one's pictures is named without what leads there, and the card says how to load the model."
+    folder = save(load('digits_evaluator', 'cpu'), tmp_path/'mine', data=str(tmp_path/'my pictures'))
+    write_card(folder)
+    push_to_hub(folder, 'me/mine')
+    files = hub.repos['me/mine'].files
+    for file in (files['config.json'], files['README.md']): assert str(tmp_path) not in file.raw.decode()
+    assert "fastldm.load('me/mine')" in files['README.md'].raw.decode()
+    assert load('me/mine', 'cpu').meta['data']=='my pictures'
+    assert load(folder, 'cpu').meta['data']==str(tmp_path/'my pictures')
 
 def test_a_shipped_folder(hub):
     "With its card, whose licence the hub reads, the student, and the reference of an evaluator; and nothing else."

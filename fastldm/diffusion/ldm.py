@@ -16,8 +16,8 @@ from ..core.download import (MODEL_FILES, cache_folder, fetch_published, hub_sna
                                    published)
 from ..core.processes import map_parts
 from ..core.show import LivePicture, images
-from ..core.models import (Module, check_choice, fingerprint, inference, load_model, n_params, real_number,
-                                 save_model, whole_number)
+from ..core.models import (Module, check_choice, fingerprint, inference, json_text, load_model, n_params,
+                                 real_number, save_model, whole_number)
 from . import samplers
 from .samplers import sample_generators, noise_from, noise_like
 from .cond import LabelEmbedder
@@ -587,9 +587,9 @@ def _check_parent(folder):
     if not folder.parent.is_dir(): return
     siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()]
     hint = _hint(folder.name, siblings)
-    raise FileNotFoundError(f'no folder {folder.name!r} in {str(folder.parent)!r}, which is a folder here: {hint}'
-                            f'It holds {", ".join(sorted(siblings)[:10]) or "no folders"}. '
-                            'To load from the hub, run this in another folder')
+    raise FileNotFoundError(f'no folder {folder.name!r} in {str(folder.parent)!r}: {hint}it has '
+                            f'{", ".join(sorted(siblings)[:10]) or "none"}. To load {folder.as_posix()} from the hub, run '
+                            f'this where there is no folder {str(folder.parent)!r}')
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #4dccb953
 def _load_named(folder, device):
@@ -641,10 +641,23 @@ def push_to_hub(
     Raises `FileNotFoundError` or `ValueError` for a folder that cannot be loaded, `ValueError` for a public
     repository where `private` was asked for, and the errors of the hub."""
     load_model(folder, 'cpu')
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
     api = HfApi()
     _make_repo(api, repo, private)
-    return str(api.upload_folder(repo_id=repo, folder_path=str(folder), allow_patterns=MODEL_FILES))
+    folder = Path(folder)
+    files = sorted(file for pattern in MODEL_FILES for file in folder.glob(pattern))
+    operations = [CommitOperationAdd(file.relative_to(folder).as_posix(), _as_published(file, repo)) for file in files]
+    return str(api.create_commit(repo, operations, commit_message=f'Upload {folder.name}'))
+
+def _as_published(file, repo):
+    "A file of a model; the record without the path of the data on this computer, the card with the model's new name."
+    if file.name=='README.md':
+        text = file.read_text(encoding='utf-8')
+        return text.replace("fastldm.load('path/of/this/folder')", f"fastldm.load('{repo}')").encode()
+    if file.name!='config.json': return file
+    info = json.loads(file.read_text(encoding='utf-8'))
+    data = Path(str(info.get('data')))
+    return json_text(info | dict(data=data.name)).encode() if data.is_absolute() else file
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #498b79b2
 @patch(cls_method=True)
