@@ -209,18 +209,18 @@ class RecordingApi:
     public = ['me/public']
     def repo_info(self, repo): return SimpleNamespace(private=repo not in self.public)
     def create_repo(self, repo, **kwargs): self.calls.append(('create', repo, kwargs['private']))
-    def upload_folder(self, **kwargs):
-        self.calls.append(('upload', kwargs['repo_id'], kwargs['folder_path']))
+    def create_commit(self, repo, operations, commit_message):
+        self.calls.append(('upload', repo, [operation.path_in_repo for operation in operations]))
         return 'address'
 
 def test_push_to_hub(tmp_path, ldm, monkeypatch):
-    "What goes to the hub is the folder, checked first."
+    "What goes to the hub are the files of the folder, checked first."
     import huggingface_hub
     monkeypatch.setattr(huggingface_hub, 'HfApi', RecordingApi)
     monkeypatch.setattr(RecordingApi, 'calls', [])
     folder = save(ldm, tmp_path/'m')
     assert push_to_hub(folder, 'me/model', private=True)=='address'
-    assert RecordingApi.calls==[('create','me/model',True), ('upload','me/model',str(folder))]
+    assert RecordingApi.calls==[('create','me/model',True), ('upload','me/model',['config.json','model.safetensors'])]
     with pytest.raises(FileNotFoundError): push_to_hub(tmp_path/'nothing', 'me/model')
     assert len(RecordingApi.calls)==2
 

@@ -597,8 +597,7 @@ def _check_numbers(arguments):
         if is_count and value is not None: numbers = [whole_number(number, name, 1) for number in numbers]
     whole_number(arguments.get('seed', 0), 'seed')
     for name in ('drop','partial'): real_number(arguments.get(name, 0), name, 0, 1)
-    if arguments.get('lr') is not None and not real_number(arguments['lr'], 'lr', 0):
-        raise ValueError('lr=0: nothing would be learned; give a learning rate above 0, such as 0.001')
+    if arguments.get('lr') is not None: real_number(arguments['lr'], 'lr', 0)
 
 def _check_size(height, width, multiple):
     "Raises `ValueError` for pictures that the networks cannot divide as often as they need to."
