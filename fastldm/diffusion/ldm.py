@@ -588,8 +588,8 @@ def _check_parent(folder):
     siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()]
     hint = _hint(folder.name, siblings)
     raise FileNotFoundError(f'no folder {folder.name!r} in {str(folder.parent)!r}: {hint}it has '
-                            f'{", ".join(sorted(siblings)[:10]) or "none"}. To load {folder.as_posix()} from the hub, run '
-                            f'this where there is no folder {str(folder.parent)!r}')
+                            f'{", ".join(sorted(siblings)[:10]) or "none"}. To load {folder.as_posix()} from the hub, '
+                            f'run this where there is no folder {str(folder.parent)!r}')
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #4dccb953
 def _load_named(folder, device):
