@@ -190,7 +190,7 @@ def train_cli(
     channels:str=None, # of the U-Net, one number per level, as in 64,128
     copies:int=None, # turned, scaled and mirrored views of each picture, for few pictures (default: 1, none)
     conditions:str=None, # for `folder`: columns of a table beside the pictures, as in species:label,length:number
-    test:float=None, # share of a folder's pictures kept aside, to measure by (default: a tenth; without a table, from 200 on)
+    test:float=None, # share of the pictures kept aside to measure by (default: a tenth; without a table, from 200 on)
     patience:int=None, # stop the denoiser when its loss on the pictures kept aside has not fallen for so many steps
     max_minutes:float=None, # stop after this time, as Ctrl-C does: the same command resumes later
     quick:store_true=False, # a trial of a minute: 20 steps for each stage, in runs/RECIPE_quick
