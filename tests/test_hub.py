@@ -45,7 +45,8 @@ def test_up_and_back(hub, small):
 
 def test_no_path_of_this_computer_is_published(hub, tmp_path):
     "The folder of one's pictures is named without what leads there, and the card says how to load the model."
-    folder = save(load('digits_evaluator', 'cpu'), tmp_path/'mine', data=str(tmp_path/'my pictures'))
+    folder = save(load('digits_evaluator', 'cpu'), tmp_path/'mine', data=str(tmp_path/'my pictures'),
+                  stages=dict(distil=dict(teacher=str(tmp_path/'teacher'))))
     write_card(folder)
     push_to_hub(folder, 'me/mine')
     files = hub.repos['me/mine'].files

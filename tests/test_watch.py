@@ -80,6 +80,18 @@ def test_best_weights_survive_a_kill(tmp_path):
     for name,value in through.ema_model.state_dict().items():
         assert torch.equal(value, resumed.ema_model.state_dict()[name])
 
+def test_a_run_goes_on_with_another_measure(tmp_path):
+    "As runs of a prior do that an earlier version began: what was measured so far does not count."
+    class Stop(Callback):
+        def after_step(self, learn): learn.asked_to_stop |= learn.step==20
+    def level(learn, data, n): return learn.ema_model.bias.item()**2
+    set_seed(0)
+    run = partial(learner, folder=tmp_path, ema=.9)
+    with pytest.raises(Interrupted): run(nn.Linear(1,1), cbs=[HeldOutCB(Line(), every=10, patience=30), Stop()]).fit()
+    resumed = run(nn.Linear(1,1), cbs=[HeldOutCB(Line(), every=10, patience=30, measure=level)]).fit(resume=True)
+    measured = {row['step']: row['level'] for row in resumed.log if 'level' in row}
+    assert min(measured)==30 and level(resumed, None, 0)==pytest.approx(min(measured.values()), abs=1e-9)
+
 class Noted(HeldOutCB):
     "Held-out losses that are told: they fall for two measurements, then rise."
     def after_step(self, learn):

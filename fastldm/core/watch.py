@@ -52,7 +52,8 @@ class HeldOutCB(Callback):
         self.patience = None if patience is None else whole_number(patience, 'patience', every)
         self.n = n
         self.measure = measure
-        self.column = measure.__name__                     # of the log
+        function = getattr(measure, 'func', measure)       # of a `partial`
+        self.column = name_of(function).rpartition('.')[-1]          # of the log
         self.best = None                                   # weights, by name
 
     def after_step(self, learn):
@@ -76,7 +77,8 @@ def _best_file(learn): return learn.folder/'best.safetensors' if learn.folder el
 def before_fit(self:HeldOutCB, learn):
     "Take the best weights of an interrupted run; one that had ended, ends at once."
     file = _best_file(learn)
-    if not (learn.step and file and file.exists()): return
+    is_measured = any(self.column in row for row in learn.log)           # not where another measure chose so far
+    if not (is_measured and file and file.exists()): return
     self.best = load_file(file)
     if self.is_over(learn): raise StopTraining
 

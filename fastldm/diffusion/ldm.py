@@ -649,15 +649,22 @@ def push_to_hub(
     operations = [CommitOperationAdd(file.relative_to(folder).as_posix(), _as_published(file, repo)) for file in files]
     return str(api.create_commit(repo, operations, commit_message=f'Upload {folder.name}'))
 
+# %% ../../nbs/diffusion/06_ldm.ipynb #db8a4277
 def _as_published(file, repo):
-    "A file of a model; the record without the path of the data on this computer, the card with the model's new name."
+    "A file of a model; records without paths of this computer, the card with the model's new name."
     if file.name=='README.md':
         text = file.read_text(encoding='utf-8')
         return text.replace("fastldm.load('path/of/this/folder')", f"fastldm.load('{repo}')").encode()
-    if file.name!='config.json': return file
-    info = json.loads(file.read_text(encoding='utf-8'))
-    data = Path(str(info.get('data')))
-    return json_text(info | dict(data=data.name)).encode() if data.is_absolute() else file
+    if file.suffix!='.json': return file
+    record = json.loads(file.read_text(encoding='utf-8'))
+    published = _without_paths(record)
+    return file if published==record else json_text(published).encode()
+
+def _without_paths(value):
+    "A record in which what leads to a file or folder of this computer is only its name."
+    if isinstance(value, dict): return {name: _without_paths(v) for name,v in value.items()}
+    if isinstance(value, list): return [_without_paths(v) for v in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #498b79b2
 @patch(cls_method=True)

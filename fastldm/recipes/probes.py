@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['example_images', 'channel_grid', 'label_probabilities', 'label_report', 'label_distances', 'label_scores',
-           'copy_scores', 'constraint_scores', 'label_vectors', 'label_effects', 'cosine_matrix', 'label_confusion',
-           'pair_values', 'rank_correlation', 'largest_pairs', 'trajectory', 'attention_weights', 'latent_bits']
+           'copy_scores', 'psnr_outside', 'constraint_scores', 'label_vectors', 'label_effects', 'cosine_matrix',
+           'label_confusion', 'pair_values', 'rank_correlation', 'largest_pairs', 'trajectory', 'attention_weights',
+           'latent_bits']
 
 # %% ../../nbs/recipes/08_probes.ipynb #c2cca930
 from pathlib import Path
@@ -114,6 +115,15 @@ def copy_scores(
         distances=[round(d, 2) for d in distances.tolist()])
 
 # %% ../../nbs/recipes/08_probes.ipynb #da89748b
+def psnr_outside(
+    x:torch.Tensor, # (N,C,H,W) in [0,1]
+    y:torch.Tensor, # the same
+    region:torch.Tensor, # (H,W) of 0 and 1: the hole
+)->float: # dB
+    "The peak signal-to-noise ratio of the pixels outside a hole alone."
+    outside = 1-region
+    return -10*((x-y)**2*outside).mean().div(outside.mean()).log10().item()
+
 def constraint_scores(
     ldm:LatentDiffusion, # of these pictures
     images:torch.Tensor, # (N,C,H,W) in [-1,1]
@@ -127,13 +137,11 @@ def constraint_scores(
     constraint = inpaint(repeated, region, paste=False)
     filled = ldm.sample(len(repeated), constraint=constraint, seed=seed, **sampling)
     real = (images+1)/2
-    outside = 1-region
     size = region.sum().sqrt()
-    error = ((filled-real.repeat(n,1,1,1))**2*outside).mean()/outside.mean()       # of a pixel outside the hole
     inside = (filled*region).view(n, len(images), -1)/size
     differences = torch.stack([torch.pdist(inside[:,i]).mean() for i in range(len(images))])
     return dict(
-        psnr_outside=-10*error.log10().item(),
+        psnr_outside=psnr_outside(filled, real.repeat(n,1,1,1), region),
         diversity_inside=differences.mean().item(),
         diversity_real=torch.pdist((real*region).flatten(1)/size).mean().item())
 

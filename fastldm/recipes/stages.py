@@ -283,10 +283,11 @@ def card_rows(
     info:dict, # a model's `config.json`
 )->dict: # {row: number or text}
     "What the card shows of a record: texts and numbers, also those of its stages and metrics."
+    def shown(value):                                                       # a card may be published: no paths
+        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
     def short(values):
-        return {k: v for k,v in values.items() if isinstance(v, (str,int,float)) and 'fingerprint' not in k}
+        return {k: shown(v) for k,v in values.items() if isinstance(v, (str,int,float)) and 'fingerprint' not in k}
     rows = short(info)
-    if Path(str(info.get('data'))).is_absolute(): rows['data'] = Path(info['data']).name    # a card may be published
     for stage,about in info.get('stages', {}).items():
         rows |= {f'{stage}: {k}': v for k,v in short(about).items() if k!='stage'}
     for metric,value in info.get('metrics', {}).items():
