@@ -14,8 +14,8 @@ from ..control.adapter import (CONTROLS, ControlAdapter, ControlData, check_inte
 from ..core.models import check_choice, fingerprint, n_params
 from ..diffusion.denoiser import edm_weight
 from ..diffusion.ldm import load
-from .stages import (begin, diffusion_of, digest_of, embedders_of, full_path, recipe, train_stage,
-                                    training_set, write_card)
+from .stages import (begin, calls_begin, diffusion_of, digest_of, embedders_of, full_path, recipe,
+                                    train_stage, training_set, write_card)
 
 # %% ../../nbs/recipes/04_control.ipynb #f14a252c
 def base_pictures(
@@ -64,6 +64,7 @@ def _check_regions(kinds):
     with torch.random.fork_rng(devices=[]): random_region(1, 64, kinds)
 
 # %% ../../nbs/recipes/04_control.ipynb #b3325bfe
+@calls_begin
 def train_adapter(
     model='scenes', # the base: a shipped model by name, a folder, or a model in memory
     folder='runs/local', # where the adapter goes

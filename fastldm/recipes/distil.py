@@ -12,8 +12,8 @@ from ..diffusion.cond import LabelEmbedder
 from ..diffusion.distill import PathDataset, check_scales, distill_loss, load_student, make_student
 from ..diffusion.ldm import load, save
 from .control import base_pictures
-from .stages import (begin, diffusion_of, embedders_of, full_path, recipe, save_grid, train_stage,
-                                    write_card)
+from .stages import (begin, calls_begin, diffusion_of, embedders_of, full_path, recipe, save_grid,
+                                    train_stage, write_card)
 
 # %% ../../nbs/recipes/12_distil.ipynb #747be9c2
 def path_conditions(
@@ -39,6 +39,7 @@ def _fields_of(ds, rows, model, embedders):
     return {name: batch[name] if name in batch else embedder.empty(len(rows)) for name,embedder in embedders.items()}
 
 # %% ../../nbs/recipes/12_distil.ipynb #d249da53
+@calls_begin
 def train_student(
     model='fashion', # the teacher: a shipped model by name, or a folder
     folder='runs/distil', # where the model with its student goes

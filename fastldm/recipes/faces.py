@@ -18,8 +18,8 @@ from ..diffusion.schedules import Cosine
 from ..diffusion.unet import UNet
 from ..metrics.faces import FaceClassifier, face_classifier_loss
 from .finetune import copy_embedders
-from .stages import (begin, diffusion_of, finish, licence_line, picture_set, recipe, run_stage,
-                                    stage_folder, train_autoencoder, train_denoiser, train_stage)
+from .stages import (begin, calls_begin, diffusion_of, finish, licence_line, picture_set, recipe,
+                                    run_stage, stage_folder, train_autoencoder, train_denoiser, train_stage)
 
 # %% ../../nbs/recipes/02_faces.ipynb #c2d1bd38
 def face_embedders(
@@ -87,6 +87,7 @@ def face_denoiser(
     return Denoiser(net, Cosine(), Conditioner(drop=drop, **embedders) if embedders else None)
 
 # %% ../../nbs/recipes/02_faces.ipynb #ed84921a
+@calls_begin
 def face_ldm(
     data='drawn_faces', # a set of faces by name
     folder='runs/faces', # where the stages and the model go
@@ -201,6 +202,7 @@ def _draw_faces(model, ds):
     return model.sample(64, seed=0, guidance_scale=1.5, **conditions)
 
 # %% ../../nbs/recipes/02_faces.ipynb #0ac0dc58
+@calls_begin
 def train_face_classifier(
     data='drawn_faces', # a set of faces by name
     folder='runs/face_classifier', # where it goes

@@ -22,8 +22,8 @@ from ..diffusion.ldm import LatentDiffusion, available, load
 from ..diffusion.schedules import VE, Cosine
 from ..diffusion.unet import TutorialUNet, UNet
 from ..metrics.images import Evaluator, PhotoEvaluator, Reference, evaluator_loss, fid, label_accuracy
-from .stages import (begin, embedders_of, finish, licence_line, picture_set, recipe, run_stage,
-                                    train_autoencoder, train_denoiser, train_stage)
+from .stages import (begin, calls_begin, embedders_of, finish, licence_line, picture_set, recipe,
+                                    run_stage, train_autoencoder, train_denoiser, train_stage)
 
 # %% ../../nbs/recipes/01_labels.ipynb #276684c4
 def label_denoiser(
@@ -77,6 +77,7 @@ def score_cb(
     return [SampleCB(max(50, every//50*50), score)]                 # the loss is logged every 50 steps
 
 # %% ../../nbs/recipes/01_labels.ipynb #c2894497
+@calls_begin
 def label_ldm(
     data='digits', # a set by name, or a folder of pictures: one folder per class, or flat
     folder='runs/label_ldm', # where the stages and the model go
@@ -156,6 +157,7 @@ TUTORIAL_PIXELS = dict( # and its model of the pixels themselves
 TUTORIAL_DEFAULTS = dict(ae_channels=(4,8,32), channels=(64,128,256)) # of the tutorial's classes
 
 # %% ../../nbs/recipes/01_labels.ipynb #35447c7f
+@calls_begin
 def tutorial_ldm(
     data='mnist', # a 28×28 grey set
     folder='runs/mnist_tutorial', # where the stages and the model go
@@ -255,6 +257,7 @@ def _whose_settings(asked):
     return {whose: ', '.join(settings) for whose,settings in lines.items() if settings}
 
 # %% ../../nbs/recipes/01_labels.ipynb #cd8b57ad
+@calls_begin
 def train_evaluator(
     data='digits', # a set by name
     folder='runs/evaluator', # where it goes
@@ -293,6 +296,7 @@ def _with_reference(net, folder, train, test):
     return net
 
 # %% ../../nbs/recipes/01_labels.ipynb #153aad53
+@calls_begin
 def photo_evaluator(
     data='flowers5', # a set of photographs by name
     folder='runs/photo_evaluator', # where it goes

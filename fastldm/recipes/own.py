@@ -29,8 +29,8 @@ from .conditions import (draw_conditions, print_conditions, table_arguments, tab
 from .evaluate import evaluate_pictures, print_scores
 from .finetune import beginning, copying_line, draw_like
 from .labels import label_denoiser, label_ldm
-from .stages import (begin, finish, licence_line, picture_set, recipe, save_grid, train_denoiser,
-                                    validation_and_test, write_card)
+from .stages import (begin, calls_begin, finish, licence_line, picture_set, recipe, save_grid,
+                                    train_denoiser, validation_and_test, write_card)
 
 # %% ../../nbs/recipes/16_own.ipynb #3089015a
 KEPT_FROM = 200 # pictures: from here on a tenth is kept aside
@@ -151,6 +151,7 @@ def latent_sizes(
     return chosen
 
 # %% ../../nbs/recipes/16_own.ipynb #5a83db40
+@calls_begin
 def own_ldm(
     data, # a folder of pictures: one folder per class, or flat, or with a table; or a set by name
     folder='runs/folder', # where the stages and the model go

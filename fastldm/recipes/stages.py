@@ -8,7 +8,7 @@ __all__ = ['RENAMED_STAGES', 'RECIPES', 'run_stage', 'every_stage', 'train_stage
            'write_card', 'licence_line', 'enlarged_grid', 'save_grid', 'PicturesCB', 'full_path', 'trained_for',
            'finish', 'digest_of', 'data_facts', 'check_free', 'check_same_run', 'begin', 'picture_set',
            'comparable_set', 'captioned_set', 'validation_and_test', 'training_set', 'diffusion_of', 'embedders_of',
-           'recipe']
+           'calls_begin', 'recipe']
 
 # %% ../../nbs/recipes/00_stages.ipynb #cc247f72
 import json
@@ -21,7 +21,7 @@ import warnings
 from PIL import Image
 from contextlib import contextmanager
 from functools import partial, wraps
-from inspect import signature, unwrap
+from inspect import signature
 from pathlib import Path
 from ..core.models import (check_folder, check_saveable, fingerprint, fits_half, json_text, load_model, n_params,
                                  real_number, save_model, set_seed, spread_indices, whole_number, write_atomic)
@@ -730,9 +730,12 @@ def embedders_of(
     return dict(getattr(ldm.denoiser.conditioner, 'embedders', {}))
 
 # %% ../../nbs/recipes/00_stages.ipynb #34cb62c4
-def _calls_begin(train):
-    "Whether a function calls `begin` itself, as it should if it has data that may have moved, or been replaced."
-    return 'begin' in getattr(unwrap(train), '__code__', _calls_begin.__code__).co_names
+def calls_begin(
+    train, # a recipe's function
+): # the same function
+    "A mark, written above a function that calls `begin` itself, once it has looked at its data."
+    train.calls_begin = True
+    return train
 
 def _arguments_of(call):
     "{name: value} of a bound call, defaults included; what went into a `**kwargs` beside the others."
@@ -765,6 +768,8 @@ def recipe(
     needs:dict=None, # {option: what it is}: options that must be given
     **settings, # more arguments, which the command line can change
 )->None:
-    "Add a recipe to `RECIPES`. One that does not call `begin` is called after it, so that no work is overwritten."
-    RECIPES[name] = partial(train if _calls_begin(train) else _protected(train), *args, **settings)
+    """Add a recipe to `RECIPES`. Where its function is not marked by `calls_begin`, that is done for it, so that no work
+    is overwritten."""
+    begins = getattr(train, 'calls_begin', False)
+    RECIPES[name] = partial(train if begins else _protected(train), *args, **settings)
     RECIPES[name].needs = needs or {}

@@ -29,7 +29,7 @@ from ..diffusion.schedules import Cosine, logit_normal_t
 from ..diffusion.unet import UNet
 from ..metrics.icons import IconClassifier, frequent_words, icon_classifier_loss, icon_scores
 from ..metrics.scenes import SceneClassifier, scene_classifier_loss
-from .stages import (begin, captioned_set, finish, licence_line, picture_set, recipe,
+from .stages import (begin, calls_begin, captioned_set, finish, licence_line, picture_set, recipe,
                                     stage_folder, train_autoencoder, train_denoiser, train_stage)
 
 # %% ../../nbs/recipes/03_text.ipynb #8b12308c
@@ -160,6 +160,7 @@ def text_denoiser(
     return Denoiser(net, Cosine(), Conditioner(drop=.15, **embedders))
 
 # %% ../../nbs/recipes/03_text.ipynb #7d338b91
+@calls_begin
 def text_to_image(
     data='scenes', # a captioned set by name, or a folder, table or zip file of one
     folder='runs/text_to_image', # where the stages and the model go
@@ -308,6 +309,7 @@ def _check_networks(prior_channels, prior_dropout, channels, codes, diffusion):
         TextToImage(None, vqvae, priors, denoiser, 64, codes, diffusion).check_settings()
 
 # %% ../../nbs/recipes/03_text.ipynb #d1408289
+@calls_begin
 def train_scene_classifier(
     folder='runs/scenes_classifier', # where it goes
     root=None, # not used: scenes are drawn
@@ -327,6 +329,7 @@ def train_scene_classifier(
                        precision=precision, progress=progress)
 
 # %% ../../nbs/recipes/03_text.ipynb #323698e4
+@calls_begin
 def train_icon_classifier(
     data='icons', # set of icons by name
     folder='runs/icons_classifier', # where it goes
