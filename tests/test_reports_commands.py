@@ -14,7 +14,9 @@ from fastldm.core import Busy, Module, save_model, show_parameters
 from fastldm.data import SyntheticScenes
 from fastldm.recipes import (codes_cli, command, draw_files, eval_cli, figures_cli, label_ldm, sample_cli,
                              text_denoiser, train_adapter, train_vqvae)
-from fastldm.recipes import commands, evaluate, import_module_of
+from fastldm.recipes import draw as drawing
+from fastldm.recipes import evaluate, import_module_of
+from fastldm.recipes import score as scoring
 
 def line(run, *args, **options):
     "The one line in which a command ends that cannot do what it is asked."
@@ -109,8 +111,8 @@ def test_eval_without_torch_fidelity(here, monkeypatch):
 
 def test_eval_card_of_a_model_from_the_hub(here):
     "The scores have nowhere to go; that was noticed at the end."
-    with pytest.raises(FileNotFoundError, match='leave out --card, or give --out'): commands._record_of('user/name')
-    assert commands._record_of('mnist').parent.name=='mnist'
+    with pytest.raises(FileNotFoundError, match='leave out --card, or give --out'): scoring._record_of('user/name')
+    assert scoring._record_of('mnist').parent.name=='mnist'
 
 def test_a_place_that_cannot_be_written(here, monkeypatch):
     (here/'file').touch()
@@ -125,7 +127,7 @@ def test_pictures_in_a_folder_are_those_of_the_grid(here, capsys):
     "Drawn part by part, with labels by turns; a second process does not mix its own in."
     options = dict(n=5, steps=2, seed=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commands, 'PART', 2)
+        patch.setattr(drawing, 'PART', 2)
         sample_cli('mnist', out='each', **options)
     files = sorted((here/'each').iterdir())
     assert [f.name for f in files]==[f'{i:06d}.png' for i in range(5)]
@@ -152,7 +154,7 @@ def test_a_disk_without_room(here, monkeypatch):
         return torch.zeros(n, 3, 64, 64)
     with pytest.raises(OSError, match='2,000,000,000 pictures need up to 32,768.0 GB, and the disk of many has'):
         draw_files(draw, 2*10**9, 'many')
-    assert sizes==[commands.PART] and not [*here.iterdir()]
+    assert sizes==[drawing.PART] and not [*here.iterdir()]
 
 def test_files_are_not_drawn_for_a_folder_that_is_there(here):
     "The first part was drawn before that was noticed."

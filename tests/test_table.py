@@ -16,7 +16,7 @@ from fastldm import load, save
 from fastldm.data import Augmented, PictureTable
 from fastldm.diffusion.cond import Conditioner, LabelEmbedder, NumberEmbedder
 from fastldm.recipes import own_ldm
-from fastldm.recipes.commands import read_conditions, sample_cli
+from fastldm.recipes.draw import read_conditions, sample_cli
 from fastldm.ui.app import draw_settings, form_of, read_config
 
 CONDITIONS = 'species:label, length:number, notes:text, wet:attribute, fallen:attribute'

@@ -22,9 +22,12 @@ from fastldm.diffusion.constraints import vary
 from fastldm.diffusion.denoiser import guide
 from fastldm.diffusion.ldm import LatentDiffusion
 from fastldm.recipes import RECIPES
-from fastldm.recipes import commands
-from fastldm.recipes.commands import adapter_of, command_method, eval_cli, sample_cli, train_cli
+from fastldm.recipes import draw as drawing
+from fastldm.recipes import score as scoring
+from fastldm.recipes.commands import command_method, train_cli
+from fastldm.recipes.draw import adapter_of, sample_cli
 from fastldm.recipes.pictures import Film, unpack
+from fastldm.recipes.score import eval_cli
 
 
 def pixels(path): return np.asarray(Image.open(path))
@@ -169,7 +172,7 @@ def test_a_film_by_ffmpeg(tmp_path, monkeypatch):
 
 def test_a_film_is_another_file_than_the_picture(tmp_path, monkeypatch):
     "Both names, and whether both can be written, are checked before a model is loaded."
-    monkeypatch.setattr(commands, 'load', lambda name: pytest.fail('a model was loaded'))
+    monkeypatch.setattr(drawing, 'load', lambda name: pytest.fail('a model was loaded'))
     (tmp_path/'file').touch()
     for animate, message in ((tmp_path/'x.gif', 'give two names'), (tmp_path, 'as --animate'),
                              (tmp_path/'file/x.gif', 'is not a folder')):
@@ -195,7 +198,7 @@ def test_negative_prompt():
 def test_a_negative_prompt_by_its_condition(monkeypatch, tmp_path):
     "Of a model of texts the text is a condition like others: --negative_text is --negative_prompt."
     scenes = load('scenes')
-    monkeypatch.setattr(commands, 'load', lambda name: scenes)
+    monkeypatch.setattr(drawing, 'load', lambda name: scenes)
     kw = dict(prompt='a red ship', n=1, steps=2, guidance_scale=3.)
     sample_cli('scenes', negative_prompt='the sea', out=tmp_path/'prompt.png', **kw)
     sample_cli('scenes', negative=['prompt=the sea'], out=tmp_path/'named.png', **kw)
@@ -261,7 +264,7 @@ def test_negative_attributes_and_masks_travel(tmp_path):
 ])
 def test_what_is_wrong_with_a_negative_condition(idle, monkeypatch, tmp_path, negative, message):
     "One line, before the network is called and a file is written."
-    monkeypatch.setattr(commands, 'load', lambda name: idle)
+    monkeypatch.setattr(drawing, 'load', lambda name: idle)
     with pytest.raises(SystemExit, match=message): sample_cli('mnist', negative=negative, out=tmp_path/'x.png')
     assert not any(tmp_path.iterdir())
 
@@ -326,7 +329,20 @@ def test_help_lists_what_there_is():
     assert {*list_recipes()}=={*RECIPES}
     models = list_models()
     assert {*available()}<={*models}
-    assert models['flowers']==dict(size=64, steps=20)
+    assert models['flowers']==dict(size=64, steps=20, options=['--label'])
+    for name,facts in models.items():
+        conditioner = load(name, 'cpu').denoiser.conditioner
+        told = [name for name in conditioner.embedders if name!='augment']
+        assert len(facts['options'])==len(told), name
+
+def test_help_of_a_model(tmp_path):
+    "`fastldm_sample avatars --help` lists the attributes by name; for what is no model there is the usual help."
+    def help_of(*words):
+        done = subprocess.run(['fastldm_sample', *words, '--help'], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode==0, done.stderr
+        return done.stdout
+    assert 'What avatars can be told' in help_of('avatars') and 'Eyeglasses' in help_of('avatars', '--n', '2')
+    assert 'models:' in help_of('nothing')
 
 def test_names_of_the_package_come_when_they_are_used():
     "`import fastldm` imports no torch; its names and its parts are there all the same."
@@ -346,7 +362,8 @@ def test_a_device_for_sampling_and_scoring(monkeypatch, tmp_path):
     for device in (None, 'cpu'): sample_cli('mnist', n=1, steps=2, device=device, out=tmp_path/f'{device}.png')
     assert os.environ['FASTLDM_DEVICE']=='cpu'
     if not torch.cuda.is_available(): assert (pixels(tmp_path/'cpu.png')==pixels(tmp_path/'None.png')).all()
-    monkeypatch.setattr(commands, 'load', lambda name: pytest.fail('a model was loaded'))
+    for module in (drawing, scoring):
+        monkeypatch.setattr(module, 'load', lambda name: pytest.fail('a model was loaded'))
     for device in ('gpu', 'cuda:99', 'meta', ''):
         for command in (sample_cli, eval_cli):
             with pytest.raises(SystemExit, match=f"^(sample|eval): device '{device}' cannot be used here: [^.]*$"):

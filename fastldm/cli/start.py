@@ -22,8 +22,8 @@ from pathlib import Path
 # %% ../../nbs/cli/00_start.ipynb #9d6933ee
 COMMANDS = dict( # command: module of its function
     train='recipes.commands',
-    sample='recipes.commands',
-    eval='recipes.commands',
+    sample='recipes.draw',
+    eval='recipes.score',
     codes='recipes.commands',
     figures='recipes.figures',
     app='ui.app',
@@ -83,8 +83,19 @@ def list_recipes()->dict: # {name: {setting: value}}
     return recipes
 
 # %% ../../nbs/cli/00_start.ipynb #d9dbea77
+_OPTIONS = dict(attrs='--attributes', text='--prompt') # conditions whose option has a name of its own
+
+def _options_of(kwargs, is_text_model):
+    "The options that tell a model what to draw, from its record."
+    denoiser = kwargs.get('denoiser') or {}
+    conditioner = denoiser.get('kwargs', {}).get('conditioner') or {}
+    names = [name for name in conditioner.get('kwargs', {}) if name not in ('drop','drop_all','augment')]
+    if is_text_model and 'text' not in names: names.insert(0, 'text')   # it has codes only
+    own_names = _OPTIONS if is_text_model else dict(_OPTIONS, text='--text')
+    return [own_names.get(name, f'--{name}') for name in names]
+
 def _facts_of(config):
-    "The size of a model's pictures and its number of steps, from its record."
+    "The size of a model's pictures, its number of steps and the options that it takes, from its record."
     kwargs = config['kwargs']
     facts = {}
     if 'size' in kwargs: facts['size'] = kwargs['size']
@@ -92,8 +103,11 @@ def _facts_of(config):
     if 'patch' in parts and 'shape' in kwargs:                          # of a text model, `size` says it
         facts['size'] = kwargs['shape'][-1]*parts['patch']*2**(len(parts['channels'])-1)
     steps = kwargs.get('steps') or (kwargs.get('diffusion') or {}).get('steps')
-    return facts | (dict(steps=steps) if steps else {})
+    if steps: facts['steps'] = steps
+    options = _options_of(kwargs, config['cls'].endswith('TextToImage'))
+    return facts | (dict(options=options) if options else {})
 
+# %% ../../nbs/cli/00_start.ipynb #366ba833
 def list_models()->dict: # {name: {fact: value}}
     "The models to draw with: those that ship, then those in the folder `runs`."
     own = os.environ.get('FASTLDM_WEIGHTS')
@@ -122,25 +136,42 @@ def join_values(
 
 # %% ../../nbs/cli/00_start.ipynb #e7c6d247
 def _line(name, facts):
-    "A name with its facts."
+    "A name with its facts, and the options that it takes."
     def shown(value): return f'{value:,}' if isinstance(value, int) else ' and '.join(map(shown, value))
-    return f'  {name:27s} ' + ', '.join(f'{fact} {shown(value)}' for fact,value in facts.items())
+    numbers = ', '.join(f'{fact} {shown(value)}' for fact,value in facts.items() if fact!='options')
+    return f'  {name:27s} {numbers:18s} ' + ' '.join(facts.get('options', []))
+
+def _conditions_of(name):
+    "What a model can be told, and all that has a name in it."
+    model = importlib.import_module('fastldm').load(name, 'cpu')
+    lines = [f'What {name} can be told:', str(model)]
+    for embedder in getattr(model.denoiser.conditioner, 'embedders', {}).values():
+        if hasattr(embedder, 'exclusive'): lines.append(f'its attributes: {", ".join(embedder.names)}')
+    return lines
 
 def print_help(
     command:str, # a name of `COMMANDS`
+    model:str=None, # that the help is about
 ):
-    "The help of a command, and what there is to choose from."
+    "The help of a command, and what there is to choose from; of a model, what it can be told."
     print(anno_parser(head_of(command), prog=f'fastldm_{command}').format_help())
+    if command=='sample' and model is not None and model in list_models():
+        print(*_conditions_of(model), sep='\n')
+        return
     lists = dict(train=('recipes', list_recipes), sample=('models', list_models), eval=('models', list_models))
     if command not in lists: return
     title, listed = lists[command]
     print(f'{title}:', *(_line(name, facts).rstrip() for name,facts in listed().items()), sep='\n')
 
+# %% ../../nbs/cli/00_start.ipynb #11156e6d
 def __getattr__(name):
     "`NAME_cli` of a command: its function, or where help is asked for, one that prints it."
     command = name.removesuffix('_cli')
     if command==name or command not in COMMANDS: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    if {'-h','--help'} & {*sys.argv[1:]}: return partial(print_help, command)
+    words = sys.argv[1:]
+    if {'-h','--help'} & {*words}:
+        model = next((word for word in words if not word.startswith('-')), None)
+        return partial(print_help, command, model)
     if command=='sample' and Path(sys.argv[0]).stem=='fastldm_sample':
-        sys.argv[1:] = join_values(sys.argv[1:], {*signature(head_of(command)).parameters, 'pdb', 'xtra'})
+        sys.argv[1:] = join_values(words, {*signature(head_of(command)).parameters, 'pdb', 'xtra'})
     return getattr(importlib.import_module(f'fastldm.{COMMANDS[command]}'), name)

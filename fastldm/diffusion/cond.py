@@ -403,7 +403,7 @@ class WordEmbedder(Embedder):
         self.length = length
         self.table = nn.Embedding(len(self.words)+1, dim)
         self.place = nn.Embedding(length, dim)
-        first_words = ', '.join(self.words[:4])
+        first_words = ', '.join([word for word in self.words if word.isalpha()][:4])        # without signs
         self.expects = (f'a sentence of at most {length} words out of {len(self.words)} ({first_words}, ...), '
                         'one per sample, or None for no sentence')
 

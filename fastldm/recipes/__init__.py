@@ -8,6 +8,8 @@ from .control import *
 from .distil import *
 from .evaluate import *
 from .commands import *
+from .draw import *
+from .score import *
 from .figures import *
 from .probes import *
 from .face_probes import *

@@ -768,8 +768,8 @@ def recipe(
     needs:dict=None, # {option: what it is}: options that must be given
     **settings, # more arguments, which the command line can change
 )->None:
-    """Add a recipe to `RECIPES`. Where its function is not marked by `calls_begin`, that is done for it, so that no work
-    is overwritten."""
+    """Add a recipe to `RECIPES`. Where its function has no mark `calls_begin`, that is done for it, so that no work is
+    overwritten."""
     begins = getattr(train, 'calls_begin', False)
     RECIPES[name] = partial(train if begins else _protected(train), *args, **settings)
     RECIPES[name].needs = needs or {}
