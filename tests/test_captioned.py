@@ -3,12 +3,14 @@ import csv, io, json, multiprocessing, os, re, shutil, signal, threading, time, 
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, pytest, torch
 from PIL import Image
 from fastcore.test import test_eq as eq
 from fastldm.data.captioned import *
 from fastldm.data.sources import *
 from fastldm.data import DATASETS, get_dataset, group_rows, sources
+from fastldm.recipes import captioned_set, own_pictures, picture_set, reading_options, training_set
 
 def photo(f, seed=0, mode='RGB', size=(40,40), kind='png'):
     "A picture of coloured noise, written (or its bytes)."
@@ -127,6 +129,39 @@ def test_damaged_pictures_are_named(tmp_path, harm, zipped):
     with pytest.raises(ValueError, match='2.png cannot be read as a picture'): Captioned(where, test=0, cache=0)[2]
     with pytest.warns(UserWarning, match='2.png'):
         eq(Captioned(where, test=0, skip=True).name, ['0.png','1.png','3.png'])
+
+def test_how_a_set_was_read_stays_with_the_model(tmp_path):
+    "The column of captions and what was left out: a model of texts is scored on the set that it was trained on."
+    folder(tmp_path, 12, [('file','notes')]+[(f'{i}.png',f'picture {i}') for i in range(13)])
+    with pytest.raises(ValueError, match='no column for the caption.*in a command --caption'): captioned_set(tmp_path)
+    with pytest.raises(FileNotFoundError, match='12.png: .*in a command --skip'):
+        captioned_set(tmp_path, caption='notes')
+    how = dict(caption='notes', skip=True)
+    parts = {}
+    for split in ('train','test'):
+        with pytest.warns(UserWarning, match='leaves out 1 pictures'):
+            parts[split] = captioned_set(tmp_path, split=split, **how)
+    eq(sorted(parts['train'].caption+parts['test'].caption), sorted(f'picture {i}' for i in range(12)))
+    model = SimpleNamespace(meta=dict(data=str(tmp_path.resolve()), **how), text_encoder=None)
+    eq(reading_options(model, tmp_path), how)
+    eq(reading_options(model, 'scenes'), {})
+    with pytest.warns(UserWarning, match='leaves out'): eq(training_set(model, 'test').caption, parts['test'].caption)
+
+def test_what_cannot_be_chosen_or_left_out(tmp_path):
+    "A set by name has captions of its own, and its pictures are whole."
+    with pytest.raises(ValueError, match="no column of them .caption='notes'. can be chosen"):
+        captioned_set('scenes', caption='notes')
+    with pytest.raises(ValueError, match='no pictures of digits can be left out: leave out skip'):
+        picture_set('digits', skip=True)
+
+def test_pictures_of_a_folder_are_left_out(tmp_path):
+    "In training and wherever the model's set is read again; without `skip` the damaged file is named."
+    for i in range(6): photo(tmp_path/f'{i%2}'/f'{i}.png', i)
+    (tmp_path/'0'/'bad.png').write_bytes(b'no picture')
+    with pytest.raises(ValueError, match='bad.png cannot be read'): own_pictures(tmp_path, size=8)
+    with pytest.warns(UserWarning, match='bad.png'): eq(len(own_pictures(tmp_path, size=8, skip=True).train), 6)
+    model = SimpleNamespace(meta=dict(data=str(tmp_path.resolve()), skip=True))
+    with pytest.warns(UserWarning, match='bad.png'): eq(len(training_set(model, size=8)), 6)
 
 def test_a_damaged_zip_file(tmp_path):
     folder(tmp_path, 4)

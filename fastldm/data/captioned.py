@@ -156,7 +156,7 @@ def find_source(
     tables,places = _zip_source(root) if root.suffix.lower()=='.zip' else _folder_source(root)
     if len(tables)>1:
         names = ', '.join(getattr(t, 'inside', t.name) for t in tables[:6])
-        raise ValueError(f"{root} has {len(tables)} tables ({names}): give the path of one, or name it captions.csv")
+        raise ValueError(f"{root} has {len(tables)} tables ({names}): give the path of the one that is meant")
     def find(name): return next((f for place in places if (f := place(name))), None)
     return (tables[0] if tables else None),find
 
@@ -248,8 +248,9 @@ def _column(self:Captioned, table, names, what, given):
     for w in wanted:
         for name in names:
             if name.lower()==w.lower(): return name
+    option = ' (in a command --caption)' if what=='caption' else ''
     raise ValueError(f"{table} has no column for the {what}: it has {', '.join(names)}, and one of {', '.join(wanted)} "
-                     f"was looked for; say {what}='its name'")
+                     f"was looked for; say {what}='its name'{option}")
 
 @patch
 def read_rows(self:Captioned, table, find, image=None, caption=None)->list: # of dicts
@@ -294,7 +295,8 @@ def _present(self:PictureRows, rows, skip):
     if missing and not skip:
         n = len({r['name'] for r in rows})
         raise FileNotFoundError(f"{len(missing)} of the {n} pictures are not there ({first_few(missing)}): "
-                                f"put them beside {self.table}, correct it, or leave them out with skip=True")
+                                f"put them beside {self.table}, correct it, or leave them out (skip=True, "
+                                "in a command --skip)")
     self.leave_out(missing)
     return [r for r in rows if r['file']]
 

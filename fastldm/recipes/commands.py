@@ -207,7 +207,9 @@ def train_cli(
     conditions:str=None, # for `folder`: columns of a table beside the pictures, as in species:label,length:number
     test:float=None, # share of the pictures kept aside to measure by (default: a tenth; without a table, from 200 on)
     patience:int=None, # stop the denoiser when its loss on the pictures kept aside has not fallen for so many steps
-    max_minutes:float=None, # stop after this time, as Ctrl-C does: the same command resumes later
+    caption:str=None, # for `captioned`: the column of captions (default: one of the usual names)
+    skip:store_true=False, # leave out pictures of your own that are missing or damaged, with a warning
+    max_minutes:float=None, # stop after this time, as Ctrl-C does, with exit status 1: the same command resumes
     quick:store_true=False, # a trial of a minute: 20 steps for each stage, in runs/RECIPE_quick
     track:str=None, # send the log and pictures to tensorboard, wandb, ...; several with commas between them
     seed:int=0, # of everything
@@ -219,16 +221,11 @@ def train_cli(
     module:str=None, # a Python module or file to import first, which adds a recipe or a data set of your own
 ):
     "Train a model. The same command resumes an interrupted run, and prints from which step."
+    options = {name: value for name,value in locals().items() if name not in _OF_THE_COMMAND}
     import_module_of(module)
     use_device(device)
     train = RECIPES[check_choice(recipe, RECIPES, 'recipe')]
-    options = given(data=data, model=model, kinds=kinds, size=size, steps=steps, ae_steps=ae_steps,
-                    text_encoder_steps=text_encoder_steps, text_encoder=text_encoder, epochs=epochs,
-                    ae_epochs=ae_epochs, batch_size=batch_size, lr=lr, copies=copies, conditions=conditions,
-                    test=test, patience=patience)
-    if prior_steps is not None: options['prior_steps'] = _numbers(prior_steps, '--prior_steps')
-    if channels is not None: options['channels'] = _listed(_numbers(channels, '--channels'))
-    options |= given(start=start, lora=lora, tune_autoencoder=tune_autoencoder or None)
+    options = _options_for_a_recipe(options)
     _check_options(recipe, options)
     if quick: options = quick_options(train) | options
     out = Path(out or (f'runs/{recipe}_quick' if quick else f'runs/{recipe}'))
@@ -240,6 +237,20 @@ def train_cli(
     with every_stage(*filter(None, [deadline]), *trackers, compile=compile,
                      gradient_checkpointing=gradient_checkpointing):
         _train(train, out, deadline, root=root, seed=seed, precision=precision, **options)
+
+# %% ../../nbs/recipes/06_commands.ipynb #c8004394
+_OF_THE_COMMAND = ( # its parameters that are no options of a recipe, or of every recipe
+    'recipe','out','root','seed','precision','device','resume','quick','module',
+    'max_minutes','track','compile','gradient_checkpointing')
+
+def _options_for_a_recipe(options):
+    "Those that were given, as a recipe takes them."
+    options = {name: value for name,value in options.items() if value not in (None, False)}
+    for name in ('prior_steps','channels'):
+        if name in options: options[name] = _numbers(options[name], f'--{name}')
+    if 'channels' in options: options['channels'] = _listed(options['channels'])
+    return options
+
 
 # %% ../../nbs/recipes/06_commands.ipynb #70be7bf9
 def _check_options(recipe, options):
@@ -268,8 +279,7 @@ def _train(train, out, deadline, **options):
         with sigterm_as_interrupt(): model = train(folder=out, **options)
     except Interrupted as stop:
         if deadline is None or not deadline.is_over: raise
-        print(f'{deadline.minutes:g} minutes are over: {_one_line(stop)}')
-        return
+        sys.exit(f'train: {deadline.minutes:g} minutes are over: {_one_line(stop)}')
     except KeyboardInterrupt:
         sys.exit(f'train: interrupted between two stages: run the same command to resume with what is saved in {out}')
     print(f'done, in {out}', *_what_was_done(model), *_what_next(model, out), sep='\n')

@@ -34,7 +34,8 @@ from ..metrics.images import (EfficientNetLite, Evaluator, Reference, evaluate, 
                                     lpips_distance, memorisation, net_name, precision_recall, psnr, ssim)
 from ..metrics.scenes import SceneClassifier
 from ..metrics.text import caption_scores, pairwise_diversity, retrieval, retrieval_candidates, tokenise
-from .stages import captioned_set, diffusion_of, embedders_of, training_set, with_article
+from .stages import (captioned_set, diffusion_of, embedders_of, reading_options, training_set,
+                                    with_article)
 
 # %% ../../nbs/recipes/05_evaluate.ipynb #a0a304c1
 def picture_shape(
@@ -156,7 +157,7 @@ def held_out_pairs(
     if not hasattr(model, 'text_encoder'):
         raise ValueError(f'this is {with_article(type(model).__name__)}: expected a TextToImage')
     n = whole_number(n, 'n', 1)
-    ds = captioned_set(data, root, 'test', model.size)
+    ds = captioned_set(data, root, 'test', model.size, **reading_options(model, data))
     captions = ds.caption
     rows = [i for i in shuffled_pictures(ds) if tokenise(captions[i])][:n]
     if hasattr(ds, 'references'): references = [[c for c in ds.references(i) if tokenise(c)] for i in rows]

@@ -29,8 +29,8 @@ from .conditions import (draw_conditions, print_conditions, table_arguments, tab
 from .evaluate import evaluate_pictures, print_scores
 from .finetune import beginning, copying_line, draw_like
 from .labels import label_denoiser, label_ldm
-from .stages import (begin, calls_begin, finish, licence_line, picture_set, recipe, save_grid,
-                                    train_denoiser, validation_and_test, write_card)
+from .stages import (begin, calls_begin, finish, licence_line, picture_set, recipe, save_data_page,
+                                    save_grid, train_denoiser, validation_and_test, write_card)
 
 # %% ../../nbs/recipes/16_own.ipynb #3089015a
 KEPT_FROM = 200 # pictures: from here on a tenth is kept aside
@@ -48,11 +48,12 @@ def own_pictures(
     size:int=None, # side of the pictures
     conditions=None, # columns of the table, as `PictureTable` takes them
     test:float=None, # share that is kept aside; None: a tenth of `KEPT_FROM` or more without a part `test`
+    skip:bool=False, # leave out pictures that are missing or damaged, with a warning
 )->OwnPictures: # the set in its parts
     """Divide a set. Raises what the set raises, and `ValueError` for a share where the set has a part `test`, or one
     that keeps a single picture."""
     if conditions is None: _warn_of_unused(data)
-    part = partial(picture_set, data, root, size=size, conditions=conditions)
+    part = partial(picture_set, data, root, size=size, conditions=conditions, skip=skip)
     if test is None: test = _share_of(data, conditions)
     train = part(split='train', test=test)
     if test==0 and not _has_test_part(part): return OwnPictures(train, None, None, 0.)
@@ -160,6 +161,7 @@ def own_ldm(
     conditions=None, # columns of the table beside the pictures, as in 'species:label, length:number'
     test:float=None, # share that is kept aside, as in `own_pictures`
     patience:int=None, # end the denoiser's training where the loss of those has not fallen for so many steps
+    skip:bool=False, # leave out pictures that are missing or damaged, with a warning
     start=None, # a trained model to begin with, see `FromModel`; None: begin with random weights
     lora:int=None, # with `start`: rank of the changes; None: all weights are trained
     tune_autoencoder:bool=False, # with `start`: train its autoencoder, too
@@ -184,7 +186,7 @@ def own_ldm(
     and the start raise, before work starts."""
     arguments = dict(locals())
     base = beginning(start, lora, tune_autoencoder)
-    own = own_pictures(data, root, base.size(data, size), conditions, _asked_share(folder, test))
+    own = own_pictures(data, root, base.size(data, size), conditions, _asked_share(folder, test), skip)
     _check_patience(patience, own)
     base.check(own.train)
     arguments |= _choices(base, own, arguments)
@@ -192,7 +194,7 @@ def own_ldm(
     factor = base.multiple(chosen.ae_channels)
     # recorded under the name that the recipe had in earlier versions
     folder = begin(folder, label_ldm, _record(base, own, arguments), own.train, multiple=factor, **_marks(base, own))
-    print_conditions(own.train, progress)
+    _introduce(own.train, folder, progress)
     training = dict(seed=seed, precision=precision, progress=progress, batch_size=batch_size)
 
     views = chosen.copies
@@ -209,10 +211,15 @@ def own_ldm(
                               lr=lr, draw=partial(_draw, ae, shape), held_out=held_out and encoded(held_out),
                               patience=patience, cbs=cbs, **base.hooks(folder), **training)
     ldm = LatentDiffusion(ae, denoiser, shape)
-    about = _facts(own, views) | base.card() | dict(seed=seed) | (card or {})
+    about = _facts(own, views) | base.card() | dict(seed=seed) | (dict(skip=True) if skip else {}) | (card or {})
     return _finish(folder, base, ldm, own, data, about)
 
 # %% ../../nbs/recipes/16_own.ipynb #e5306c21
+def _introduce(ds, folder, progress):
+    "Print what the conditions are, and write a page of pictures."
+    print_conditions(ds, progress)
+    save_data_page(ds, folder, progress)
+
 def _asked_share(folder, test):
     "The share to keep aside; 0 where a run of an earlier version is resumed, which kept nothing."
     file = Path(folder)/'recipe.json'

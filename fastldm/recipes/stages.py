@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['RENAMED_STAGES', 'RECIPES', 'run_stage', 'every_stage', 'train_stage', 'ResumeCB', 'stage_folder',
            'train_autoencoder', 'reconstructions', 'train_denoiser', 'card_metadata', 'with_article', 'card_rows',
-           'write_card', 'licence_line', 'enlarged_grid', 'save_grid', 'PicturesCB', 'full_path', 'trained_for',
-           'finish', 'digest_of', 'data_facts', 'check_free', 'check_same_run', 'begin', 'picture_set',
-           'comparable_set', 'captioned_set', 'validation_and_test', 'training_set', 'diffusion_of', 'embedders_of',
-           'calls_begin', 'recipe']
+           'write_card', 'licence_line', 'enlarged_grid', 'save_grid', 'save_data_page', 'PicturesCB', 'full_path',
+           'trained_for', 'finish', 'digest_of', 'data_facts', 'check_free', 'check_same_run', 'begin', 'picture_set',
+           'comparable_set', 'captioned_set', 'reading_options', 'validation_and_test', 'training_set', 'diffusion_of',
+           'embedders_of', 'calls_begin', 'recipe']
 
 # %% ../../nbs/recipes/00_stages.ipynb #cc247f72
 import json
@@ -23,13 +23,15 @@ from contextlib import contextmanager
 from functools import partial, wraps
 from inspect import signature
 from pathlib import Path
-from ..core.models import (check_folder, check_saveable, fingerprint, fits_half, json_text, load_model, n_params,
-                                 real_number, save_model, set_seed, spread_indices, whole_number, write_atomic)
+from ..core.models import (check_folder, check_saveable, fetch_batch, fingerprint, fits_half, json_text,
+                                 load_model, n_params, real_number, save_model, set_seed, spread_indices,
+                                 whole_number, write_atomic)
 from ..core.show import image_grid, labelled_grid, write_picture
 from ..core.train import Callback, Learner, name_of, steps_asked
 from ..core.watch import HeldOutCB, TrackCB
 from ..data.captioned import Captioned
-from ..data.images import DATASETS, Part, dataset_key, get_dataset, has_one_size, is_opened, licence_of, to_image
+from ..data.images import (DATASETS, OPENERS, Part, dataset_key, get_dataset, has_one_size, is_opened,
+                                 licence_of, to_image)
 from ..data.synthetic import SyntheticScenes
 from ..data.table import PictureTable
 from ..diffusion.autoencoder import Autoencoder, autoencoder_loss
@@ -349,6 +351,32 @@ def save_grid(
         if settings is None or f.suffix.lower()!='.png': picture.save(f)
         else: write_picture(picture, f, settings)
 
+# %% ../../nbs/recipes/00_stages.ipynb #a8861144
+def save_data_page(
+    ds, # pictures to train on
+    folder, # of the whole model
+    progress:bool=True, # False: print nothing
+)->Path: # pictures/data.png in it
+    "Write a page of training pictures as the networks get them, and print where it is."
+    indices, columns = _from_all_over(ds)
+    pictures = fetch_batch(ds, indices)['image']
+    page = Path(folder)/'pictures'/'data.png'
+    save_grid((pictures+1)/2, page, columns)
+    if progress: print(f'what it trains on, as the networks get it: {page}')
+    return page
+
+def _from_all_over(ds, n=64, per_class=6, most_classes=16):
+    "Indices, and pictures in a row or names of classes: as many of each class, where the set has some, but not many."
+    labels = getattr(ds, 'label', None)
+    classes = list(getattr(ds, 'classes', None) or [])
+    if labels is None or not 1<len(classes)<=most_classes: return spread_indices(len(ds), n), 8
+    of_each = [(labels==c).nonzero()[:,0].tolist() for c in range(len(classes))]
+    count = min(per_class, *map(len, of_each))
+    if count==0: return spread_indices(len(ds), n), 8
+    chosen = [[of_class[i] for i in spread_indices(len(of_class), count)] for of_class in of_each]
+    return [row[i] for i in range(count) for row in chosen], classes
+
+
 # %% ../../nbs/recipes/00_stages.ipynb #7bb4ac66
 def _pixels_of(file):
     "The pixels of a picture file, (H,W,3) bytes."
@@ -616,15 +644,17 @@ def picture_set(
     needs=(), # attributes that the set must have, e.g. ('attributes','mask_classes')
     test:float=0., # share of a folder's pictures that is the part `test`, where it has none
     conditions=None, # columns of the table beside the pictures, as `PictureTable` takes them
+    skip:bool=False, # leave out pictures of a folder, table or shards that are missing or damaged, with a warning
 ): # the data set
     """A set of pictures. Raises `ValueError` for a set that lacks what is needed, and for a `size` where the set has
     only one."""
-    if conditions is not None: return _tabled(data, split, size, test, conditions)
+    if conditions is not None: return _tabled(data, split, size, test, conditions, skip)
     maker = DATASETS.get(dataset_key(data))
     options = dict(size=size) if size is not None and not has_one_size(data) else {}
     if test and maker is not None and 'test' not in signature(maker).parameters:
         raise ValueError(f'{data} has parts of its own, so no share (test={test}) can be kept aside: leave it out')
     if test: options['test'] = test
+    if skip: options |= _to_skip(data)
     ds = get_dataset(data, root, split=split, **options)
     missing = [name for name in needs if getattr(ds, name, None) is None]
     if missing:
@@ -632,6 +662,16 @@ def picture_set(
     if size is not None and has_one_size(data):
         raise ValueError(f'the pictures of {data} have one size only, so none can be given: leave it out')
     return ds
+
+# %% ../../nbs/recipes/00_stages.ipynb #50780b7f
+def _to_skip(data):
+    "The option that leaves out damaged pictures. Raises `ValueError` for a set that has none."
+    openers = [DATASETS.get(dataset_key(data))] + [open_set for is_kind,open_set in OPENERS if is_kind(str(data))]
+    for opener in filter(None, openers):
+        if 'skip' not in signature(opener).parameters:
+            raise ValueError(f'no pictures of {data} can be left out: leave out skip (--skip)')
+        break
+    return dict(skip=True)
 
 def comparable_set(
     data, # as for `picture_set`
@@ -649,11 +689,11 @@ def comparable_set(
                      'another set (--data)')
 
 # %% ../../nbs/recipes/00_stages.ipynb #58108d67
-def _tabled(data, split, size, test, conditions):
+def _tabled(data, split, size, test, conditions, skip):
     "A folder with a table. Raises `ValueError` for the name of a set, and for conditions that `sample` could not take."
     if dataset_key(data) in DATASETS:
         raise ValueError(f'{data} has no table: conditions are columns beside pictures of your own')
-    options = {name: value for name,value in dict(size=size, test=test).items() if value}
+    options = {name: value for name,value in dict(size=size, test=test, skip=skip).items() if value}
     ds = PictureTable(data, conditions, split, **options)
     taken = {*signature(LatentDiffusion.sample).parameters, 'model', 'batch', 'drop', 'drop_all', 'device', 'augment'}
     for name in ds.conditions:
@@ -667,28 +707,47 @@ def captioned_set(
     root=None, # where a public set is looked for first
     split:str='train', # or 'test'
     size:int=64, # side of the pictures
+    caption:str=None, # the column of captions, of a table; None: one of the usual names
+    skip:bool=False, # as in `picture_set`
 ): # the data set
-    "A set of pictures with captions. Raises `ValueError` as `picture_set` does, and what the set raises."
-    if is_opened(data): return _captioned_part(data, split, size)
-    if dataset_key(data) not in DATASETS: return Captioned(data, split, size=size)
-    return picture_set(data, root, split, size, needs=('caption',))
+    """A set of pictures with captions. Raises `ValueError` as `picture_set` does, for a column of captions where there
+    is no table, and what the set raises."""
+    has_rows = not is_opened(data) and dataset_key(data) not in DATASETS
+    if has_rows: return Captioned(data, split, size=size, caption=caption, skip=skip)
+    if caption is not None:
+        raise ValueError(f'{data} has captions of its own, so no column of them (caption={caption!r}) can be chosen: '
+                         'leave it out')
+    if is_opened(data): return _captioned_part(data, split, size, skip=skip)
+    return picture_set(data, root, split, size, needs=('caption',), skip=skip)
 
-def _captioned_part(data, split, size, share=.1):
+def _captioned_part(data, split, size, share=.1, skip=False):
     "A part of a table or of shards: their own, or where they have none for testing, a tenth."
+    part = partial(picture_set, data, None, split, size, needs=('caption',), skip=skip)
     try: held_out = get_dataset(data, split='test', size=size)
-    except FileNotFoundError: return picture_set(data, None, split, size, needs=('caption',), test=share)
-    return held_out if split=='test' else picture_set(data, None, split, size, needs=('caption',))
+    except FileNotFoundError: return part(test=share)
+    return held_out if split=='test' and not skip else part()
+
+# %% ../../nbs/recipes/00_stages.ipynb #e1a4dd9f
+def reading_options(
+    model, # with a card
+    data, # name of a set, or its path
+)->dict: # `caption`, `skip`: those that were given
+    "How the set was read that a model was trained on; nothing of another set."
+    card = getattr(model, 'meta', {})
+    if full_path(data)!=card.get('data'): return {}
+    return {name: card[name] for name in ('caption','skip') if card.get(name)}
 
 def _set_of_card(model, split, size, root, n):
     "The whole set that the card of a model names."
     data = model.meta['data']
     if dataset_key(data)=='scenes': return SyntheticScenes(n, split, size)
-    kept_aside = dict(test=model.meta['test']) if model.meta.get('test') else {}
-    columns = model.meta.get('columns')
-    if columns: return PictureTable(data, columns, split, size, **kept_aside)
-    if hasattr(model, 'text_encoder'): return captioned_set(data, root, split, size)
+    options = reading_options(model, data)
+    if hasattr(model, 'text_encoder'): return captioned_set(data, root, split, size, **options)
     if has_one_size(data): return get_dataset(data, root, split=split)                  # mnist, digits, ...
-    return get_dataset(data, root, split=split, size=size, **kept_aside)
+    if model.meta.get('test'): options['test'] = model.meta['test']
+    columns = model.meta.get('columns')
+    if columns: return PictureTable(data, columns, split, size, **options)
+    return get_dataset(data, root, split=split, size=size, **options)
 
 # %% ../../nbs/recipes/00_stages.ipynb #f03e2f61
 def validation_and_test(

@@ -30,7 +30,7 @@ from ..diffusion.unet import UNet
 from ..metrics.icons import IconClassifier, frequent_words, icon_classifier_loss, icon_scores
 from ..metrics.scenes import SceneClassifier, scene_classifier_loss
 from .stages import (begin, calls_begin, captioned_set, finish, licence_line, picture_set, recipe,
-                                    stage_folder, train_autoencoder, train_denoiser, train_stage)
+                                    save_data_page, stage_folder, train_autoencoder, train_denoiser, train_stage)
 
 # %% ../../nbs/recipes/03_text.ipynb #8b12308c
 def train_text_encoder(
@@ -183,6 +183,8 @@ def text_to_image(
     class_field:str=None, # field with the class, that the diffusion prior is conditioned on too, e.g. 'style' of icons
     balance:float=0., # of icons, for the diffusion prior: 0: captions equally often; 1: things, as in `Balanced`
     held_out:str='test', # part of the set that chooses among the PixelSNAIL's weights
+    caption:str=None, # of a table: its column of captions; None: one of the usual names
+    skip:bool=False, # leave out pictures that are missing or damaged, with a warning
     seed:int=0, # of everything
     precision:str=None, # 'bf16' where the processor has it
     progress:bool=True, # show bars
@@ -192,13 +194,14 @@ def text_to_image(
     prior_steps = _for_each_level(prior_steps, 'prior_steps', len(prior_channels))
     prior_dropout = _for_each_level(prior_dropout, 'prior_dropout', len(prior_channels))
     arguments = dict(locals())
-    ds = captioned_set(data, root, 'train', size)
-    unseen = captioned_set(data, root, held_out, size)
+    reading = {name: value for name,value in dict(caption=caption, skip=skip).items() if value}
+    ds, unseen = (captioned_set(data, root, part, size, **reading) for part in ('train', held_out))
     _check_text_options(ds, unseen, data, class_field, autoencoder, copies, balance)
     _check_networks(prior_channels, prior_dropout, channels, codes, diffusion)
     frozen = None if isinstance(text_encoder, (dict,type(None))) else frozen_text_encoder(text_encoder)
     stages = _stages_of_text(prior_channels, autoencoder, frozen)
     folder = begin(folder, text_to_image, arguments, ds, multiple=8, stages=stages)
+    save_data_page(ds, folder, progress)
     training = dict(seed=seed, precision=precision, progress=progress)
     encoder = frozen or train_text_encoder(ds, folder, steps=text_encoder_steps, network=text_encoder,
                                            hard_negatives=hard_negatives, paraphrases=paraphrases, **training)
@@ -214,8 +217,7 @@ def text_to_image(
     priors = [train_prior(stored, stored_unseen, folder, level, width, most, network=dict(dropout=dropout), **training)
               for level,(width,most,dropout) in enumerate(zip(prior_channels, prior_steps, prior_dropout))]
     model = TextToImage(priors=priors, denoiser=denoiser, codes=codes, **parts)
-    about = dict(n_pictures=len(getattr(ds, 'firsts', ds)), seed=seed) | (card or {})
-    return _finish_text(folder, model, stages, ds, unseen, data, about)
+    return _finish_text(folder, model, stages, ds, unseen, data, dict(seed=seed) | reading | (card or {}))
 
 # %% ../../nbs/recipes/03_text.ipynb #41cefe70
 def _own_latents(ds, autoencoder, text_encoder, folder, progress):
@@ -248,6 +250,7 @@ def _stages_of_text(prior_channels, autoencoder, frozen):
 
 def _finish_text(folder, model, stages, ds, held_out, data, about):
     "Save the model, with held-out captions drawn by each prior."
+    about = dict(n_pictures=len(getattr(ds, 'firsts', ds))) | about
     if model.other_conditions: about['classes'] = _class_names(ds, *model.other_conditions)
     draw = partial(_draw_captions, held_out=held_out)
     return finish(folder, model, stages, draw, data, licence_line(ds), **about)
