@@ -7,7 +7,7 @@ import signal
 import threading
 from copy import deepcopy
 from functools import partial, partialmethod
-from inspect import signature
+from inspect import signature, unwrap
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
@@ -330,6 +330,12 @@ def bases(tmp_path_factory):
         for name,maker in SETS.items(): patch.setitem(DATASETS, name, maker)
         for name in ('avatars','scenes'): train_by_name(name, folder/name)
     return dict(avatars=folder/'avatars', scenes=folder/'scenes', clipart=folder/'scenes')
+
+def test_recipes_that_begin_themselves_say_so():
+    "A recipe that calls `begin` has the mark; with the mark and without the call nothing would guard its folder."
+    for name,train in RECIPES.items():
+        f = unwrap(train.func)
+        assert ('begin' in f.__code__.co_names)==getattr(f, 'calls_begin', False), name
 
 QUICK = ('digits','folder','digits_evaluator','avatars','scenes_classifier','local')
 
