@@ -175,6 +175,7 @@ def test_options_that_cannot_work(tmp_path):
     said = run('fastldm_train', 'digits', '--out', out, '--track', 'tensorbord', ok=False)
     assert "unknown tracker 'tensorbord'" in said
     assert 'above 0' in run('fastldm_train', 'digits', '--out', out, '--max_minutes', 0, ok=False)
+    assert 'steps=0: expected' in run('fastldm_train', 'digits', '--out', out, '--steps', 0, ok=False)   # it is given
     assert not out.exists()
 
 def test_a_trial_of_any_recipe_is_short():

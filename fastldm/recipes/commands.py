@@ -245,7 +245,7 @@ _OF_THE_COMMAND = ( # its parameters that are no options of a recipe, or of ever
 
 def _options_for_a_recipe(options):
     "Those that were given, as a recipe takes them."
-    options = {name: value for name,value in options.items() if value not in (None, False)}
+    options = {name: value for name,value in options.items() if value is not None and value is not False}    # 0 counts
     for name in ('prior_steps','channels'):
         if name in options: options[name] = _numbers(options[name], f'--{name}')
     if 'channels' in options: options['channels'] = _listed(options['channels'])

@@ -191,12 +191,10 @@ def own_ldm(
     base.check(own.train)
     arguments |= _choices(base, own, arguments)
     chosen = SimpleNamespace(**arguments)
-    factor = base.multiple(chosen.ae_channels)
-    # recorded under the name that the recipe had in earlier versions
+    factor = base.multiple(chosen.ae_channels)                    # below: `label_ldm` is the name in earlier records
     folder = begin(folder, label_ldm, _record(base, own, arguments), own.train, multiple=factor, **_marks(base, own))
     _introduce(own.train, folder, progress)
     training = dict(seed=seed, precision=precision, progress=progress, batch_size=batch_size)
-
     views = chosen.copies
     ds = Augmented(own.train, views, seed) if views>1 else own.train
     set_seed(seed)
