@@ -139,7 +139,7 @@ def test_how_a_set_was_read_stays_with_the_model(tmp_path):
     how = dict(caption='notes', skip=True)
     parts = {}
     for split in ('train','test'):
-        with pytest.warns(UserWarning, match='leaves out 1 pictures'):
+        with pytest.warns(UserWarning, match='leaves out 1 picture'):
             parts[split] = captioned_set(tmp_path, split=split, **how)
     eq(sorted(parts['train'].caption+parts['test'].caption), sorted(f'picture {i}' for i in range(12)))
     model = SimpleNamespace(meta=dict(data=str(tmp_path.resolve()), **how), text_encoder=None)
@@ -431,7 +431,7 @@ def test_musti(web, tmp_path, wrap):
     lost = record(web, 61, image=f'{web}/lost_61.png')
     f = musti(tmp_path, wrap([*(record(web, i) for i in range(60)),grey,lost]))
     kw = dict(folder=tmp_path/'kept', progress=False, test=.3, size=16)
-    with pytest.warns(UserWarning, match='MUSTI leaves out 1 pictures.*lost_61.png: 404'): train = MUSTI(f, **kw)
+    with pytest.warns(UserWarning, match='MUSTI leaves out 1 picture.*lost_61.png: 404'): train = MUSTI(f, **kw)
     with pytest.warns(UserWarning, match='leaves out'): test = get_dataset('musti', root=f, split='test', **kw)
     eq(len(train)+len(test), 61)
     eq(set(train.name)&set(test.name), set())

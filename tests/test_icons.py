@@ -217,7 +217,7 @@ def test_one_broken_icon(folder, icon):
     path = write(folder.parent/'c.json', data)
     for _ in range(2):                                          # the second time from the cache
         with pytest.raises(ValueError, match='1 of 78 icons cannot be drawn (.*c/thing-b: )'): IconSet(path, size=8)
-        with pytest.warns(UserWarning, match='leaves out 1 pictures. c/thing-b: '):
+        with pytest.warns(UserWarning, match='leaves out 1 picture. c/thing-b: '):
             ds = IconSet(path, size=8, held_out=0, skip='warn')
         assert [*ds.failed]==['c/thing-b'] and len({*ds.name})==77 and 'c/thing-b' not in ds.name
 

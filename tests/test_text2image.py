@@ -270,6 +270,23 @@ def test_codes_of_anything(trained, tmp_path):
     fails('holds codes of something else: .*text was', codes_cli, d/'set', d/'run', tmp_path/'a', **settings)
     fails('makes codes of 32×32 pictures', codes_cli, d/'set', d/'run', tmp_path/'c', size=20, split='test')
     fails('is a set without caption', codes_cli, 'digits', d/'run', tmp_path/'c', **settings)
+
+def test_codes_of_a_chosen_column(trained, tmp_path):
+    "The captions of codes are those that the model was trained on, or those asked for; not the column that comes first."
+    _, d = trained
+    table = make_set(tmp_path/'set')/'captions.csv'
+    head, *rows = table.read_text(encoding='utf-8').splitlines()
+    both = [f'{head},notes', *(f'{row},note {i}' for i,row in enumerate(rows))]
+    table.write_text('\n'.join(both), encoding='utf-8')
+    model = tmp_path/'run'
+    shutil.copytree(d/'run', model)
+    card = json.loads((model/'config.json').read_text())
+    (model/'config.json').write_text(json.dumps(card | dict(data=str(tmp_path/'set'), caption='notes')))
+    def captions(out, **options):
+        codes_cli(str(tmp_path/'set'), str(model), str(tmp_path/out), split='test', size=32, **options)
+        return CodeDataset(tmp_path/out)[:]['caption']
+    assert captions('as_trained')==[f'note {i}' for i in range(5, 24, 6)]
+    assert captions('asked', caption='caption')==['a green square','a yellow square']*2
     assert not (tmp_path/'c').exists()
 
 @pytest.mark.parametrize('kw,message', [

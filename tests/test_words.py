@@ -324,6 +324,14 @@ assert 'torch' not in sys.modules'''
     options = {action.dest for action in anno_parser(itself)._actions if action.help!=argparse.SUPPRESS}
     assert options<={word.strip('-,') for word in done.stdout.split()} | {'help'}
 
+def test_help_can_be_cut_short():
+    "A reader that leaves after one line, as `head -1` does: there was the traceback of a BrokenPipeError."
+    command = ['fastldm_train', '--help']
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1) as process:
+        process.stdout.close()
+        assert process.stderr.read()==''
+    assert process.returncode==0
+
 def test_help_lists_what_there_is():
     "Recipes and models with their sizes and steps, as the library has them."
     assert {*list_recipes()}=={*RECIPES}

@@ -163,6 +163,13 @@ def print_help(
     title, listed = lists[command]
     print(f'{title}:', *(_line(name, facts).rstrip() for name,facts in listed().items()), sep='\n')
 
+def _help(command, model):
+    "Print the help; a reader that leaves early, as `head` does, is no fault."
+    try:
+        print_help(command, model)
+        sys.stdout.flush()
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor at Python's end
+
 # %% ../../nbs/cli/00_start.ipynb #11156e6d
 def __getattr__(name):
     "`NAME_cli` of a command: its function, or where help is asked for, one that prints it."
@@ -171,7 +178,7 @@ def __getattr__(name):
     words = sys.argv[1:]
     if {'-h','--help'} & {*words}:
         model = next((word for word in words if not word.startswith('-')), None)
-        return partial(print_help, command, model)
+        return partial(_help, command, model)
     if command=='sample' and Path(sys.argv[0]).stem=='fastldm_sample':
         sys.argv[1:] = join_values(words, {*signature(head_of(command)).parameters, 'pdb', 'xtra'})
     return getattr(importlib.import_module(f'fastldm.{COMMANDS[command]}'), name)

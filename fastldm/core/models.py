@@ -8,7 +8,7 @@ __all__ = ['RENAMED_CLASSES', 'RENAMED_ARGUMENTS', 'RENAMED_WEIGHTS', 'PICKLES',
            'n_params', 'tensor_digest', 'fits_half', 'check_folder', 'save_model', 'check_weights', 'default_device',
            'check_device', 'load_model', 'check_saveable', 'evaluating', 'inference', 'fetch_batch', 'spread_indices',
            'cover_indices', 'set_seed', 'should_run', 'install_line', 'require_package', 'check_choice', 'check_flags',
-           'whole_number', 'real_number']
+           'whole_number', 'counted', 'real_number']
 
 # %% ../../nbs/core/00_models.ipynb #c0a18586
 import difflib, hashlib, importlib, inspect, json, math, os, pkgutil, random, sys
@@ -579,6 +579,13 @@ def whole_number(
     if is_number and number==int(number) and (least is None or number>=least): return int(number)
     size = '' if least is None else f' of at least {least}'
     raise ValueError(f'{name}={value!r}: expected a whole number{size}')
+
+def counted(
+    n:int, # how many
+    noun:str, # what, in the singular; its plural ends in s
+)->str: # e.g. '1 picture', '1,200 pictures'
+    "A number of things, for a message."
+    return f"{n:,} {noun}{'' if n==1 else 's'}"
 
 def real_number(
     value, # what was given: a number of Python, numpy or torch

@@ -383,7 +383,8 @@ class CelebAMaskHQ(Faces):
         rows = [i for i,n in enumerate(numbers) if _split_of(n)==split]
         masks = dict(zip(rows, _part_files(folder, [int(Path(files[i]).stem) for i in rows])))
         if without := [files[i] for i in rows if not masks[i]]:
-            warnings.warn(f"{len(without)} of {len(rows)} pictures have no mask and are left out, such as {without[0]}")
+            warnings.warn(f"left out, as they have no mask: {len(without)} of {len(rows)} pictures, "
+                          f"such as {without[0]}")
         rows = [i for i in rows if masks[i]]
         if not rows:
             raise FileNotFoundError(f"{folder} has no picture of split {split!r} with a mask: {self.how_to_get}")

@@ -22,7 +22,7 @@ from PIL import Image,ImageOps
 from fastcore.basics import patch
 from torch.utils.data import DataLoader,default_collate
 from tqdm.auto import tqdm
-from ..core.models import real_number,tensor_digest
+from ..core.models import counted,real_number,tensor_digest
 from ..core.show import warn_unsigned
 
 # %% ../../nbs/data/00_images.ipynb #e7744ca0
@@ -593,7 +593,7 @@ def leave_out(self:Pictures, bad):
     "Warn of what is left out, and remember it in `failed`."
     if not bad: return
     self.failed = {**self.failed, **bad}
-    warnings.warn(f"{type(self).__name__} leaves out {len(bad)} pictures. {first_few(bad)}", stacklevel=5)
+    warnings.warn(f"{type(self).__name__} leaves out {counted(len(bad), 'picture')}. {first_few(bad)}", stacklevel=5)
 
 @patch
 def choose_readable(self:ImageFolder, files, skip)->dict: # the good files, as its keys, in order

@@ -15,7 +15,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
-from ..core.models import tensor_digest,whole_number,write_atomic
+from ..core.models import counted,tensor_digest,whole_number,write_atomic
 from .images import (IMAGE_SUFFIXES,OPENERS,Pictures,check_labels,check_skip,check_split,files_digest,
                                  find_damaged,first_few,from_image,open_image,to_image)
 
@@ -60,7 +60,8 @@ def __getstate__(self:Shards): return dict(self.__dict__, loaded=OrderedDict()) 
 @patch
 def __repr__(self:Shards):
     shape = f'{self.channels}×{self.size}×{self.size}'
-    return f"{type(self).__name__}({self.split}: {len(self)} pictures of {shape} in {len(self.urls)} shards)"
+    n_pictures, n_shards = counted(len(self), 'picture'), counted(len(self.urls), 'shard')
+    return f"{type(self).__name__}({self.split}: {n_pictures} of {shape} in {n_shards})"
 
 # %% ../../nbs/data/03_shards.ipynb #125a6301
 @patch
@@ -231,10 +232,10 @@ def load_shard(self:Shards, i:int)->dict: # {field: list}
     self.loaded.move_to_end(i)
     return self.loaded[i]
 
-def _check_count(url, found, counted):
-    if found==counted: return
-    raise ValueError(f"{url} has {found} pictures, and {counted} were counted: write index.json again, or correct "
-                     "`counts`")
+def _check_count(url, found, expected):
+    if found==expected: return
+    raise ValueError(f"{url} has {counted(found, 'picture')}, and {expected} were counted: "
+                     "write index.json again, or correct `counts`")
 
 @patch
 def _check_shard(self:Shards, i, fields):

@@ -25,7 +25,7 @@ from ..core.processes import process_share
 from ..core.train import Interrupted, sigterm_as_interrupt
 from ..core.watch import DeadlineCB, TrackCB
 from ..diffusion.ldm import available, load
-from .stages import RECIPES, captioned_set, every_stage, with_article
+from .stages import RECIPES, captioned_set, every_stage, reading_options, with_article
 
 # %% ../../nbs/recipes/06_commands.ipynb #7ff52052
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, Busy) # their messages say what to do
@@ -320,6 +320,8 @@ def codes_cli(
     out:str, # folder of the database
     split:str='train', # or test
     text_encoder:str=None, # a `Blip` that reads the captions (default: the model's own, if it has one)
+    caption:str=None, # the column of captions of a table (default: as the model was trained, or one of the usual names)
+    skip:store_true=False, # leave out pictures that are missing or damaged, with a warning
     root:str=None, # where a public set is looked for first
     size:int=None, # side of the pictures (default: the model's own; to be given for a VQ-VAE whose card has none)
     batch_size:int=128, # pictures at a time
@@ -337,7 +339,8 @@ def codes_cli(
     encoder = _encoder_of(net, text_encoder)
     whole_number(batch_size, '--batch_size', 1)
     whole_number(workers, '--workers', 0)
-    ds = captioned_set(data, root, split, _size_of(net, model, size))
+    reading = reading_options(net, data) | given(caption=caption, skip=skip or None)
+    ds = captioned_set(data, root, split, _size_of(net, model, size), **reading)
     features = encoder.text_features if encoder is not None and hasattr(ds, 'caption') else None
     path = write_codes(ds, vqvae, out, features, batch_size, workers)
     print(f'{CodeDataset(path)} in {path}')

@@ -21,7 +21,7 @@ from pathlib import Path
 # %% ../../nbs/recipes/18_draw.ipynb #cb2070b9
 from ..codes.text2image import TextToImage
 from ..control.adapter import control, read_control, read_region
-from ..core.models import check_choice, whole_number
+from ..core.models import check_choice, counted, whole_number
 from ..core.processes import process_share
 from ..core.show import read_settings, write_picture
 from ..data.faces import read_mask
@@ -380,7 +380,7 @@ def sample_cli(
     method = command_method(net, 'sample_command', name, options)
     settings = settings_of(net, name, options, adapter, constraint_settings(past))
     n = _draw_into(out, net, method, options, settings, per_shard, share)
-    print(f'{n} {"picture" if n==1 else "pictures"} in {out}')
+    print(f"{counted(n, 'picture')} in {out}")
 
 # %% ../../nbs/recipes/18_draw.ipynb #75c94ef3
 def _draw_into(out, model, method, options, settings, per_shard=None, share=(0,1)):

@@ -19,7 +19,7 @@ from ..diffusion.autoencoder import LatentDataset, PixelSpace, TutorialAutoencod
 from ..diffusion.cond import Conditioner, LabelEmbedder, VectorEmbedder
 from ..diffusion.denoiser import Denoiser, diffusion_loss, edm_weight
 from ..diffusion.ldm import LatentDiffusion, available, load
-from ..diffusion.schedules import VE, Cosine
+from ..diffusion.schedules import VE, Cosine, uniform_t
 from ..diffusion.unet import TutorialUNet, UNet
 from ..metrics.images import Evaluator, PhotoEvaluator, Reference, evaluator_loss, fid, label_accuracy
 from .stages import (begin, calls_begin, embedders_of, finish, licence_line, picture_set, recipe,
@@ -94,6 +94,7 @@ def label_ldm(
     drop:float=.1, # rate at which the label is left out in training
     copies:int=1, # augmented views of each picture, more than 1 for small sets: see `Augmented`
     weight=edm_weight, # of the loss
+    sample_t=uniform_t, # draws the times of the loss: `(schedule, n, device) -> (n,)`
     seed:int=0, # of everything
     precision:str=None, # 'bf16' where the processor has it
     progress:bool=True, # show bars
@@ -113,7 +114,7 @@ def label_ldm(
     latents = LatentDataset(ds, ae, cache=folder/'cache', progress=progress)
     shape = tuple(latents[0]['latent'].shape)
     scores = score_cb(data, ae, shape, max(1, steps//8))
-    loss_fn = partial(diffusion_loss, weight=weight)
+    loss_fn = partial(diffusion_loss, weight=weight, sample_t=sample_t)
     def draw(denoiser): return _draw_labels(LatentDiffusion(ae, denoiser, shape), ds)
     denoiser = train_denoiser(latents, folder, denoiser, loss_fn, steps, lr=lr, draw=draw, cbs=[*cbs, *scores],
                               **training)

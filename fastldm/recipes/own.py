@@ -70,7 +70,7 @@ def _warn_of_unused(data):
         warnings.warn(f'{tables[0]} lies beside the pictures, and its columns are not used: name those that are '
                       'conditions (--conditions species,length), if any should be')
     elif texts:
-        warnings.warn(f'{len(texts)} pictures of {folder} have a text beside them, which is not used: '
+        warnings.warn(f'{folder} has texts beside its pictures ({len(texts)}), which are not used: '
                       '`fastldm_train captioned` trains on texts')
 
 def _share_of(data, conditions):
