@@ -30,7 +30,7 @@ BAD_IMAGES = {                                            # what is wrong: (imag
     'whole': (ok.long(), 'int64'),
     'range': (ok+3, 'from 3 to 3'),
     'nan': (ok/0, 'nan'),
-    'empty': (ok[:0], 'given pictures of'),
+    'empty': (ok[:0], 'given no pictures'),
     'list': ([1], 'list'),
 }
 
@@ -57,7 +57,7 @@ BAD_SIZES = [dict(channels=()), dict(c_latent=0), dict(patch=0), dict(channels=(
 @pytest.mark.parametrize('sizes', BAD_SIZES)
 def test_bad_sizes(sizes):
     "A model of no channels or no patch is an error before it is built."
-    with pytest.raises(ValueError, match='expected a positive'): Autoencoder(**sizes)
+    with pytest.raises(ValueError, match='expected a (positive|width)'): Autoencoder(**sizes)
 
 def test_bad_pixel_loss():
     "The error lists the losses that there are."
@@ -188,6 +188,36 @@ def test_any_data_set_and_its_fields(ae, ds, tmp_path, from_cache):
     eq(latents[-1]['caption'], 'digit 9')
     eq(len(list(latents)), 10)
     eq(len(list(tmp_path.iterdir())), 1)
+
+class Sided(Items):
+    "A set with a mask of sides and an encoded text."
+    mask_classes = ['background','l_eye','nose','r_eye']
+    def __getitem__(self, i):
+        item = super().__getitem__(i)
+        return dict(item, mask=torch.tensor([[1,2,0,3]]), text=torch.arange(15.).view(3,5)+i, region=torch.eye(4)[None])
+
+@pytest.mark.parametrize('from_cache', [False, True])
+def test_mirroring_exchanges_sides_and_leaves_texts(ae, ds, tmp_path, from_cache):
+    "The features of half of the texts came back in reverse, and the left eye stayed the left one."
+    items = Sided(ds)
+    for _ in range(1+from_cache): latents = make(items, ae, tmp_path, flip=True)
+    batch = latents.__getitems__([4]*20)
+    eq(batch['text'], items[4]['text'].expand(20,-1,-1))
+    is_mirrored = batch['mask'][:,0,1]==0
+    assert 0<is_mirrored.sum()<20
+    for mask,region,mirrored in zip(batch['mask'], batch['region'], is_mirrored):
+        eq(mask, torch.tensor([[1,0,2,3] if mirrored else [1,2,0,3]]))
+        eq(region, items[4]['region'].flip(-1) if mirrored else items[4]['region'])
+
+def test_settings_have_a_cache_of_their_own(ds, tmp_path):
+    "Two first stages without weights shared one file."
+    class Plain(FirstStage):
+        def encode_params(self, x): return x, None
+        def decode_raw(self, z): return z
+    class Louder(Plain):
+        def encode_params(self, x): return 5*x, None
+    plain,louder = (make(ds, first(1, 1, 1), tmp_path).latent for first in (Plain, Louder))
+    close(louder, 5*plain)
 
 
 # --- distances with weights of others

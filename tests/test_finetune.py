@@ -8,7 +8,7 @@ from fastldm.data.augment import Augmented
 from fastldm.data.images import DATASETS, Pictures, get_dataset
 from fastldm.diffusion import (LatentDataset, adapters_of, add_lora, diffusion_loss, edm_weight, load, load_lora,
                                merge_lora, remove_lora, save_lora)
-from fastldm.recipes import beginning, copying, own_ldm, train_cli, with_adapter
+from fastldm.recipes import beginning, copying, label_ldm, own_ldm, train_cli, with_adapter
 from fastldm.recipes.stages import card_metadata, embedders_of
 
 TINY = dict(steps=3, batch_size=8, progress=False)
@@ -73,6 +73,25 @@ def test_a_condition_that_is_gone(start, tmp_path, capsys):
     ldm = own_ldm('two', tmp_path/'m', start=start, copies=1, **TINY)
     assert 'new: label; left out: augment' in capsys.readouterr().out
     assert [*embedders_of(ldm)]==['label']
+
+@pytest.mark.parametrize('recipe, module', [(own_ldm,'own'), (label_ldm,'labels')])
+def test_views_without_mirroring(tmp_path, monkeypatch, recipe, module):
+    """Letters must not be mirrored. A run that was begun before there was a choice is resumed, one that was begun
+    otherwise is not."""
+    made = []
+    def augmented(*args, **kwargs):
+        made.append(kwargs.get('mirror'))
+        return Augmented(*args, **kwargs)
+    monkeypatch.setattr(f'fastldm.recipes.{module}.Augmented', augmented)
+    sizes = dict(c_latent=2, ae_channels=(8,8), ae_steps=2, channels=(8,16), copies=2)
+    recipe('two', tmp_path/'m', mirror=False, **sizes, **TINY)
+    assert False in made and True not in made
+    with pytest.raises(ValueError, match='mirror was False, is True'): recipe('two', tmp_path/'m', **sizes, **TINY)
+    record = tmp_path/'m'/'recipe.json'
+    asked = json.loads(record.read_text())
+    del asked['mirror']
+    record.write_text(json.dumps(asked))
+    recipe('two', tmp_path/'m', mirror=False, **sizes, **TINY)
 
 def test_the_autoencoder_can_be_tuned(start, tmp_path):
     "It is trained on from the start's weights, with the start's scale, in a stage of its own."

@@ -17,7 +17,7 @@ def greys(ds): return [round(x.float().mean().item()) for x in ds.pixels(range(l
 # ---- reading
 
 LEVELS = np.array([[0,16500,33200,50000]], np.uint16)               # 16 bits, and what they are in 8
-BYTES = LEVELS//257
+BYTES = (LEVELS/257).round()
 
 @pytest.mark.parametrize('suffix', ['png','tif','ppm'])
 def test_sixteen_bits_are_not_clipped(tmp_path, suffix):
@@ -25,7 +25,7 @@ def test_sixteen_bits_are_not_clipped(tmp_path, suffix):
     f = tmp_path/f'deep.{suffix}'
     Image.fromarray(LEVELS.repeat(4, 0)).save(f)
     ways = open_image(f, 4),to_uint8(from_image(Image.open(f))),to_uint8(from_image(LEVELS.repeat(4, 0)))
-    for x in ways: assert x[0,0].tolist()==BYTES[0].tolist()==[0,64,129,194]
+    for x in ways: assert x[0,0].tolist()==BYTES[0].tolist()==[0,64,129,195]
     assert [len(x) for x in ways]==[3,3,1]
 
 @pytest.mark.parametrize('dtype,scale', [
@@ -336,7 +336,7 @@ def test_captions_are_written_into_shards(tmp_path):
     table = 'file,caption\n'+''.join(f'{i}.png,é {i}\n' for i in range(3))
     (tmp_path/'captions.csv').write_text(table, encoding='utf-8')
     ds = Captioned(tmp_path, test=0, size=4)
-    assert Shards(write_shards(ds, tmp_path/'tars', 2), size=4)[:]['caption']==ds.caption
+    assert Shards(write_shards(ds, tmp_path/'tars', 2, shuffle=False), size=4)[:]['caption']==ds.caption
 
 
 # ---- captions

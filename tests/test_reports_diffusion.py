@@ -174,6 +174,18 @@ def test_schedules_keep_their_table(cast):
         assert torch.equal(schedule.log_snr(TIMES), make().log_snr(TIMES))
         assert (schedule.log_snr(TIMES).diff()<0).all()
 
+@pytest.mark.parametrize('times', [uniform_times, angle_times, karras_times, log_snr_times])
+@pytest.mark.parametrize('kind', ['SqrtLinear', 'Tabulated'])
+def test_a_table_on_a_gpu_is_asked_from_the_cpu(kind, times):
+    "A grid asks with times on the CPU; fake tensors have a device and no numbers."
+    from fastldm.control.stable import Tabulated
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    schedule = SqrtLinear() if kind=='SqrtLinear' else Tabulated(SqrtLinear().alpha(TIMES[::3])**2)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for name,buffer in schedule.named_buffers(): setattr(schedule, name, torch.empty_like(buffer, device='cuda'))
+        assert times(schedule, 4).device.type=='cpu'
+        assert schedule.log_snr(TIMES[:3]).device.type=='cpu'
+
 @pytest.mark.parametrize('name', ['mnist', 'mnist_tutorial', 'flowers', 'faces'])
 @pytest.mark.parametrize('cast,within', [('double',1e-4), ('bfloat16',.03)])
 def test_models_sample_in_other_precisions(name, cast, within):
@@ -263,7 +275,9 @@ def test_what_is_plainly_meant_is_taken(mnist, given):
     (dict(times='ddim_step'), "there is no time grid 'ddim_step'"),
     (dict(step='sample'), "there is no sampler 'sample'"),
     (dict(step=5), "step=5: expected a function, or a name, as in step='ddim_step'"),
-    (dict(times=torch.linspace(1,0,4)), 'times=tensor'),
+    (dict(times=torch.linspace(1,0,4)), 'steps=3: the times say how many'),
+    (dict(times=torch.linspace(0,1,4), steps=None), 'expected times that fall, from at most 1'),
+    (dict(times=5), 'times=5: expected a function, or a name'),
     (dict(callback=5), 'callback=5: expected a function'),
     (dict(label='eleven'), "unknown label 'eleven'"),
     (dict(label='12'), 'label=12 is out of range'),

@@ -272,7 +272,7 @@ def test_codes_of_anything(trained, tmp_path):
     fails('is a set without caption', codes_cli, 'digits', d/'run', tmp_path/'c', **settings)
 
 def test_codes_of_a_chosen_column(trained, tmp_path):
-    "The captions of codes are those that the model was trained on, or those asked for; not the column that comes first."
+    "The captions of codes are those that the model was trained on, or those that are asked for."
     _, d = trained
     table = make_set(tmp_path/'set')/'captions.csv'
     head, *rows = table.read_text(encoding='utf-8').splitlines()

@@ -163,6 +163,7 @@ def print_help(
     title, listed = lists[command]
     print(f'{title}:', *(_line(name, facts).rstrip() for name,facts in listed().items()), sep='\n')
 
+# %% ../../nbs/cli/00_start.ipynb #75a0ceac
 def _help(command, model):
     "Print the help; a reader that leaves early, as `head` does, is no fault."
     try:

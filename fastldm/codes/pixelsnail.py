@@ -298,8 +298,7 @@ def check(self:PixelSNAIL,
     if self.above: _check_map('above', above, *self.above)
     elif above is not None:
         raise ValueError("`above` was given, but this prior is of the coarsest level: it takes none")
-    if text is None: return
-    _check_text(text, self.d_text)
+    if text is not None: _check_text(text, self.d_text)
     sizes = {len(t) for t in (codes,above,text) if t is not None}
     if len(sizes)>1: raise ValueError(f"codes, above and text are of {sorted(sizes)} samples: expected as many of each")
 
@@ -350,7 +349,7 @@ def unigram_bits(
     test:torch.Tensor=None, # (M,h,w) to code with these counts; None: the same
     n_codes:int=None, # codes in the book; None: as many as the largest needs
 )->float: # bits
-    "Compute the bits per code of a model that knows how often each code occurs (counted once more than it did)."
+    "Compute the bits per code of a model that knows how often each code occurs (with add-one smoothing)."
     test = codes if test is None else test
     n = n_codes or int(max(codes.max(),test.max()))+1
     counts = torch.bincount(codes.flatten(), minlength=n).double()+1

@@ -122,16 +122,20 @@ def _per_level(settings, n_levels):
     def of(level): return {k:v[level] if isinstance(v, (list,tuple)) else v for k,v in settings.items()}
     return [of(level) for level in range(n_levels)]
 
+# %% ../../nbs/codes/05_text2image.ipynb #3b9a0b04
 @patch
 def _by_codes(self:TextToImage, text, seed, first, batch_size, progress, *,
-              temperature=1., top_k=None, top_p=None, guidance_scale=1.):
-    "Sample the codes of each level in turn, and decode them."
+              temperature=1., top_k=None, top_p=None, guidance_scale=1., callback=None):
+    "Sample the codes of each level in turn, and decode them; `callback()` is called after each position of a map."
     settings = dict(temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale)
     levels = _per_level(settings, len(self.priors))
     images = []
     starts = range(0, len(text), batch_size)
     positions = sum(math.prod(prior.shape) for prior in self.priors)       # of all maps, drawn one after the other
     with tqdm(desc='codes', total=len(starts)*positions, disable=not progress, leave=False) as bar:
+        def after_position():
+            bar.update()
+            if callback is not None: callback()
         for start in starts:
             part = text[start:start+batch_size]
             codes = []
@@ -139,7 +143,7 @@ def _by_codes(self:TextToImage, text, seed, first, batch_size, progress, *,
                 above = codes[-1] if codes else None
                 words = part if prior.d_text else None
                 codes.append(sample_codes(prior, len(part), above, words, seed=seed, first=first+start,
-                                          callback=bar.update, **kw))
+                                          callback=after_position, **kw))
             decoded = self.vqvae.decode_codes(codes)
             images.append((decoded.to(torch.promote_types(decoded.dtype, torch.float))+1)/2)
     return torch.cat(images)
@@ -308,7 +312,8 @@ def sample(self:TextToImage,
     first:int=0, # index of the first of these images, to sample many in parts
     progress:bool=False, # show bars
     output_type:str='pt', # as in `LatentDiffusion.sample`
-    **how, # codes: temperature, top_k, top_p, guidance_scale (each a value, or one per level);
+    **how, # codes: temperature, top_k, top_p, guidance_scale (each a value, or one per level), callback (a function
+           # that is called after each position of a map, and ends the sampling if it raises);
            # diffusion: steps, calls, step, times, guidance_scale, interval, precision, constraint, latents, watch,
            # negative_prompt (a text, or one an image, that guidance moves away from), `other_conditions`, and
            # negative (values of these that guidance moves away from, as in `LatentDiffusion.sample`)
@@ -358,13 +363,17 @@ class CodeLatents:
 
 # %% ../../nbs/codes/05_text2image.ipynb #f6a2df93
 class TextLatents:
-    "Latents of captioned pictures, with the text features of the captions."
+    """Latents of captioned pictures, with the text features of the captions.
+    Raises `ValueError` for another number of captions than latents."""
     def __init__(self,
         latents, # data set with `latent` and `caption`, e.g. a `LatentDataset`
         captions, # of all its items, in their order
         text_encoder, # with `text_features(captions)`
         cache=None, # folder to keep the features in; None: in memory only
     ):
+        if len(captions)!=len(latents):
+            raise ValueError(f'given {len(captions)} captions for {len(latents)} latents: '
+                             'expected one each, in their order')
         self.latents = latents
         if cache is None:
             unique, self.row = _unique(captions)

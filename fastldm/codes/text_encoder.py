@@ -271,7 +271,8 @@ def from_minilm(cls:WordVectors,
     **options, # for `WordVectors`
 )->WordVectors: # in eval mode
     """Encode each word piece alone, and keep its principal components (Tulkens and van Dongen 2024).
-    Raises `FileNotFoundError` where MiniLM is not installed."""
+    Raises `FileNotFoundError` where MiniLM is not installed, `ValueError` for what is not read as one word."""
+    _check_words(words)
     minilm = MiniLM.from_pretrained() if minilm is None else minilm
     special = [piece for piece in SPECIAL if piece in minilm.ids]
     pieces = [piece for piece in minilm.vocab if piece.isascii() and not re.fullmatch(r'\[.+\]', piece)]
@@ -286,6 +287,17 @@ def from_minilm(cls:WordVectors,
     encoder = cls([*special, *pieces, *words], dim, **options)
     encoder.vectors[len(special):] = vectors/vectors[:len(pieces)].std()
     return encoder.eval()
+
+# %% ../../nbs/codes/03_text_encoder.ipynb #c83f50b5
+def _check_words(words):
+    "Raises `ValueError` for words that are cut or changed when a text is read, so that they would never be looked up."
+    tokenizer = word_piece_tokenizer(SPECIAL)
+    for word in words:
+        parts = tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(word))
+        read_as = [part for part,_ in parts]
+        if read_as!=[word]:
+            raise ValueError(f'words has {word!r}, which a text reads as {read_as}: '
+                             'give single words in lower case, without signs and accents')
 
 def _encode_pieces(minilm, pieces):
     "Each word piece as a text of its own, (n,d)."

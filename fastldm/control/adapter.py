@@ -16,10 +16,10 @@ from functools import partial
 from PIL import Image
 from fastcore.basics import patch
 from torch import nn
-from ..core.models import Module, check_choice, evaluating, fingerprint
+from ..core.models import Module, check_choice, evaluating, fingerprint, real_number
 from ..core.train import noise_of_batch, rows_of_batch
 from ..data.faces import read_mask
-from ..data.images import edges, from_image, plain_picture
+from ..data.images import edges as image_edges, from_image, plain_picture
 from ..diffusion.autoencoder import LatentDataset
 from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Guided, scales, uniform_weight
@@ -366,7 +366,7 @@ def laplacian(
 TIME_WEIGHTS = dict( # of the second term: functions of the time and of ᾱ, one number per sample each
     constant=lambda t,abar: torch.ones_like(abar),
     step=lambda t,abar: (t>.5).to(abar),                            # from step 500 of 1000, whose time is .501
-    time=lambda t,abar: 1-abar,
+    time=lambda t,abar: 1-abar,                                     # the share of the noise, which grows with time
     snr=lambda t,abar: (abar/(1-abar)).clamp(max=1.),
 )
 EDGES = dict(sobel=sobel, laplacian=laplacian, z0=lambda z: z) # what of the latents the second term compares
@@ -437,7 +437,8 @@ def random_region(
 )->torch.Tensor: # (n,1,size,size) of 0 and 1
     """Random regions, drawn with the global generator.
 
-    Raises `ValueError` for another kind."""
+    Raises `ValueError` for another kind, or a share that boxes hardly ever have."""
+    min_share = real_number(min_share, 'min_share', 0, .5, ', as boxes are drawn again until they are large enough')
     if '+' in kind:
         kinds = kind.split('+')
         each = torch.stack([random_region(n, size, k, min_share) for k in kinds])
@@ -524,7 +525,7 @@ def _colour_squares(image, side=8):
     return (F.interpolate(squares, scale_factor=side)[...,:h,:w]+1)/2
 
 CONTROLS = dict( # functions of a batch and the number of its classes, which give planes (B,c,H,W) in [0,1]
-    edges=lambda batch,n: edges(batch['image'], low=.03, high=.08),
+    edges=lambda batch,n: image_edges(batch['image'], low=.03, high=.08),
     segmentation=lambda batch,n: F.one_hot(batch['mask'].long(), n).movedim(-1,1).float(),
     depth=lambda batch,n: batch['depth'],
     silhouette=lambda batch,n: silhouettes(batch['image']),
@@ -570,7 +571,8 @@ def _read_grey(path, kind):
         hint = f'; {_MADE_BY[kind]} makes one of a photograph' if kind in _MADE_BY else ''
         raise ValueError(f'{path} is in colour, but a file for {kind!r} is grey, {_WHITE[kind]}{hint}')
     x = x[:1]
-    if x.max()==0 and np.array(plain_picture(im)).min()<255 and 'A' in im.getbands():
+    has_alpha = 'A' in im.getbands() or 'transparency' in im.info             # of a palette
+    if has_alpha and x.max()==0 and np.array(plain_picture(im)).min()<255:
         raise ValueError(f'{path} is black on a transparent ground, but a file for {kind!r} is {_WHITE[kind]}')
     is_flags = im.mode!='1' and x.max()==1                                    # a file of zeros and ones
     return x if is_flags else x/255
@@ -583,7 +585,8 @@ def read_control(
 )->torch.Tensor: # (c,H,W) in [0,1]
     """A control from a file.
 
-    Raises `ValueError` for a file that cannot be read, has colours where it should be grey, or dark lines on white."""
+    Raises `ValueError` for a file that cannot be read, has colours where it should be grey, dark lines on white, or no
+    lines at all."""
     check_choice(kind, CONTROLS, 'control')
     if kind=='segmentation':
         ids = read_mask(path).long()
@@ -594,6 +597,7 @@ def read_control(
     x = _read_grey(path, kind)
     if kind=='edges' and x.mean()>.5:
         raise ValueError(f'{path} is mostly white: edges are white lines on black, so invert it')
+    if kind=='edges' and not x.max()>0: raise ValueError(f'{path} is black: there are no lines to follow')
     return x
 
 def read_region(
@@ -622,7 +626,7 @@ class _WithControl:
         batch = self.ds.__getitems__(idxs)
         kept = {field: batch[field] for field in self.fields if field in batch}
         control = picture_control(self.kinds, batch, self.n_classes)
-        return dict(kept, control=(control*255).byte())
+        return dict(kept, control=(control*255).round().byte())
 
 # %% ../../nbs/control/00_adapter.ipynb #45f3b5a4
 class ControlData:
@@ -676,16 +680,16 @@ def with_regions(self:ControlData,
 class Blended:
     "A denoiser around a denoiser: inside a region the prediction with features, outside the one without."
     def __init__(self,
-        control:Controlled, # its features are not masked
+        controlled:Controlled, # its features are not masked
         region:torch.Tensor, # (n or 1,1,H,W) in [0,1]
     ):
-        self.control = control
+        self.controlled = controlled
         self.region = region
-        self.schedule = control.schedule
+        self.schedule = controlled.schedule
 
     def __call__(self, x, t, cond=None):
         m = resize_region(self.region, x.shape[2:]).to(x)
-        return torch.lerp(self.control.base(x, t, cond), self.control(x, t, cond), m)
+        return torch.lerp(self.controlled.base(x, t, cond), self.controlled(x, t, cond), m)
 
 class BlendedControl(Control):
     """A control, blended: `BlendedControl(control(adapter, picture, region))`, for `sample(constraint=...)`.

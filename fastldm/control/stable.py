@@ -160,7 +160,7 @@ class Tabulated(Schedule):
         steps = t*self.T
         position = steps.clamp(1, self.T) - 1
         i = position.detach().floor().long().clamp(max=self.T-2)
-        table = self.table.to(t.dtype)
+        table = self.table.to(t)                                    # in the precision, and on the device, of the time
         before_first = steps.clamp(max=1)                           # below 1, σ²/α² falls with it
         return torch.lerp(table[i], table[i+1], position-i) - before_first.log()
 

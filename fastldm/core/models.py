@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['RENAMED_CLASSES', 'RENAMED_ARGUMENTS', 'RENAMED_WEIGHTS', 'PICKLES', 'EXTRAS', 'Recorded', 'Module', 'upgrade_record',
            'upgrade_weights', 'from_config', 'write_atomic', 'Busy', 'json_text', 'fingerprint', 'config_fingerprint',
-           'n_params', 'tensor_digest', 'fits_half', 'check_folder', 'save_model', 'check_weights', 'default_device',
-           'check_device', 'load_model', 'check_saveable', 'evaluating', 'inference', 'fetch_batch', 'spread_indices',
-           'cover_indices', 'set_seed', 'should_run', 'install_line', 'require_package', 'check_choice', 'check_flags',
-           'whole_number', 'counted', 'real_number']
+           'n_params', 'tensor_digest', 'model_digest', 'fits_half', 'check_folder', 'save_model', 'check_weights',
+           'default_device', 'check_device', 'load_model', 'check_saveable', 'evaluating', 'inference', 'fetch_batch',
+           'spread_indices', 'cover_indices', 'set_seed', 'should_run', 'install_line', 'require_package',
+           'check_choice', 'check_flags', 'whole_number', 'counted', 'real_number']
 
 # %% ../../nbs/core/00_models.ipynb #c0a18586
 import difflib, hashlib, importlib, inspect, json, math, os, pkgutil, random, sys
@@ -222,23 +222,41 @@ def _has_tensors(part):
     return torch.is_tensor(part) or isinstance(part, np.ndarray)
 
 
+# %% ../../nbs/core/00_models.ipynb #84d569a0
+def model_digest(
+    model:nn.Module, # any; of one without a record, its class counts
+)->str: # 16 hexadecimal digits
+    "A digest of a model's weights and of its record: two models with one digest compute the same."
+    try: record = config_fingerprint(model.config())
+    except (AttributeError,ValueError): record = type(model).__qualname__       # no record, or JSON cannot hold it
+    return tensor_digest(fingerprint(model), record)
+
 # %% ../../nbs/core/00_models.ipynb #5069183d
+def _exact_names(model):
+    "Names of the buffers that are never rounded: those of parts with `is_exact`."
+    exact = [(path, part) for path, part in model.named_modules() if getattr(part, 'is_exact', False)]
+    return {f'{path}.{name}'.lstrip('.') for path, part in exact for name, _ in part.named_buffers(recurse=False)}
+
 def _saved_state(model, half):
     "{name: tensor} on the CPU, floats in 16 bit if `half`; raises `ValueError` for one that 16 bit cannot hold."
     state = {}
+    exact = _exact_names(model)
     for name, tensor in model.state_dict().items():
-        saved = tensor.half() if half and tensor.is_floating_point() else tensor
+        is_rounded = half and tensor.is_floating_point() and name not in exact
+        saved = tensor.half() if is_rounded else tensor
         if saved.isfinite().sum()!=tensor.isfinite().sum():
             raise ValueError(f"`{name}` has values that half precision cannot hold: save with half=False")
         copy = saved.detach().cpu().clone()                    # safetensors refuses tensors that share memory
         state[name] = copy.contiguous()
     return state
 
+# %% ../../nbs/core/00_models.ipynb #f12d6078
 def fits_half(
     model:nn.Module, # any
 )->bool: # whether `save_model` can write it in 16 bit
     "Whether half precision can hold all weights of a model."
-    floats = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    exact = _exact_names(model)
+    floats = [t for name, t in model.state_dict().items() if t.is_floating_point() and name not in exact]
     return all(tensor.half().isfinite().sum()==tensor.isfinite().sum() for tensor in floats)
 
 def _spread(state, max_bytes):

@@ -16,6 +16,7 @@ import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from .models import *
+from .show import warn_unsigned
 
 # %% ../../nbs/core/03_perceptual.ipynb #14347316
 class Perceptual(nn.Module):
@@ -26,10 +27,12 @@ class Perceptual(nn.Module):
     weights = None # one (1,c,1,1) tensor a layer; None: all are 1
 
     def check(self, x):
-        "Raises `ValueError` for what is not pictures in [-1,1]."
-        if torch.is_tensor(x) and x.is_floating_point() and x.dim()==4 and x.shape[1] in (1, 3): return
-        given = f'{x.dtype} {tuple(x.shape)}' if torch.is_tensor(x) else type(x).__name__
-        raise ValueError(f"{self.name} compares float pictures (B,C,H,W) in [-1,1] with C 1 or 3; given {given}")
+        "Raises `ValueError` for what is not a batch of pictures; warns where they seem to be in [0,1]."
+        if not (torch.is_tensor(x) and x.is_floating_point() and x.dim()==4 and x.shape[1] in (1, 3)):
+            given = f'{x.dtype} {tuple(x.shape)}' if torch.is_tensor(x) else type(x).__name__
+            raise ValueError(f"{self.name} compares float pictures (B,C,H,W) in [-1,1] with C 1 or 3; given {given}")
+        can_wait = x.is_cpu or not torch.is_grad_enabled()     # a loss should not wait for the GPU at each step
+        if can_wait and not x.requires_grad: warn_unsigned(x, self.name)
 
     def prepare(self, x):
         "`x` with the channels and at least the size of the network."

@@ -34,13 +34,20 @@ def _bytes(x, lo):
     x = (x.float()-lo)/(1-lo)*255
     return x.round().clamp(0, 255).nan_to_num(0)
 
+# %% ../../nbs/core/01_show.ipynb #f2b7551f
+def _has_channels_last(shape):
+    "Whether this can only be (H,W,C) or (B,H,W,C)."
+    return len(shape) in (3,4) and shape[-1] in (1,3,4) and shape[-3] not in (1,3,4)
+
 def _pixels(images, lo=None):
-    """Pictures as uint8 (B,H,W,3): a tensor or array (H,W), (C,H,W) or (B,C,H,W), a PIL picture, or a list of these.
+    """Pictures as uint8 (B,H,W,3): a tensor or array (H,W), (C,H,W) or (B,C,H,W), a PIL picture, or a list of these;
+    an array may also have its channels last, as files do, and what `sample(output_type='np')` gives.
     Bytes stay as they are, a mask of bools is black (false) and white (true). One `lo` holds for a whole list; where
     it is None, each picture of a list decides for itself."""
     if isinstance(images, (list, tuple)): return np.concatenate([_pixels(image, lo) for image in images])
     if isinstance(images, Image.Image): return np.asarray(images.convert('RGB'))[None]
     x = torch.as_tensor(images).detach().cpu()
+    if isinstance(images, np.ndarray) and _has_channels_last(x.shape): x = x.movedim(-1, -3)
     if x.is_floating_point(): x = _bytes(x, lo)
     if x.dtype==torch.bool: x = x*255
     x = x.to(torch.uint8)
@@ -91,7 +98,7 @@ def read_settings(
     path, # of a PNG file
 )->dict: # what made it
     """The settings that a picture carries. Raises `FileNotFoundError` where there is no file, and `ValueError` for a
-    picture that has none, or a file that is no picture."""
+    picture that has none, or a file that is not a picture."""
     if not Path(path).exists(): raise FileNotFoundError(f'{path} does not exist')
     try:
         with Image.open(path) as picture: return json.loads(picture.text['fastldm'])

@@ -35,8 +35,9 @@ def seed_by(
     seed = _seed_of(*key)
     random.seed(seed)
     np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)              # `torch.manual_seed` takes half a millisecond
     if torch.cuda.is_initialized(): torch.cuda.manual_seed(seed)
+    if torch.backends.mps.is_available(): torch.mps.manual_seed(seed)
 
 # %% ../../nbs/core/02_train.ipynb #93816279
 _share = None                                              # of a batch, in one of several processes: a `_Share`
@@ -286,7 +287,7 @@ class Learner:
         progress:bool=True, # show a bar
         workers:int=0, # processes that load data
         compile:bool=False, # by `torch.compile`: a minute or more to begin with, then faster steps on a GPU
-        gradient_checkpointing:bool=False, # keep less for the backward pass and compute it again, in every `UNet`
+        gradient_checkpointing:bool=None, # keep less for the backward pass; None: as each `UNet` has it
     ):
         "Raises `ValueError` for settings that cannot work."
         store_attr()
@@ -301,6 +302,11 @@ class Learner:
         self.reset()
 
 # %% ../../nbs/core/02_train.ipynb #80625753
+def _are_decays(betas):
+    "Whether these are two numbers from 0 to below 1."
+    is_pair = isinstance(betas, (list, tuple)) and len(betas)==2
+    return is_pair and all(isinstance(beta, (int, float)) and 0<=beta<1 for beta in betas)
+
 @patch
 def check_arguments(self:Learner):
     "Raises `ValueError` for what cannot work, before anything is done."
@@ -311,6 +317,8 @@ def check_arguments(self:Learner):
     for name in ('warmup', 'workers'): setattr(self, name, whole_number(getattr(self, name), name, 0))
     for name in ('lr', 'weight_decay', 'save_seconds'): setattr(self, name, real_number(getattr(self, name), name, 0))
     self.seed = whole_number(self.seed, 'seed')
+    need('optimizer', self.optimizer is None or callable(self.optimizer), 'a `partial` of an optimiser class, or None')
+    need('betas', _are_decays(self.betas), 'two numbers from 0 to below 1, such as (.9,.99)')
     need('batch_size', self.batch_size<=len(self.data), f"at most {len(self.data)}, which is all of the data")
     need('ema', self.ema is None or 0<=self.ema<1, 'a decay from 0 to below 1, such as .999, or None')
     need('clip', self.clip is None or self.clip>0, 'a number above 0, or None')
@@ -387,7 +395,7 @@ def setup(self:Learner):
 @patch
 def prepare_networks(self:Learner):
     "Compile the model, and have its networks keep less, where that was asked for; neither changes what is saved."
-    for module in self.model.modules():
+    for module in self.model.modules() if self.gradient_checkpointing is not None else ():
         if hasattr(module, 'gradient_checkpointing'): module.gradient_checkpointing = self.gradient_checkpointing
     if self.compile: self.model.compile()
 
@@ -400,8 +408,10 @@ def prepare_training(self:Learner,
 
 @patch
 def new_optimizer(self:Learner): # an optimiser of `params`, which are set here
-    "AdamW, or the one that was asked for, of all weights that are trained."
+    "AdamW, or the one that was asked for, of all weights that are trained. Raises `ValueError` where none is."
     self.params = [p for p in self.model.parameters() if p.requires_grad]
+    if not self.params:
+        raise ValueError('no weight of this model is trained: call requires_grad_(True) on what is to be')
     # fused: one pass over the weights, which on a CPU takes a quarter of the time
     adamw = partial(torch.optim.AdamW, betas=self.betas, weight_decay=self.weight_decay, fused=True)
     return (self.optimizer or adamw)(self.params, lr=self.lr)

@@ -6,6 +6,8 @@
 __all__ = ['held_out_loss', 'HeldOutCB', 'DeadlineCB', 'tracker_class', 'TrackCB', 'Rates', 'find_lr']
 
 # %% ../../nbs/core/06_watch.ipynb #fa1f697c
+import math
+import re
 import time
 import torch
 from copy import deepcopy
@@ -38,7 +40,9 @@ def held_out_loss(
 # %% ../../nbs/core/06_watch.ipynb #b1983b7c
 class HeldOutCB(Callback):
     """Every so many steps, log the loss on held-out data, or another measure; at the end, put back the averaged
-    weights that had the least. Raises `ValueError` for no data, or a patience in which nothing is measured."""
+    weights that had the least. Of several in a run, the first in `cbs` has the last word.
+
+    Raises `ValueError` for no data, or a patience in which nothing is measured."""
     def __init__(self,
         data, # examples that are not trained on
         every:int=500, # steps
@@ -67,32 +71,39 @@ class HeldOutCB(Callback):
 # %% ../../nbs/core/06_watch.ipynb #c97adb5f
 @patch
 def best_step(self:HeldOutCB, learn):
-    "The step at which the least was measured, by the log."
-    rows = [row for row in learn.log if self.column in row]
-    return min(rows, key=lambda row: row[self.column])['step']
+    "The step at which the least was measured, by the log; None where no finite number was."
+    rows = [row for row in learn.log if row.get(self.column) is not None and math.isfinite(row[self.column])]
+    return min(rows, key=lambda row: row[self.column])['step'] if rows else None
 
-def _best_file(learn): return learn.folder/'best.safetensors' if learn.folder else None
+@patch
+def best_file(self:HeldOutCB, learn):
+    "Where the best weights are kept, a file for each measure."
+    return learn.folder/f"best-{re.sub(r'[^a-zA-Z0-9_]', '', self.column)}.safetensors"
 
 @patch
 def before_fit(self:HeldOutCB, learn):
     "Take the best weights of an interrupted run; one that had ended, ends at once."
-    file = _best_file(learn)
-    is_measured = any(self.column in row for row in learn.log)           # not where another measure chose so far
-    if not (is_measured and file and file.exists()): return
+    is_measured = self.best_step(learn) is not None                      # not where another measure chose so far
+    if not (is_measured and learn.folder): return
+    before = learn.folder/'best.safetensors'                             # as the file of any measure was once called
+    file = next((file for file in (self.best_file(learn), before) if file.exists()), None)
+    if file is None: return
     self.best = load_file(file)
     if self.is_over(learn): raise StopTraining
 
 @patch
 def is_over(self:HeldOutCB, learn):
     "Whether the measure has not fallen for as long as the patience lasts."
-    return self.patience is not None and learn.step-self.best_step(learn)>=self.patience
+    best = self.best_step(learn)
+    return self.patience is not None and best is not None and learn.step-best>=self.patience
 
+# %% ../../nbs/core/06_watch.ipynb #1c574ab2
 @patch
 def keep(self:HeldOutCB, learn):
     "Remember the averaged weights, in a file too where the learner has a folder."
     self.best = {name: value.detach().cpu().clone() for name, value in learn.ema_model.state_dict().items()}
     if not learn.folder or not learn.acc.is_main_process: return
-    with write_atomic(_best_file(learn)) as file: save_file(self.best, file)
+    with write_atomic(self.best_file(learn)) as file: save_file(self.best, file)
 
 @patch
 def after_fit(self:HeldOutCB, learn):
@@ -224,6 +235,7 @@ class _ExplodedCB(Callback):
         self.smooth.append(self.mean/(1-self.momentum**learn.step))            # as of Adam's moments
         if self.smooth[-1]>4*min(self.smooth): raise StopTraining
 
+# %% ../../nbs/core/06_watch.ipynb #3f0f95f5
 def find_lr(
     model, # as a `Learner` takes it; it is left as it is
     data, # the same
@@ -236,11 +248,13 @@ def find_lr(
     """Raise the learning rate from step to step until the loss explodes (Smith 2017). Raises `ValueError` for rates
     that do not rise, and as `Learner` does."""
     if not 0<lo<hi: raise ValueError(f'lo={lo}, hi={hi}: expected two rates above 0, the smaller first')
+    for name in ('lr','schedule','log_every'):
+        if name in learner: raise ValueError(f'{name} is what `find_lr` sets itself, from `lo` and `hi`: leave it out')
     def rising(fraction): return (lo/hi)**(1-fraction)
     exploded = _ExplodedCB()
     settings = dict(warmup=0, progress=False) | learner
-    learn = Learner(deepcopy(model), data, loss_fn, steps=steps, lr=hi, schedule=rising, log_every=1, cbs=[exploded],
-                    **settings)
+    settings['cbs'] = [exploded, *settings.get('cbs', ())]
+    learn = Learner(deepcopy(model), data, loss_fn, steps=steps, lr=hi, schedule=rising, log_every=1, **settings)
     try: learn.fit()
     except FloatingPointError: pass                                            # it exploded in a single step
     rows = learn.log[:len(exploded.smooth)]

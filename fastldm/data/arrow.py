@@ -7,7 +7,7 @@ __all__ = ['ArrowPictures', 'write_stream']
 
 # %% ../../nbs/data/11_arrow.ipynb #4152a13e
 import warnings
-import io,json,tarfile
+import io,json,tarfile,zlib
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count,islice
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np, torch
 from PIL import Image
 from fastcore.basics import patch
 from tqdm.auto import tqdm
-from ..core.models import require_package,tensor_digest,whole_number,write_atomic
+from ..core.models import real_number,require_package,tensor_digest,whole_number,write_atomic
 from .images import IMAGE_SUFFIXES,OPENERS,Pictures,check_split,files_digest,hash01,open_image,plain_picture
 from .shards import add_file,write_index
 
@@ -70,6 +70,23 @@ def _open_table(path, split):
         return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files]), files
     raise FileNotFoundError(f'{path} has no Parquet or Arrow files of the part {split!r}')
 
+# %% ../../nbs/data/11_arrow.ipynb #65970497
+def _share_of_row(value, i):
+    "A number from 0 to 1 that follows from the file of a picture; of a row `i` without one, from its number."
+    if value is None: return hash01(str(i))
+    with _raw_picture(value) as opened: raw = opened.read()
+    return hash01(f'{zlib.crc32(raw)} {len(raw)}')
+
+def _rows_of_part(table, column, split, test, n_together=1000):
+    "The numbers of the rows of a part, of which the part `test` is about a share `test`; each picture's file is read."
+    pictures = table.select_columns([column])
+    shares = []
+    for start in range(0, len(table), n_together):
+        values = pictures[start:start+n_together][column]
+        shares += [_share_of_row(value, i) for i,value in enumerate(values, start)]
+    return np.flatnonzero([(share<test)==(split=='test') for share in shares])
+
+
 # %% ../../nbs/data/11_arrow.ipynb #bcede54b
 class ArrowPictures(Pictures):
     "Pictures in a table: Parquet or Arrow files, or a `datasets.Dataset`."
@@ -83,15 +100,16 @@ class ArrowPictures(Pictures):
     ):
         self.split = check_split(split)
         self.size,self.channels = size,channels
+        test = real_number(test, 'test', 0, 1)
         if hasattr(data, 'features'): table,self.files = data,[]
         else: table,self.files = _open_table(data, 'train' if test else split)
         if not hasattr(table, '__len__'):
             raise ValueError('a stream has no order to choose from: write it into shards first, by `write_stream`')
         self.columns = _columns(table.features)
-        self.rows = np.arange(len(table))
-        if test: self.rows = np.array([i for i in self.rows if (hash01(str(i))<test)==(split=='test')], dtype=np.int64)
         datasets = require_package('datasets', 'a set in Arrow or Parquet files')
         self.table = table.cast_column(self.columns['image'], datasets.Image(decode=False))
+        self.rows = np.arange(len(table))
+        if test: self.rows = _rows_of_part(self.table, self.columns['image'], split, test)
         self._read_labels()
         if len(self)*channels*size**2<cache*2**30: self.image = self.pixels(range(len(self)))
 

@@ -6,7 +6,7 @@
 __all__ = ['Augmented', 'Balanced']
 
 # %% ../../nbs/data/02_augment.ipynb #4e5361ee
-import math, torch, torch.nn.functional as F
+import math, torch, torch.nn.functional as F, warnings
 from fastcore.basics import patch
 from .images import Pictures,licence_of
 
@@ -29,11 +29,31 @@ def _warp(x, matrices, padding_mode, mode='bilinear'):
     return torch.cat(parts)
 
 # %% ../../nbs/data/02_augment.ipynb #2bcfb932
-def _views(values, matrices, padding_mode):
-    "A field of all views: masks (N,H,W) are transformed with their pictures, other fields stay."
-    if values.ndim<3: return torch.cat([values]*(1+len(matrices)))
+def _views(name, values, matrices, padding_mode, shape):
+    """A field of all views: masks (N,H,W) of pictures of this shape (H,W) are transformed with them, other fields stay.
+    Raises `ValueError` for planes that are no masks, and would have to be moved as well."""
+    if values.ndim<3 or values.shape[-2:]!=shape: return torch.cat([values]*(1+len(matrices)))
+    if values.ndim>3 or values.dtype!=torch.uint8:
+        raise ValueError(f'the field {name!r} is {tuple(values.shape)} of {values.dtype}, as large as the pictures, '
+                         'and only masks (N,H,W) in bytes can be turned with them: leave it out, or make no copies')
     views = [_warp(values[:,None], m, padding_mode, 'nearest')[:,0] for m in matrices]
     return torch.cat([values,*views])
+
+def _warn_of_lost(ds):
+    "Say what a set knows of its pictures that their views do not have."
+    lost = sorted({*ds[0]}-{'image','label','caption','name',*getattr(ds, 'fields', ())})
+    if lost: warnings.warn(f'the views are without {", ".join(lost)} of {type(ds).__name__}: only a label, a caption '
+                           'and what is in `fields` is kept')
+
+def _draw_views(n, copies, seed, mirror):
+    "For each copy but the first the parameters (n,4), and mirrorings (n,) of ±1."
+    generator = torch.Generator().manual_seed(seed)
+    views = []
+    for _ in range(copies-1):
+        params = torch.rand(n, 4, generator=generator)*2-1
+        flip = torch.randint(2, (n,), generator=generator)*2-1             # drawn in any case: the rest is the same
+        views.append((params, flip if mirror else torch.ones_like(flip)))
+    return views
 
 def _all_bytes(ds):
     "All pictures of a set (N,C,H,W), in bytes."
@@ -53,29 +73,26 @@ class Augmented(Pictures):
         zoom:float=.25, # largest change of the size, as a share of it
         move:float=.12, # largest shift, as a share of the side
         padding_mode:str='reflection', # what lies beyond the rim; 'border' for drawings on a plain ground
+        mirror:bool=True, # mirror half of the copies, which the network is not told: wrong where left and right differ
     ):
         self.caption = getattr(ds, 'caption', None)
         if ds.image is None and self.caption is None:
             raise ValueError(f'{ds!r} is not in memory: give a set of pictures a larger `cache`; '
                              'shards cannot be augmented')
-        generator = torch.Generator().manual_seed(seed)
-        images = [_all_bytes(ds)]
-        augment = [torch.zeros(len(ds),4)]
-        matrices = []
-        for _ in range(copies-1):
-            params = torch.rand(len(ds), 4, generator=generator)*2-1
-            flip = torch.randint(2, (len(ds),), generator=generator)*2-1
-            matrices.append(_affine(params, flip, turn, zoom, move))
-            images.append(_warp(images[0], matrices[-1], padding_mode))
-            augment.append(params)
+        _warn_of_lost(ds)
+        original = _all_bytes(ds)
+        views = _draw_views(len(ds), copies, seed, mirror)
+        matrices = [_affine(params, flip, turn, zoom, move) for params,flip in views]
+        images = [original, *(_warp(original, m, padding_mode) for m in matrices)]
         super().__init__(torch.cat(images), None if ds.label is None else ds.label.repeat(copies), ds.classes)
-        fields = {name:_views(values, matrices, padding_mode) for name,values in getattr(ds, 'fields', {}).items()}
+        fields = {name:_views(name, values, matrices, padding_mode, original.shape[-2:])
+                  for name,values in getattr(ds, 'fields', {}).items()}
         if fields: self.fields = fields
         if hasattr(ds, 'conditions'): self.conditions = ds.conditions
         self.split = ds.split
         self.licence = licence_of(ds)
         self.n_originals = len(ds)
-        self.augment = torch.cat(augment)
+        self.augment = torch.cat([torch.zeros(len(ds),4), *(params for params,_ in views)])
 
 # %% ../../nbs/data/02_augment.ipynb #465a022a
 @patch
@@ -98,6 +115,9 @@ class Balanced:
         times:int=8, # how many times longer than the set, at least; more where a row would be left out
     ):
         self.ds = ds
+        self.split = getattr(ds, 'split', Pictures.split)
+        self.classes = getattr(ds, 'classes', Pictures.classes)
+        self.licence = licence_of(ds)
         numbers = {thing: i for i,thing in enumerate(dict.fromkeys(things))}
         ids = torch.tensor([numbers[thing] for thing in things])
         weight = torch.bincount(ids)[ids].double()**-power
@@ -110,3 +130,7 @@ class Balanced:
     def __getitems__(self, idxs)->dict: # as the set gives it
         "A batch at once."
         return self.ds.__getitems__(self.row[list(idxs)].tolist())
+    def __getitem__(self, i): # a number for one row, a slice for a batch
+        if isinstance(i, slice): return self.__getitems__(range(*i.indices(len(self))))
+        if not -len(self)<=i<len(self): raise IndexError(f'row {i} of {len(self)}')
+        return {name:values[0] for name,values in self.__getitems__([i%len(self)]).items()}

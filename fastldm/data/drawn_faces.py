@@ -29,21 +29,43 @@ _HAIR_COLOURS = dict(Black_Hair=(38,32,34), Blond_Hair=(228,192,112), Brown_Hair
 _NEEDS_HAIR = {*_HAIR_COLOURS,'Bangs','Wavy_Hair','Straight_Hair'}
 DRAWN = sorted([*_RATES,*_HAIR_COLOURS,'No_Beard','Straight_Hair']) # the attributes that can be drawn
 
+# %% ../../nbs/data/08_drawn_faces.ipynb #726469fa
+def _with_hair(on, rng, required, refused):
+    "The attributes with hair of one colour, straight or wavy, or with nothing that needs hair on a bald head."
+    hair = next((h for h in _HAIR_COLOURS if h in required), None)
+    if hair is None: hair = rng.choice([h for h in _HAIR_COLOURS if h not in refused] or [*_HAIR_COLOURS])
+    no_hair = {*_HAIR_COLOURS}<=refused or {'Wavy_Hair','Straight_Hair'}<=refused
+    if no_hair and 'Bald' not in refused: on = on|{'Bald'}
+    if required&_NEEDS_HAIR: on = on-{'Bald'}
+    if 'Bald' in on: return on-_NEEDS_HAIR
+    if 'Straight_Hair' in required: on = on-{'Wavy_Hair'}
+    if 'Wavy_Hair' in on: return on|{hair}
+    return on|{hair, 'Wavy_Hair' if 'Straight_Hair' in refused else 'Straight_Hair'}
+
+def _with_beard(on, required, refused):
+    "The attributes with a beard, or with `No_Beard`."
+    beards = {'Goatee','Mustache'}
+    if 'No_Beard' in required: on = on-beards
+    if on&beards: return on
+    needs_beard = 'No_Beard' in refused and not beards<=refused
+    return on|(beards-refused if needs_beard else {'No_Beard'})
+
+
+# %% ../../nbs/data/08_drawn_faces.ipynb #5d6a65b7
 def _sample_attributes(rng, given):
-    "Names of the attributes of a face that can be: as given, the others at random."
+    """Names of the attributes of a face that can be: as given, the others at random. Raises `ValueError` where no face
+    has what is given."""
     required = check_attributes(given, DRAWN)
+    refused = {*given}-required
     on = set()
     for name,rate in _RATES.items():
         drawn = rng.random()<rate # also if it is given, so that the others stay the same
         if given.get(name, drawn): on.add(name)
-    hair = next((h for h in _HAIR_COLOURS if h in required), None)
-    if hair is None: hair = rng.choice([h for h in _HAIR_COLOURS if given.get(h, True)] or [*_HAIR_COLOURS])
-    if required&_NEEDS_HAIR: on.discard('Bald')
-    on = on-_NEEDS_HAIR if 'Bald' in on else on|{hair}
-    if 'Straight_Hair' in required: on.discard('Wavy_Hair')
-    if not on&{'Bald','Wavy_Hair'}: on.add('Straight_Hair')
-    if 'No_Beard' in required: on -= {'Goatee','Mustache'}
-    return on if on&{'Goatee','Mustache'} else on|{'No_Beard'}
+    on = _with_beard(_with_hair(on, rng, required, refused), required, refused)
+    wrong = sorted(name for name in given if (name in on)!=bool(given[name]))
+    if wrong: raise ValueError(f'no face can be drawn with {given}, as {wrong[0]} would not be as asked: leave it out')
+    return on
+
 
 # %% ../../nbs/data/08_drawn_faces.ipynb #38079e2e
 def _shade(colour, factor): return tuple(int(min(255, max(0, v*factor))) for v in colour)

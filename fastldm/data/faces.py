@@ -16,10 +16,10 @@ import numpy as np, torch, torch.nn.functional as F
 from PIL import Image
 from fastcore.basics import patch
 from tqdm.auto import tqdm
-from ..core.models import check_choice,check_flags,write_atomic
+from ..core.models import check_choice,check_flags,tensor_digest,write_atomic
 from .captioned import read_text
-from .images import (DATASETS,ImageFolder,ZippedFile,check_split,from_image,licence_of,open_zip,to_image,
-                                 upright)
+from .images import (DATASETS,ImageFolder,ZippedFile,centre_square,check_split,from_image,licence_of,
+                                 open_zip,to_image,upright)
 from .public import FashionMNIST,not_found,search_folders
 
 # %% ../../nbs/data/07_faces.ipynb #722e20f2
@@ -55,15 +55,18 @@ def check_attributes(
 
 # %% ../../nbs/data/07_faces.ipynb #cb733530
 def resize_mask(
-    mask:torch.Tensor, # class ids (B,H,W)
+    mask:torch.Tensor, # class ids (B,s,s)
     size:int, # side of the result
 )->torch.Tensor: # class ids (B,size,size), uint8
     """Smaller by majority of the area, larger by the nearest pixel; no new class appears.
-    Raises ValueError for anything but class ids."""
+    Raises ValueError for anything but class ids, and for masks that are no squares."""
     if mask.is_floating_point() or mask.dim()!=3:
         raise ValueError(f"given {tuple(mask.shape)} of {mask.dtype}: expected class ids (B,H,W), whole numbers; "
                          "of a soft mask, take argmax over its classes first")
-    if size>=min(mask.shape[1:]):
+    if mask.shape[1]!=mask.shape[2]:
+        raise ValueError(f"given masks of {mask.shape[2]}×{mask.shape[1]}: expected squares, so that nothing is "
+                         "squashed; take `centre_square` first, as pictures do")
+    if size>=mask.shape[1]:
         return F.interpolate(mask[:,None].float(), (size,size), mode='nearest-exact')[:,0].to(torch.uint8)
     classes = range(int(mask.max())+1)
     areas = [F.interpolate((mask[:,None]==k).float(), (size,size), mode='area')[:,0] for k in classes]
@@ -355,8 +358,10 @@ def cached_tensors(
     return tensors
 
 def _read_masks(readers, size):
-    "Masks (N,size,size) by functions that return one array each."
-    def read(reader): return resize_mask(torch.from_numpy(reader().copy())[None], size)[0]
+    "Masks (N,size,size) by functions that return one array each, of which the centre square is taken."
+    def read(reader):
+        mask = centre_square(torch.from_numpy(reader().copy()))
+        return resize_mask(mask[None], size)[0]
     with ThreadPoolExecutor(8) as pool:
         masks = pool.map(read, readers)
         return torch.stack(list(tqdm(masks, 'masks', len(readers), leave=False, disable=len(readers)<500)))
@@ -407,13 +412,21 @@ def _find(self:CelebAMaskHQ, root):
         return folder
     raise not_found('CelebAMask-HQ', root, self.how_to_get)
 
+def _state_of(files):
+    "A digest of the names, sizes and times of files."
+    states = []
+    for file in files:
+        found = file.stat()
+        states.append((file.name, found.st_size, found.st_mtime_ns))
+    return tensor_digest(states)
+
 @patch
 def _merged_masks(self:CelebAMaskHQ, folder, masks):
     "Class ids (N,size,size) of `PARTS`; of a large set from the cache."
     def make(): return dict(mask=_read_masks([lambda m=m: merge_parts(m) for m in masks], self.size))
     if len(masks)<=2000: return make()['mask']
-    changed = max(d.stat().st_mtime for d in {f.parent for parts in masks for f in parts.values()})
-    return cached_tensors('celebamask-hq', (str(folder),self.split,self.size,len(masks),changed), make)['mask']
+    state = _state_of(f for parts in masks for f in parts.values())
+    return cached_tensors('celebamask-hq', (str(folder),self.split,self.size,state), make)['mask']
 
 # %% ../../nbs/data/07_faces.ipynb #036c45a3
 def write_celebamask_hq(
@@ -422,13 +435,15 @@ def write_celebamask_hq(
     numbers=None, # CelebA's number of each, which decides about the split; None: all are for training
 )->Path: # the folder CelebAMask-HQ
     """Faces in the published layout; attributes that the set does not have are -1. Raises `ValueError` for a set
-    without masks, and for another number of numbers."""
+    without masks, and for another number of numbers, `FileExistsError` where the folder is there, as parts of its faces
+    would be mixed with those of the new ones."""
     folder = Path(folder)/'CelebAMask-HQ'
     numbers = list(numbers or range(1, len(ds)+1))
     if len(numbers)!=len(ds): raise ValueError(f'{len(numbers)} numbers for {len(ds)} faces: give one a face')
     missing = [name for name in ('image','attrs','mask') if name not in ds[0]]
     if missing: raise ValueError(f'{ds!r} has no {" and no ".join(missing)}: give faces with attributes and masks')
-    (folder/'CelebA-HQ-img').mkdir(parents=True, exist_ok=True)
+    if folder.exists(): raise FileExistsError(f'{folder} is there already: give another folder')
+    (folder/'CelebA-HQ-img').mkdir(parents=True)
     attributes = [str(len(ds)),' '.join(ATTRIBUTES)]
     mapping = ['idx  orig_idx  orig_file']
     for i,number in zip(range(len(ds)), numbers):

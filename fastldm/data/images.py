@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'DATASETS', 'OPENERS', 'upright', 'plain_picture', 'from_image', 'to_uint8', 'to_image',
-           'EmptySplit', 'check_split', 'escape_text', 'check_labels', 'Pictures', 'licence_of', 'Part', 'collate',
-           'dataloader', 'Digits', 'open_image', 'centre_square', 'fit_to', 'open_zip', 'ZippedFile', 'find_pictures',
-           'size_and_checksum', 'group_rows', 'hash01', 'ImageFolder', 'find_damaged', 'first_few', 'check_skip',
-           'files_digest', 'is_opened', 'dataset_key', 'has_one_size', 'get_dataset', 'edges']
+           'EmptySplit', 'check_split', 'escape_text', 'check_count', 'check_labels', 'Pictures', 'licence_of', 'Part',
+           'collate', 'dataloader', 'Digits', 'open_image', 'centre_square', 'fit_to', 'open_zip', 'ZippedFile',
+           'find_pictures', 'size_and_checksum', 'group_rows', 'hash01', 'no_part', 'ImageFolder', 'find_damaged',
+           'first_few', 'check_skip', 'files_digest', 'is_opened', 'dataset_key', 'has_one_size', 'get_dataset',
+           'edges']
 
 # %% ../../nbs/data/00_images.ipynb #9dfeb8dc
 import difflib,hashlib,io,math,os,re,warnings,zipfile,zlib
@@ -61,7 +62,7 @@ def _eight_bits(im):
     "A grey picture of 16 or 32 bits in 8 bits."
     values = np.asarray(im)
     white = _white_level(im, values)
-    grey = values//257 if white==65535 else (values*(255/white)).round()
+    grey = (values*(255/white)).round()
     if 'transparency' in im.info: grey[values==im.info['transparency']] = 255
     return Image.fromarray(grey.astype(np.uint8))
 
@@ -113,7 +114,7 @@ def _picture_of(x):
     if x.ndim not in (2,3) or x.ndim==3 and x.shape[2] not in (1,2,3,4):
         raise ValueError(f"an array of shape {x.shape} is no picture: expected (H,W) or (H,W,C), with C 1 or 3, "
                          "or 2 or 4 with transparency; of several pictures, give a list")
-    if x.dtype.itemsize==2: x = (x//257).astype(np.uint8)
+    if x.dtype.itemsize==2: x = (x/257).round().astype(np.uint8)
     return Image.fromarray(x[...,0] if x.ndim==3 and x.shape[2]==1 else x)
 
 def _not_bytes(x):
@@ -172,6 +173,15 @@ def escape_text(
     return text.encode('utf-8', 'backslashreplace').decode() if isinstance(text, str) else text
 
 # %% ../../nbs/data/00_images.ipynb #f49da795
+def check_count(
+    values, # something of each picture
+    image, # the pictures
+    what:str, # the values are, in the plural, for the message
+):
+    "Raises ValueError for another number of values than of pictures."
+    if len(values)==len(image): return
+    raise ValueError(f"given {len(values)} {what} for {len(image)} pictures: expected one each")
+
 def check_labels(
     labels:list, # whole numbers
     classes:list, # names of the classes
@@ -200,8 +210,10 @@ class Pictures:
     ):
         self.image = image
         self.classes = [escape_text(c) for c in classes]
-        if label is not None: self.label = torch.as_tensor(label).long()
-        if label is not None and self.classes: check_labels(self.label.tolist(), self.classes, type(self).__name__)
+        if label is None: return
+        self.label = torch.as_tensor(label).long()
+        check_count(self.label, image, 'labels')
+        if self.classes: check_labels(self.label.tolist(), self.classes, type(self).__name__)
 
     def __len__(self): return len(self.image)
 
@@ -517,7 +529,10 @@ def _part_by_hash(files, folder, split, test):
     raise ValueError(f"test={test} of the {len(files)} pictures in {folder} leaves none for split={split!r}: "
                      "give more pictures, or another share")
 
-def _no_part(root, split):
+def no_part(
+    root, # the folder
+    split:str, # the part that it does not have, beside another one
+)->FileNotFoundError: # to be raised
     "What is said of a folder without a part."
     advice = "put its pictures there, or ask for split='train'"
     if split=='train': advice = "put what is for training there, and rename a folder `test` or `val` that is a class"
@@ -548,7 +563,7 @@ class ImageFolder(Pictures):
         parts = _find_parts(root)
         test = real_number(test, 'test', 0, 1)
         if test: parts = _divided(root, parts, test)
-        if split not in parts: raise _no_part(root, split)
+        if split not in parts: raise no_part(root, split)
         train = parts.get('train')
         folder = parts[split]
         files = find_pictures(folder)
@@ -651,7 +666,7 @@ def digest(self:ImageFolder)->str: # 16 hexadecimal digits; None for a set witho
     "What tells sets apart that look alike: the content of their files, and what is known of each picture."
     files = getattr(self, 'files', ())
     if not files or not hasattr(files[0], 'open'): return None
-    known = [getattr(self, name, None) for name in ('label','attrs','caption')]
+    known = [getattr(self, name, None) for name in ('label','attrs','mask','caption')]
     return tensor_digest(files_digest(files), *known)
 
 # %% ../../nbs/data/00_images.ipynb #9f7956ed

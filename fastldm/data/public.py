@@ -274,8 +274,8 @@ class Flowers5(Flowers17):
                   "in a folder flowers5, and give the folder that holds it as root or FASTLDM_DATA")
 
     def read_layout(self, folder):
-        "(files, labels, classes) of one folder per class; None without files."
-        classes = sorted(p.name for p in folder.glob('[!.]*') if p.is_dir())
+        "(files, labels, classes) of one folder per class; None without files. A folder without pictures is no class."
+        classes = sorted(p.name for p in folder.glob('[!.]*') if any(p.glob('*.jpg')))
         files = [f for c in classes for f in sorted((folder/c).glob('*.jpg'))]
         return (files, [classes.index(f.parent.name) for f in files], classes) if files else None
 

@@ -15,7 +15,7 @@ import numpy as np, torch
 from fastcore.basics import patch
 from torch.utils.data import default_collate
 from tqdm.auto import tqdm
-from ..core.models import counted,tensor_digest,whole_number,write_atomic
+from ..core.models import counted,real_number,tensor_digest,whole_number,write_atomic
 from .images import (IMAGE_SUFFIXES,OPENERS,Pictures,check_labels,check_skip,check_split,files_digest,
                                  find_damaged,first_few,from_image,open_image,to_image)
 
@@ -301,32 +301,49 @@ def write_index(
     with write_atomic(names) as p: p.write_text(json.dumps([*classes], ensure_ascii=False))
 
 # %% ../../nbs/data/03_shards.ipynb #de6cdd17
+def _writing_order(ds, shuffle):
+    "Every index once: in a fixed random order, or one in which a set of shards reads each of them once."
+    if not shuffle: return torch.arange(len(ds))
+    generator = torch.Generator().manual_seed(0)
+    return ds.order(generator) if hasattr(ds, 'order') else torch.randperm(len(ds), generator=generator)
+
+def _make_room(ds, folder, names):
+    """Delete earlier shards of these names. Raises ValueError for other tar files, and for those that the set is read
+    from."""
+    while hasattr(ds, 'ds'): ds = ds.ds                             # the set beneath
+    if any(Path(url).expanduser().parent.resolve()==folder.resolve() for url in getattr(ds, 'urls', ())):
+        raise ValueError(f'{folder} has the shards that the set is read from: give another folder')
+    if others := sorted(f.name for f in folder.glob('*.tar') if f.name not in names):
+        raise ValueError(f'{folder} has other tar files ({others[0]}): give another folder, or delete them')
+    for name in names: (folder/name).unlink(missing_ok=True)
+
+def _add_item(tar, i, item):
+    "Put item `i` of a set into a tar file."
+    add_file(tar, f'{i:08d}.png', _png(item['image']))
+    if 'label' in item: add_file(tar, f'{i:08d}.cls', str(int(item['label'])).encode())
+    if 'caption' in item: add_file(tar, f'{i:08d}.txt', item['caption'].encode('utf-8'))
+
+
+# %% ../../nbs/data/03_shards.ipynb #6596fe26
 def write_shards(
     ds, # any set of pictures, with or without labels and captions
     folder, # where the shards and index.json go
     per_shard:int=1000, # pictures in each
+    shuffle:bool=True, # write in a random order, so that each shard has something of everything
 )->list: # of the files
-    """Write a set as WebDataset shards. Raises `ValueError` for an empty set, for no number of pictures, and for a
-    folder with other tar files, which would be taken for a part of the set."""
+    """Write a set as WebDataset shards. Raises `ValueError` for an empty set, for no number of pictures, for a folder
+    with other tar files, which would be taken for a part of the set, and for that of the set's own shards."""
     folder = Path(folder)
     per_shard = whole_number(per_shard, 'per_shard', 1)
     if not len(ds): raise ValueError('the set is empty, so there is nothing to write')
-    new = {f'{n:06d}.tar' for n in range(math.ceil(len(ds)/per_shard))}
-    if others := sorted(f.name for f in folder.glob('*.tar') if f.name not in new):
-        raise ValueError(f'{folder} has other tar files ({others[0]}): give another folder, or delete them')
-    counts = {}
-    for n,start in enumerate(range(0, len(ds), per_shard)):
-        name = f'{n:06d}.tar'
-        rows = range(start, min(start+per_shard, len(ds)))
-        counts[name] = len(rows)
+    rows = {f'{n:06d}.tar':part.tolist() for n,part in enumerate(_writing_order(ds, shuffle).split(per_shard))}
+    _make_room(ds, folder, rows)
+    write_index(folder, {name:len(part) for name,part in rows.items()}, getattr(ds, 'classes', ()))
+    for name,part in rows.items():
         with write_atomic(folder/name) as p, tarfile.open(p, 'w') as tar:
-            for i in rows:
-                item = ds[i]
-                add_file(tar, f'{i:08d}.png', _png(item['image']))
-                if 'label' in item: add_file(tar, f'{i:08d}.cls', str(int(item['label'])).encode())
-                if 'caption' in item: add_file(tar, f'{i:08d}.txt', item['caption'].encode('utf-8'))
-    write_index(folder, counts, getattr(ds, 'classes', ()))
-    return [folder/name for name in counts]
+            for i in part: _add_item(tar, i, ds[i])
+    return [folder/name for name in rows]
+
 
 # %% ../../nbs/data/03_shards.ipynb #9c90c621
 def _has_shards(path):
@@ -334,11 +351,17 @@ def _has_shards(path):
     folder = Path(path).expanduser()
     return folder.is_dir() and any(any(folder.glob(f'{part}[!.]*.tar')) for part in ('','train/'))
 
+def _shards_in(folder): return sorted(folder.glob('[!.]*.tar'))
+
 def _part_of(folder, split, test):
-    "The shards of a part. Raises ValueError for a share that is all or none of them."
-    if any(folder.glob('train/[!.]*.tar')): return sorted((folder/split).glob('[!.]*.tar'))
-    files = sorted(folder.glob('[!.]*.tar'))
-    if not test: return files if split=='train' else []
+    "The shards of a part. Raises ValueError for a share that is all of them, or where there is a folder `test`."
+    train = _shards_in(folder/'train')
+    held_out = _shards_in(folder/'test') if train else []
+    files = train or _shards_in(folder)
+    if not files or not test: return files if split=='train' else held_out
+    if held_out:
+        raise ValueError(f"{folder/'test'} has the shards for testing, so none of the others can be kept aside: "
+                         "leave out `test`")
     n_test = math.ceil(test*len(files))
     if n_test==len(files):
         raise ValueError(f'{folder} has {len(files)} shards, of which test={test} leaves none for training: '
@@ -346,6 +369,16 @@ def _part_of(folder, split, test):
     return files[:-n_test] if split=='train' else files[-n_test:]
 
 # %% ../../nbs/data/03_shards.ipynb #9b840044
+def _check_complete(folder):
+    "Raises ValueError where index.json counts shards that are not there."
+    try: names = [name for name in json.loads((folder/'index.json').read_text()) if str(name).endswith('.tar')]
+    except (OSError,TypeError,ValueError): return                          # there is none, or one of another kind
+    missing = [name for name in names if not (folder/name).exists()]
+    if not missing: return
+    raise ValueError(f'{folder} has {len(names)-len(missing)} of {len(names)} shards that its index.json counts, and '
+                     f'no {missing[0]}: writing was interrupted, so write them again; or delete index.json, to take '
+                     'those that are there')
+
 def open_shards(
     folder, # of tar files
     split='train', # 'train' or 'test'
@@ -353,10 +386,12 @@ def open_shards(
     channels:int=3, # 3 colour, 1 grey
     test:float=0., # share of the shards that is the part `test`
 )->Shards: # with the names of the classes, where classes.json has them
-    "The shards in a folder. Raises FileNotFoundError where the part is not there, ValueError for labels of no class."
+    """The shards in a folder. Raises FileNotFoundError where the part is not there, ValueError for labels of no class,
+    and for a folder that was not written to its end."""
     folder = Path(folder).expanduser()
-    files = _part_of(folder, check_split(split), test)
+    files = _part_of(folder, check_split(split), real_number(test, 'test', 0, 1))
     if not files: raise FileNotFoundError(f"{folder} has no shards of the part {split!r}: put them into {folder/split}")
+    _check_complete(files[0].parent)
     names = next((p for p in (files[0].parent/'classes.json', folder/'classes.json') if p.exists()), None)
     classes = () if names is None else json.loads(names.read_text(encoding='utf-8'))
     ds = Shards(files, size=size, channels=channels, classes=classes)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONDITION_KINDS', 'MAX_WORDS', 'MAX_CLASSES', 'READERS', 'parse_conditions', 'condition_name', 'find_column',
-           'Column', 'cell_text', 'read_classes', 'read_numbers', 'number_range', 'read_flags', 'read_texts',
-           'read_masks', 'choose_kind', 'PictureTable', 'condition_line']
+           'Column', 'read_classes', 'read_numbers', 'number_range', 'read_flags', 'read_texts', 'read_masks',
+           'choose_kind', 'PictureTable', 'condition_line']
 
 # %% ../../nbs/data/10_table.ipynb #39f436e5
 import json,math,re
@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from fastcore.basics import patch
 from ..core.models import check_choice,tensor_digest
-from .captioned import PictureRows,find_source,read_table,split_rows
+from .captioned import PictureRows,cell_text,find_source,read_table,split_column,split_rows
 from .faces import read_mask,resize_mask,split_words,word_ids
-from .images import ImageFolder,centre_square,check_split,escape_text
+from .images import ImageFolder,centre_square,check_split,escape_text,upright
 
 # %% ../../nbs/data/10_table.ipynb #1485fdba
 CONDITION_KINDS = dict( # kind of condition: what its cells hold
@@ -88,14 +88,7 @@ class Column(NamedTuple):
     @property
     def given(self): return [c for c in self.cells if c]
 
-def cell_text(
-    value, # of a table
-)->str: # '' for None
-    "A value of a table as text, in one line."
-    if value is None: return ''
-    if isinstance(value, bool): return str(int(value))
-    if isinstance(value, float) and value.is_integer(): return str(int(value))
-    return ' '.join(str(value).split())
+
 
 # %% ../../nbs/data/10_table.ipynb #f90f8d2b
 def _in_order(name):
@@ -152,7 +145,13 @@ def number_range(
     return dict(mean=known.mean().item(), std=known.std().item(), low=known.min().item(), high=known.max().item())
 
 # %% ../../nbs/data/10_table.ipynb #d1a36f73
-_FLAGS = {'1':1, 'true':1, 'yes':1, '0':0, 'false':0, 'no':0, '-1':0, '':2}     # 2: not given
+_FLAGS = { # 2: not given; spreadsheets with empty cells write 1 as 1.0
+    '1':1, '1.0':1, 'true':1, 'yes':1, '0':0, '0.0':0, '-1':0, '-1.0':0, 'false':0, 'no':0, '':2}
+
+def _has_two_words_for_no(texts):
+    "Whether a column has 0 and -1: then it is a number of three values, not an attribute."
+    numbers = {text.removesuffix('.0') for text in texts}
+    return {'0','-1'}<=numbers
 
 def read_flags(
     column:Column, # of 0 and 1
@@ -160,6 +159,8 @@ def read_flags(
     "An attribute. Raises ValueError for a cell that is neither, and for a column that has one value only."
     for i,text in enumerate(column.cells):
         if text.casefold() not in _FLAGS: column.reject(i, "expected 1 or 0, yes or no, true or false, or nothing")
+    if _has_two_words_for_no(column.cells):
+        column.reject_all("has 0 and -1, which would both mean no: write 0 and 1, or make it a number")
     values = torch.tensor([_FLAGS[text.casefold()] for text in column.cells])
     known = {*values.tolist()}-{2}
     if len(known)<2: column.reject_all(f"is {'always '+str(known.pop()) if known else 'empty'}: leave it out")
@@ -186,14 +187,13 @@ def read_texts(
 MAX_CLASSES = 64 # of a mask
 
 def _check_shape(column, i, mask):
-    "Raises ValueError where a mask has not the shape of its picture, up to 5 %; a photograph may lie on its side."
+    "Raises ValueError where a mask has another shape, by more than 5 %, than its picture as it is seen, upright."
     if column.files[i] is None: return
-    with column.files[i].open('rb') as f, Image.open(f) as im: width,height = im.size
+    with column.files[i].open('rb') as f, Image.open(f) as im: width,height = upright(im).size
     ratio = mask.shape[1]*height/(mask.shape[0]*width)
-    on_its_side = mask.shape[0]*height/(mask.shape[1]*width)
-    if min(abs(math.log(ratio)), abs(math.log(on_its_side)))>.05:
+    if abs(math.log(ratio))>.05:
         column.reject(i, f"this mask is {mask.shape[1]}×{mask.shape[0]}, and the picture {width}×{height}: "
-                         "expected the same shape")
+                         "expected the same shape (of a photograph, as it is seen upright)")
 
 # %% ../../nbs/data/10_table.ipynb #fa60026e
 def _mask(column, i):
@@ -230,7 +230,7 @@ def choose_kind(
     "The kind of a column by its values. Raises ValueError for an empty one."
     given = column.given
     if not given: column.reject_all("is empty: leave it out")
-    if all(text.casefold() in _FLAGS for text in given): return 'attribute'
+    if all(text.casefold() in _FLAGS for text in given) and not _has_two_words_for_no(given): return 'attribute'
     if all(map(_is_number, given)): return 'number'
     if all(re.fullmatch(r'-?\d+,\d+', text.strip()) for text in given):
         column.reject_all(f"has numbers with a comma, such as {given[0]}: write them with a point, as "
@@ -283,7 +283,7 @@ def _rows_of(self:PictureTable, raw, find, image):
     "The rows as `set_rows` takes them, in their order, with an `index`."
     names = [*dict.fromkeys(name for r in raw for name in r)]
     column = self._image_column(raw, names, find, image)
-    split = next((name for name in names if name.strip().lower()=='split'), None)
+    split = split_column(names)
     rows = []
     for i,r in enumerate(raw):
         name = cell_text(r.get(column))
@@ -351,6 +351,7 @@ def _without_copies(self:PictureTable, rows):
         i,j = other['index'],row['index']
         differ = [name for name,values in self.fields.items() if not values[i].equal(values[j])
                   and not (values[i].isnan()&values[j].isnan()).all()]
+        if row['split']!=other['split']: differ.append('split')
         if differ:
             raise ValueError(f"{self.table}: {row['name']} is in row {i+1} and in row {j+1}, with another "
                              f"{' and '.join(differ)}: leave one of the rows out")

@@ -19,6 +19,7 @@ from ..core.models import *
 from ..core.rows import read_rows, write_rows
 from ..core.train import noise_of_batch, rows_of_batch
 from ..core.show import warn_unsigned
+from ..data.faces import mirror
 
 # %% ../../nbs/diffusion/00_autoencoder.ipynb #97bf4484
 class FirstStage(Module):
@@ -64,8 +65,9 @@ def check(self:FirstStage,
     if not x.is_floating_point(): reject(x.dtype, 'use `from_image` for bytes and PIL pictures')
     if x.dim()!=4 or x.shape[1]!=self.c_in:
         reject(f'pictures of shape {tuple(x.shape)}', 'add the batch, or convert grey or colour')
+    if not len(x): reject('no pictures', 'give at least one')
     h,w = x.shape[2:]
-    if min(x.shape)<1 or h%self.factor or w%self.factor:
+    if min(h, w)<1 or h%self.factor or w%self.factor:
         reject(f'pictures of {h}×{w}', 'crop, pad or resize them')
     if not x.abs().amax()<=1.01:                      # so written, it also finds what is not a number
         reject(f'values from {x.min():.4g} to {x.max():.4g}', 'use `from_image` for bytes, clamp what overshoots')
@@ -213,6 +215,14 @@ class Decoder(Module):
     def forward(self, z): return self.layers(z)
 
 # %% ../../nbs/diffusion/00_autoencoder.ipynb #88d4eafb
+def _check_sizes(channels, n_blocks, **sizes):
+    "Raises `ValueError` for channels or sizes of which no network can be built."
+    if not channels: raise ValueError(f'channels={channels!r}: expected a width for each resolution, e.g. (48,64)')
+    for name,value in dict(sizes, channels=min(channels)).items():
+        if value<1: raise ValueError(f'{name}={value!r}: expected a positive whole number')
+    if n_blocks<0: raise ValueError(f'n_blocks={n_blocks!r}: expected a positive whole number, or 0')
+
+# %% ../../nbs/diffusion/00_autoencoder.ipynb #b1f1ef64
 class Autoencoder(FirstStage):
     """Convolutional autoencoder, plain or KL (Kingma and Welling 2014).
     Raises `ValueError` for a size that is not positive."""
@@ -224,10 +234,7 @@ class Autoencoder(FirstStage):
         patch:int=2, # side of the square of pixels that is folded into channels first; 1: none
         kl:bool=False, # whether the encoder gives a variance too
     ):
-        smallest = min(channels, default=0)
-        for name,value in dict(c_in=c_in, c_latent=c_latent, patch=patch, channels=smallest).items():
-            if value<1: raise ValueError(f'{name}={value!r}: expected a positive whole number')
-        if n_blocks<0: raise ValueError(f'n_blocks={n_blocks!r}: expected a positive whole number, or 0')
+        _check_sizes(channels, n_blocks, c_in=c_in, c_latent=c_latent, patch=patch)
         super().__init__(c_in, c_latent, factor=patch*2**(len(channels)-1))
         self.kl = kl
         self.encoder = Encoder(c_in, c_latent*(2 if kl else 1), channels, n_blocks, patch)
@@ -363,17 +370,21 @@ class LatentDataset:
         batch_size:int=256, # images to encode at a time
         flip:bool=False, # whether to mirror half of what is fetched
         progress:bool=True, # show a bar
+        mirror_fields=('mask','control','region'), # fields (N,...,H,W) that are mirrored together with their image
     ):
         self.classes = getattr(ds, 'classes', None)
+        self.mask_classes = list(getattr(ds, 'mask_classes', ()))
         self.flip = flip
-        self.mapped = 0                                    # rows of a file; 0: all is in memory
+        self.mirror_fields = mirror_fields
+        self.n_rows = len(ds)
+        self.is_mapped = False                             # True: rows of a file, False: all is in memory
         self.cache = None
         if cache is not None:
-            name = f"latents-{fingerprint(autoencoder)}-{data_fingerprint(ds)}{'-flip' if flip else ''}.safetensors"
+            name = f"latents-{model_digest(autoencoder)}-{data_fingerprint(ds)}{'-flip' if flip else ''}.safetensors"
             self.cache = Path(cache).expanduser()/name
-        if not self._load(len(ds)):
+        if not self._load():
             batches = partial(_encoded, ds, autoencoder, batch_size, flip, progress)
-            if not self._write(len(ds), batches): self._hold(_joined(batches()))
+            if not self._write(batches): self._hold(_joined(batches()))
 
     def __len__(self): return self.latent.shape[1]
 
@@ -382,13 +393,15 @@ class LatentDataset:
         return {name:values[0] for name,values in self.__getitems__([i%len(self)]).items()}
 
 # %% ../../nbs/diffusion/00_autoencoder.ipynb #838c3531
-def _select(values, indices, mirrored):
-    "Rows of a field; where it has a width (a mask, say), it is mirrored together with its image."
-    if not torch.is_tensor(values): return [values[i] for i in indices.tolist()]
-    rows = values[indices]
-    if rows.dim()<3 or not mirrored.any(): return rows
-    mirrored = mirrored.bool().view(-1, *[1]*(rows.dim()-1))
-    return torch.where(mirrored, rows.flip(-1), rows)
+def _rows(values, indices):
+    "Rows of a field, which is a tensor or a list."
+    return values[indices] if torch.is_tensor(values) else [values[i] for i in indices.tolist()]
+
+@patch
+def _mirror(self:LatentDataset, name, rows, mirrored):
+    "Some rows of a field mirrored; in masks of classes that come in pairs, these are exchanged."
+    flipped = mirror(rows, self.mask_classes) if name=='mask' and self.mask_classes else rows.flip(-1)
+    return torch.where(mirrored.bool().view(-1, *[1]*(rows.dim()-1)), flipped, rows)
 
 @patch
 def __getitems__(self:LatentDataset,
@@ -400,7 +413,9 @@ def __getitems__(self:LatentDataset,
     if self.flip: mirrored = rows_of_batch(lambda n: torch.randint(2, (n,)), len(indices))
     latent = self.latent[mirrored,indices]
     if self.std is not None: latent = latent + self.std[mirrored,indices]*noise_of_batch(latent)
-    fields = {name:_select(values, indices, mirrored) for name,values in self.fields.items()}
+    fields = {name:_rows(values, indices) for name,values in self.fields.items()}
+    if mirrored.any():
+        for name in fields.keys() & set(self.mirror_fields): fields[name] = self._mirror(name, fields[name], mirrored)
     return dict(latent=latent, **fields)
 
 # %% ../../nbs/diffusion/00_autoencoder.ipynb #8774021b
@@ -439,15 +454,15 @@ def _hold(self:LatentDataset, rows):
     for name,values in self.fields.items(): setattr(self, name, values)
 
 @patch
-def _write(self:LatentDataset, n, batches)->bool: # whether it worked
+def _write(self:LatentDataset, batches)->bool: # whether it worked
     "Write the cache, where there is to be one, and map it; where that is not possible, warn."
     if self.cache is None: return False
-    try: write_rows(self.cache, n, batches())
+    try: write_rows(self.cache, self.n_rows, batches())
     except OSError as e:
         warnings.warn(f"the latents cannot be kept in {self.cache.parent} ({e}); "
                       "this run goes on with those in memory, the next will encode again")
         return False
-    return self._load(n)
+    return self._load()
 
 # %% ../../nbs/diffusion/00_autoencoder.ipynb #9d713b6d
 def _read_earlier(path):
@@ -464,27 +479,27 @@ def _read_earlier(path):
     return whole | tensors | {f'field.{name}':values for name,values in lists.items()}
 
 @patch
-def _load(self:LatentDataset, n)->bool: # whether it worked
+def _load(self:LatentDataset)->bool: # whether it worked
     "Map the cache, where there is one; warn where it is damaged."
     if self.cache is None or not self.cache.exists(): return False
     try:
         rows = _read_earlier(self.cache) or read_rows(self.cache)
-        if rows['latent'].shape[:2]!=(n, 1+self.flip): raise ValueError('it is of another set')
+        if rows['latent'].shape[:2]!=(self.n_rows, 1+self.flip): raise ValueError('it is of another set')
         self._hold(rows)
     except Exception as e:
         warnings.warn(f'{self.cache} is damaged ({type(e).__name__}: {str(e)[:80]}) and is made again')
         return False
-    self.mapped = n
+    self.is_mapped = True
     return True
 
 # %% ../../nbs/diffusion/00_autoencoder.ipynb #cd8b5cab
 @patch
 def __getstate__(self:LatentDataset):
-    if not self.mapped: return self.__dict__
+    if not self.is_mapped: return self.__dict__
     of_file = {'latent', 'std', 'fields', *self.fields}
     return {name:value for name,value in self.__dict__.items() if name not in of_file}
 
 @patch
 def __setstate__(self:LatentDataset, state):
     self.__dict__.update(state)
-    if self.mapped: self._load(self.mapped)
+    if self.is_mapped: self._load()

@@ -7,7 +7,7 @@ __all__ = ['Cond', 'stack_conds', 'Embedder', 'LabelEmbedder', 'AttributeEmbedde
            'WordEmbedder', 'VectorEmbedder', 'NumberEmbedder', 'TextEmbedder', 'Conditioner']
 
 # %% ../../nbs/diffusion/03_cond.ipynb #e02db950
-import math, numpy as np, torch, warnings, torch.nn.functional as F
+import difflib, math, numpy as np, torch, warnings, torch.nn.functional as F
 from torch import nn
 from dataclasses import dataclass, fields
 from fastcore.basics import patch
@@ -23,12 +23,15 @@ def _combine(slot, a, b):
     "Combine the contents of one slot of two conditions."
     if a is None: return b
     if b is None: return a
-    if slot=='features': return [p+q for p,q in zip(a, b)]
+    if slot=='features':
+        if len(a)!=len(b): raise ValueError(f'{len(a)} and {len(b)} maps of features: give one for each level in both')
+        return [p+q for p,q in zip(a, b)]
     return a+b if slot=='vector' else torch.cat([a,b], 1)
 
 @dataclass
 class Cond:
-    "Conditions in the four slots of the U-Net. `+` combines two of them."
+    """Conditions in the four slots of the U-Net. `+` combines two of them, and raises `ValueError` for two
+    numbers of feature maps."""
     vector:torch.Tensor=None # added to the time embedding, (B,d)
     context:torch.Tensor=None # tokens to attend to, (B,n,d)
     concat:torch.Tensor=None # planes stacked on the input, (B,c,H,W)
@@ -50,7 +53,7 @@ def stack_conds(
 )->Cond: # one `Cond` whose batch is all of theirs, in order
     "Stack several conditions for one call of the network."
     def stack(values):
-        if isinstance(values[0], list): return [torch.cat(maps) for maps in zip(*values)]
+        if isinstance(values[0], list): return [torch.cat(maps) for maps in zip(*values, strict=True)]
         return torch.cat(values)
     slots = [cond.slots() for cond in conds]
     return Cond(**{slot:stack([s[slot] for s in slots]) for slot in slots[0]})
@@ -95,7 +98,7 @@ def tensor_of(self:Embedder,
     value, # numbers: a tensor, an array, nested lists
     name:str, # of the condition, for the error message
 )->torch.Tensor: # the same numbers
-    "Return numbers as a tensor. Raises `ValueError` for what are no numbers, or not finite."
+    "Return numbers as a tensor. Raises `ValueError` for anything but finite numbers."
     try: raw = torch.as_tensor(value)
     except (TypeError,ValueError,RuntimeError): self.reject(f'{name}={value!r:.60}')
     if raw.is_complex() or not raw.isfinite().all(): self.reject(f'{name} has numbers that are not finite')
@@ -141,7 +144,7 @@ class LabelEmbedder(Embedder):
         vector = self.table(label)
         return Cond(context=vector[:,None]) if self.token else Cond(vector=vector)
 
-    def null(self, label): return torch.full_like(label, self.n_classes)
+    def null(self, label): return torch.full_like(label, self.n_classes, dtype=torch.long)
     def empty(self, n): return torch.full((n,), self.n_classes)
 
 # %% ../../nbs/diffusion/03_cond.ipynb #7b36c3ed
@@ -153,14 +156,16 @@ def parse(self:LabelEmbedder,
 )->torch.Tensor: # (n,) int64
     "Return the raw field. Raises `ValueError` for an unknown name, a number out of range, a wrong count or a fraction."
     if value is None: return self.empty(n)
+    if not torch.is_tensor(value) and hasattr(value, 'tolist'): value = value.tolist()         # numpy's, pandas'
     if isinstance(value, (list,tuple)): raw = torch.tensor([self.number_of(v, name) for v in value]).long()
     elif isinstance(value, (str,int,float)): raw = torch.tensor(self.number_of(value, name))
     else: raw = self.tensor_of(value, name)
     if raw.is_floating_point() or raw.dtype==torch.bool or raw.ndim>1:
         raise ValueError(f'{name}={value!r}: expected {self.expects}')
     if raw.ndim==1 and len(raw)!=n: self.reject(f'{name}: got {len(raw)} labels for {n} samples')
-    has_none = isinstance(value, (list,tuple)) or self.by_name and raw.ndim==1         # None, or as a table has it
-    last = self.n_classes if has_none else self.n_classes-1
+    is_column = self.by_name and torch.is_tensor(value) and raw.ndim==1                # of a table, with empty cells
+    may_be_none = isinstance(value, (list,tuple)) or is_column
+    last = self.n_classes if may_be_none else self.n_classes-1
     unknown = raw[(raw<0)|(raw>last)].flatten()
     if len(unknown): self.reject(f'{name}={unknown[0].item()} is out of range')
     return raw.long().expand(n)
@@ -173,6 +178,7 @@ def number_of(self:LabelEmbedder,
 )->int: # from 0 to `n_classes`, which stands for no class
     "Return the number of a class. Raises `ValueError` for an unknown name, with the nearest, or a number out of range."
     if value is None: return self.n_classes
+    if isinstance(value, float) and value.is_integer() and str(value) not in self.names: value = int(value) # 7.0 is 7
     is_name = isinstance(value, str) or self.by_name and str(value) in self.names
     if is_name: return self._number_of_name(str(value), name)
     try: number = whole_number(value, name)
@@ -180,6 +186,7 @@ def number_of(self:LabelEmbedder,
     if not 0<=number<self.n_classes: self.reject(f'{name}={number} is out of range')
     return number
 
+# %% ../../nbs/diffusion/03_cond.ipynb #0c003199
 @patch
 def _number_of_name(self:LabelEmbedder, text, name):
     "The number of a class by name, whatever its capitals; of digits that are no name, the number itself."
@@ -194,6 +201,8 @@ def _number_of_name(self:LabelEmbedder, text, name):
 # %% ../../nbs/diffusion/03_cond.ipynb #59e29964
 _UNKNOWN = 2                                        # in raw attributes: 0 is off, 1 is on, 2 is not given
 
+def _such_as(names): return f' (such as {names[0]})' if names else ''
+
 def _random_subset(raw, n, rate):
     "Draw (B,n) booleans: at this rate, a row has a random share of true values; else it has none."
     def uniform(width): return rows_of_batch(lambda rows: torch.rand(rows, width, device=raw.device), len(raw))
@@ -204,7 +213,7 @@ def _random_subset(raw, n, rate):
 # %% ../../nbs/diffusion/03_cond.ipynb #fe1a80af
 class AttributeEmbedder(Embedder):
     """Binary attributes as tokens: a learned vector for each attribute being on, off, and not given; or their sum
-    as one vector. Raises `ValueError` where there is not one name for each."""
+    as one vector. Raises `ValueError` where there is not one name for each, and for a rate outside 0 to 1."""
     def __init__(self,
         n_attrs:int, # number of attributes
         dim:int, # the U-Net's `d_context`, or its `d_emb` for a vector
@@ -218,21 +227,23 @@ class AttributeEmbedder(Embedder):
         self.n_attrs = n_attrs
         self.token = token
         self.exclusive = exclusive
-        self.partial = partial
+        self.partial = real_number(partial, 'partial', 0, 1)
         self.examples = examples
         self.names = list(names or map(str, range(n_attrs)))
         if len(self.names)!=n_attrs:
             raise ValueError(f'{len(self.names)} names for {n_attrs} attributes: give one each')
         self.table = nn.Embedding(3*n_attrs, dim)
-        self.expects = (f'{n_attrs} numbers that are 0 or 1 (or -1 and 1, or booleans), a dict of some by name '
-                        f'(such as {self.names[0]}), one of these a sample, or None for no attributes')
+        self.expects = (f'{n_attrs} numbers that are 0 or 1 (or -1 and 1, or booleans), '
+                        f'a dict of some by name{_such_as(names)}, one of these a sample, or None for no attributes')
 
     def forward(self, attrs):
+        values = attrs.long()
+        values = torch.where(values==-1, 0, values)                       # some files write -1 and 1
         first_of_three = 3*torch.arange(self.n_attrs, device=attrs.device)
-        vectors = self.table(first_of_three + attrs.long())
+        vectors = self.table(first_of_three + values)
         return Cond(context=vectors) if self.token else Cond(vector=vectors.sum(1)/math.sqrt(self.n_attrs))
 
-    def null(self, attrs): return torch.full_like(attrs, _UNKNOWN)
+    def null(self, attrs): return torch.full_like(attrs, _UNKNOWN, dtype=torch.long)
     def empty(self, n): return torch.full((n,self.n_attrs), _UNKNOWN)
     def drop_part(self, attrs):
         return torch.where(_random_subset(attrs, self.n_attrs, self.partial), _UNKNOWN, attrs)
@@ -270,9 +281,12 @@ def parse(self:AttributeEmbedder,
         value = torch.stack([self._row_of(flags) for flags in value])
     raw = self.tensor_of(value, name)
     rows = self.expand_rows(raw.long(), n, (self.n_attrs,), name)
-    allowed = [-1,1] if (rows==-1).any() else [0,1,_UNKNOWN]
+    is_signed = (rows==-1).any()
+    allowed = [-1,1] if is_signed else [0,1,_UNKNOWN]
     valid = torch.isin(rows, torch.tensor(allowed, device=rows.device)) & (rows==raw)
-    if not valid.all(): self.reject(f'{name}: a value outside {{0,1}}')
+    if not valid.all():
+        wrong = raw.expand_as(rows)[~valid][0].item()
+        self.reject(f"{name}: the value {wrong:g} is not in {'{-1,1}' if is_signed else '{0,1}'}")
     return torch.where(rows==-1, 0, rows)
 
 # %% ../../nbs/diffusion/03_cond.ipynb #09b71302
@@ -327,7 +341,8 @@ def sample_missing(self:AttributeEmbedder,
 # %% ../../nbs/diffusion/03_cond.ipynb #d053f182
 class MaskEmbedder(Embedder):
     """A mask of class ids as a token for each patch, as planes of the latent's size, or as one vector.
-    One more class, the last, means anything. Raises `ValueError` for an unknown slot."""
+    One more class, the last, means anything. Raises `ValueError` for an unknown slot, for a size that is not a
+    multiple of the patch, and for a rate outside 0 to 1."""
     def __init__(self,
         classes, # their names
         dim:int, # the U-Net's `d_context`, or its `d_emb` for a vector
@@ -339,12 +354,15 @@ class MaskEmbedder(Embedder):
         super().__init__()
         if slot not in ('context','concat','vector'):
             raise ValueError(f"slot is {slot!r}; it can be 'context', 'concat' or 'vector'")
+        if size%patch:
+            raise ValueError(f'size={size} with patch={patch}: expected a multiple of the patch, as masks would lose '
+                             'their border')
         self.classes = list(classes)
         self.anything = len(classes)
         self.size = size
         self.patch = patch
         self.slot = slot
-        self.partial = partial
+        self.partial = real_number(partial, 'partial', 0, 1)
         if slot!='concat':
             self.patches = nn.Sequential(
                 nn.Conv2d(len(classes)+1, dim, patch, stride=patch), nn.GELU(), nn.Conv2d(dim, dim, 1))
@@ -352,7 +370,7 @@ class MaskEmbedder(Embedder):
         self.expects = (f'class ids from 0 to {self.anything} ({", ".join(self.classes)}, anything), '
                         f'({size},{size}) for all or one per sample, or None for no mask')
 
-    def null(self, mask): return torch.full_like(mask, self.anything)
+    def null(self, mask): return torch.full_like(mask, self.anything, dtype=torch.long)
     def empty(self, n): return torch.full((n,self.size,self.size), self.anything)
 
 # %% ../../nbs/diffusion/03_cond.ipynb #f895f52e
@@ -584,9 +602,20 @@ class _ByName(nn.ModuleDict):
     "Modules by any name: also `type` and others that `ModuleDict` has methods of."
     def add_module(self, name, module): self._modules[name] = module
 
+def _drop_rates(drop, names):
+    "{condition: rate}. Raises `ValueError` for one that is misspelt or no rate; warns of an unknown condition."
+    rates = drop if isinstance(drop, dict) else dict.fromkeys(names, drop)
+    unknown = [name for name in rates if name not in names]
+    for name in unknown:
+        if difflib.get_close_matches(name, names, 1): check_choice(name, names, 'condition in `drop`')
+    if unknown: warnings.warn(f'drop has rates of {unknown}, and the conditions are {names}: these rates do nothing',
+                              stacklevel=3)
+    return {name: real_number(rates.get(name, 0.), f'drop of {name!r}', 0, 1) for name in names}
+
 # %% ../../nbs/diffusion/03_cond.ipynb #edec492b
 class Conditioner(Module):
-    "Embedders by batch field; in training each condition is dropped independently (Ho and Salimans 2022)."
+    """Embedders by batch field; in training each condition is dropped independently (Ho and Salimans 2022).
+    Raises `ValueError` for a rate outside 0 to 1, or of a misspelt condition; warns of one of an unknown condition."""
     def __init__(self,
         drop=.1, # rate at which a condition is left out in training: a number, or a dict by condition
         drop_all:float=0., # rate at which, beside that, all conditions that have a rate are left out together
@@ -594,8 +623,8 @@ class Conditioner(Module):
     ):
         super().__init__()
         self.embedders = _ByName(embedders)
-        self.drop = {name:drop.get(name, 0.) if isinstance(drop, dict) else drop for name in embedders}
-        self.drop_all = drop_all
+        self.drop = _drop_rates(drop, list(embedders))
+        self.drop_all = real_number(drop_all, 'drop_all', 0, 1)
 
     def forward(self,
         batch:dict, # has a field for each condition

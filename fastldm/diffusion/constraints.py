@@ -111,7 +111,7 @@ def read_flags(
 )->torch.Tensor: # booleans, the same shape
     """True where a mask is white: of bytes, where they are above the middle grey.
 
-    Raises `ValueError` for a mask of other values, whose meaning would be a guess."""
+    Raises `ValueError` for a mask of other values, which could mean either."""
     if isinstance(region, Image.Image): region = np.array(region.convert('L'))
     try: region = torch.as_tensor(region)
     except (TypeError,ValueError,RuntimeError) as e:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['scales', 'eps_of', 'score_of', 'GaussianDenoiser', 'precondition', 'Denoiser', 'uniform_weight', 'min_snr_weight',
-           'p2_weight', 'edm_weight', 'mean_one', 'diffusion_loss', 'Guided', 'check_interval', 'guide']
+           'p2_weight', 'edm_weight', 'mean_one', 'diffusion_loss', 'Guided', 'check_interval', 'check_order', 'guide']
 
 # %% ../../nbs/diffusion/04_denoiser.ipynb #a96dba5a
 import torch
@@ -242,12 +242,16 @@ def check_interval(
     interval, # two times, e.g. (.2,.8)
 )->tuple: # the same, as floats
     "Raises `ValueError` for anything but two times from 0 to 1, the smaller first."
-    try: lo, hi = (real_number(t, 'interval', 0, 1) for t in interval)
-    except (TypeError,ValueError): lo, hi = 1., 0.                      # refused below
-    if lo<=hi: return lo, hi
-    raise ValueError(f'interval={interval!r}: expected two times from 0 (picture) to 1 (noise), the smaller first')
+    problem = f'interval={interval!r}: expected two times from 0 (picture) to 1 (noise), the smaller first'
+    try: first, last = (real_number(t, 'interval', 0, 1) for t in interval)
+    except (TypeError,ValueError) as error: raise ValueError(problem) from error
+    if first>last: raise ValueError(problem)
+    return first, last
 
-def _check_order(order, names):
+def check_order(
+    order, # of guidance
+    names:list, # of the conditions
+)->list: # the same order
     "The order, as a list; raises `ValueError` unless it names each condition once."
     is_list = isinstance(order, (list,tuple))
     if is_list and sorted(map(str, order))==sorted(names): return list(order)
@@ -263,13 +267,13 @@ def guide(
 )->Guided: # a denoiser
     """Guide a denoiser without a classifier (Ho and Salimans 2022): a scale for each condition, an interval of times.
 
-    Raises `ValueError` for an unknown condition, a scale that is not finite or beyond 100, an interval that is none,
+    Raises `ValueError` for an unknown condition, a scale that is not finite or beyond 100, an invalid interval,
     or an order that does not name each condition once."""
     interval = check_interval(interval)
     names = list(model.conditioner.embedders)
     unknown = sorted(set(guidance_scales) - set(names))
     if unknown: raise ValueError(f'guidance_scale for {unknown}, but this model is conditioned on {names}')
-    if order is not None: names = _check_order(order, names)
+    if order is not None: names = check_order(order, names)
     w = [real_number(guidance_scales.get(k, 1.), f'guidance_scale of {k!r}', -100, 100) for k in names]
     conds = [_cond_without(model.conditioner, batch, names[i:], negative or {}) for i in range(len(names)+1)]
     coefs = [before-after for before,after in zip([1.]+w, w+[0.])]

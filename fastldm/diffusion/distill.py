@@ -12,7 +12,7 @@ from copy import deepcopy
 from fastcore.basics import patch
 from pathlib import Path
 from tqdm.auto import tqdm
-from ..core.models import (check_folder, evaluating, fingerprint, json_text, real_number, tensor_digest,
+from ..core.models import (check_folder, evaluating, json_text, model_digest, real_number, tensor_digest,
                                  whole_number, write_atomic)
 from ..core.train import once_in_batch, rows_of_batch
 from .cond import Conditioner, VectorEmbedder, stack_conds
@@ -148,8 +148,9 @@ class PathDataset:
         self.steps = whole_number(steps, 'steps', 1)
         self.seed = seed
         self.precision = precision
-        starts = range(0, whole_number(n, 'n', 1), part)
-        parts = [self._part(start, min(part, n-start), cache) for start in tqdm(starts, disable=not progress)]
+        self.part = whole_number(part, 'part', 1)
+        starts = range(0, whole_number(n, 'n', 1), self.part)
+        parts = [self._part(start, min(self.part, n-start), cache) for start in tqdm(starts, disable=not progress)]
         self.fields = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
     def __len__(self): return len(self.fields['path'])
@@ -173,10 +174,10 @@ def _part(self:PathDataset, start, n, cache):
     "Paths `start` to `start+n-1` and their conditions, from the cache where they are there."
     from safetensors.torch import load_file, save_file
     if cache is None: return self._record(start, n)
-    settings = [fingerprint(self.teacher), self.shape, self.steps, self.guidance, self.seed, self.precision, start, n]
-    left_out = getattr(self.teacher.conditioner, 'drop_all', 0.)
-    if left_out: settings.append(f'{left_out} without any condition')
-    digest = tensor_digest(*settings, *self.conditions.values())
+    conditioner = self.teacher.conditioner
+    rates = [getattr(conditioner, 'drop', {}), getattr(conditioner, 'drop_all', 0.)]
+    settings = [self.shape, self.steps, self.guidance, self.seed, self.precision, self.part, start, n]
+    digest = tensor_digest(model_digest(self.teacher), rates, settings, self.conditions)
     file = Path(cache)/f'paths-{digest}.safetensors'
     if file.exists():
         try: return load_file(file)
@@ -188,14 +189,16 @@ def _part(self:PathDataset, start, n, cache):
 # %% ../../nbs/diffusion/09_distill.ipynb #428a487d
 @patch
 def _draw(self:PathDataset, start, n):
-    "Conditions and guidance scales of paths `start` to `start+n-1`: the same ones whatever was drawn before."
-    rows = torch.arange(start, start+n)
+    """Conditions and guidance scales of paths `start` to `start+n-1`: the same ones whatever was drawn before, and
+    however many are needed of the part, which is drawn whole."""
+    rows = torch.arange(start, start+self.part)
     fields = {name: values[rows%len(values)] for name,values in self.conditions.items()}
     least, most = self.guidance
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(tensor_digest(self.seed, start)[:8], 16))
         if fields: fields = _draw_conditions(self.teacher.conditioner, fields)
-        return fields, least + (most-least)*torch.rand(n)
+        scale = least + (most-least)*torch.rand(self.part)
+    return {name: values[:n] for name,values in fields.items()}, scale[:n]
 
 @patch
 def _record(self:PathDataset, start, n):

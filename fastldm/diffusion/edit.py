@@ -10,7 +10,7 @@ import torch, torch.nn.functional as F
 from ..core.models import whole_number
 from .denoiser import eps_of, scales
 from .constraints import Variation, check_signed_pictures, check_region
-from .ldm import Constraint
+from .ldm import Constraint, condition_fields
 
 # %% ../../nbs/diffusion/08_edit.ipynb #e7e207ed
 class BlendedDenoiser:
@@ -90,8 +90,7 @@ class Inversion(Constraint):
         if len(self.images) not in (1,n):
             raise ValueError(f'{len(self.images)} pictures were given for {n} samples: give one, or one per sample')
         z = ldm.encode(self.images)
-        conditioner = ldm.denoiser.conditioner
-        self.fields = {} if conditioner is None else conditioner.parse(n, ldm.device, **self.conditions)
+        self.fields = condition_fields(ldm, n, self.conditions)  # named as those of `sample`
         return [z.expand(n, *z.shape[1:]), *self.fields.values()]
 
     def start(self, ldm, denoise, x, ts, data):

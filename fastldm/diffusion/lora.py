@@ -90,10 +90,13 @@ def _without_adapters(model, keep):
 def merge_lora(
     model:nn.Module, # with adapters
 )->nn.Module: # the same network, without adapters
-    "Add all changes to the weights, with their scales."
-    model.__dict__.pop('_before_lora', None)
-    return _without_adapters(model, True)
+    "Add all changes to the weights, with their scales; what was trained before the adapters can be trained again."
+    before = model.__dict__.pop('_before_lora', dict(trained=()))
+    model = _without_adapters(model, True)
+    for name,p in model.named_parameters(): p.requires_grad_(p.requires_grad or name in before['trained'])
+    return model
 
+# %% ../../nbs/diffusion/10_lora.ipynb #19ec971e
 @torch.no_grad()
 def remove_lora(
     model:nn.Module, # with adapters
@@ -193,7 +196,7 @@ def load_lora(
     scale:float=1., # of its change
 )->nn.Module: # the same network
     """Put an adapter on a network. Raises `FileNotFoundError` where there is none, and `ValueError` for a file that
-    is none, or that belongs to other weights, before anything is changed."""
+    is not an adapter's, or that belongs to other weights, before anything is changed."""
     about, tensors = read_lora(file)
     scale = real_number(scale, 'scale')
     if name in adapters_of(model): raise ValueError(f'the network has an adapter {name!r} already: give another name')

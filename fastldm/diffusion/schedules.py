@@ -13,7 +13,8 @@ from ..core.train import rows_of_batch
 
 # %% ../../nbs/diffusion/01_schedules.ipynb #5d0adbc4
 class ExactBuffers(Module):
-    "A module whose buffers keep their precision where the rest of a model becomes `bfloat16()` or `double()`."
+    "A module whose buffers keep their precision: in `bfloat16()` or `double()`, and (`is_exact`) where it is saved."
+    is_exact = True
     def _apply(self, fn, *args, **kwargs):
         exact = dict(self._buffers)
         super()._apply(fn, *args, **kwargs)
@@ -150,7 +151,7 @@ class SqrtLinear(Schedule):
         "ln alpha_bar at any time, linear between two steps."
         position = (t*self.T).clamp(0, self.T)
         i = position.detach().floor().long().clamp(max=self.T-1)
-        table = self.log_abar.to(t.dtype)
+        table = self.log_abar.to(t)                        # in the precision, and on the device, of the time
         return torch.lerp(table[i], table[i+1], position-i)
 
     def alpha(self, t): return torch.exp(self._interpolate(t)/2)

@@ -17,22 +17,30 @@ from .autoencoder import conv3x3, group_norm
 from .schedules import ExactBuffers
 
 # %% ../../nbs/diffusion/02_unet.ipynb #1b88c0ab
+def _check_multiple(dim, of):
+    "Raises `ValueError` for a number of features that cannot be shared out evenly."
+    if dim%of: raise ValueError(f'dim={dim}: expected a multiple of {of}, for as many sines as cosines')
+
 def sinusoidal(
     t:torch.Tensor, # times in [0,1], (B,)
     dim:int, # number of features, even
 )->torch.Tensor: # (B,dim) in [-1,1]
-    "Sines and cosines of `1000 t` at `dim/2` frequencies from 1 to 1/10000 (Vaswani et al. 2017; Ho et al. 2020)."
+    """Sines and cosines of `1000 t` at `dim/2` frequencies from 1 down to almost 1/10000, as in Vaswani et al. 2017
+    (Ho et al. 2020 divide by one less). Raises `ValueError` for an odd `dim`."""
+    _check_multiple(dim, 2)
     freqs = torch.exp(-math.log(10000)*torch.arange(dim//2, device=t.device)/(dim//2))
     angles = 1000*t[:,None].float()*freqs
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 class FourierFeatures(ExactBuffers):
-    "Sines and cosines at random frequencies that are never trained (Tancik et al. 2020)."
+    """Sines and cosines at random frequencies that are never trained (Tancik et al. 2020).
+    Raises `ValueError` for an odd `dim`."""
     def __init__(self,
         dim:int, # number of features, even
         scale:float=30., # standard deviation of the frequencies, in periods over the unit of time
     ):
         super().__init__()
+        _check_multiple(dim, 2)
         self.register_buffer('freqs', torch.randn(dim//2)*scale)
 
     def forward(self, t):
@@ -104,7 +112,9 @@ def grid_features(
     dim:int, # number of features, a multiple of 4
     device=None, # of the features
 )->torch.Tensor: # (h*w,dim) in [-1,1]
-    "Sines and cosines of the place of each position, as shares of height and width: maps of different sizes agree."
+    """Sines and cosines of the place of each position, as shares of height and width: maps of different sizes agree.
+    Raises `ValueError` for a `dim` that is not a multiple of 4."""
+    _check_multiple(dim, 4)
     y,x = torch.meshgrid((torch.arange(h, device=device)+.5)/h, (torch.arange(w, device=device)+.5)/w, indexing='ij')
     # from a quarter of a wave over the side to a wave over two of 16 rows
     freqs = math.pi/2*32**torch.linspace(0, 1, dim//4, device=device)
@@ -218,21 +228,27 @@ class _Level(nn.Module):
 
 # %% ../../nbs/diffusion/02_unet.ipynb #2f551422
 def _attention_of(attention, n_levels):
-    "An entry for each level; raises `ValueError` for another number of them."
+    "An entry for each level; raises `ValueError` for another number of them, and for an entry of another kind."
+    kinds = (True, False, 'cross')
     if attention is None: attention = [i>0 for i in range(n_levels)]
-    if len(attention)==n_levels: return attention
-    raise ValueError(f'attention={attention!r}: expected an entry for each of the {n_levels} levels')
+    if attention in kinds: attention = [attention]*n_levels
+    if isinstance(attention, str) or len(attention)!=n_levels:
+        raise ValueError(f'attention={attention!r}: expected an entry for each of the {n_levels} levels')
+    wrong = [kind for kind in attention if kind not in kinds]
+    if wrong: raise ValueError(f"attention={attention!r}: {wrong[0]!r} is none of True, False and 'cross'")
+    return attention
 
 # %% ../../nbs/diffusion/02_unet.ipynb #2e45c5aa
 class UNet(Module):
     """A denoising network `(x, t, conditions) -> output of the shape of x` (Ronneberger et al. 2015; Ho et al. 2020).
-    Raises `ValueError` where `attention` does not have one entry for each level."""
+    The middle always has attention. Raises `ValueError` where `attention` does not have one entry for each level, or
+    an entry of another kind."""
     gradient_checkpointing = False # True: blocks compute again in the backward pass what they would keep (Chen 2016)
     def __init__(self,
         c_in:int, # channels of the latent, in and out
         channels=(64,128), # width of each level; each level has half the size of the one before
         n_blocks:int=1, # residual blocks per level, down and up
-        attention=None, # levels with a spatial transformer; 'cross': without self-attention; None: all but the first
+        attention=None, # True, False or 'cross' (no self-attention), for all levels or each; None: all but the first
         d_emb:int=None, # width of the time embedding and of `vector` conditions; None: 4 times the first level
         d_context:int=None, # width of `context` tokens; None: no cross-attention
         c_concat:int=0, # channels of `concat` planes
@@ -245,6 +261,8 @@ class UNet(Module):
         self.c_in = c_in
         self.d_time = channels[0]
         self.d_emb = d_emb or 4*channels[0]
+        self.d_context = d_context or None
+        self.c_concat = c_concat
         self.n_blocks = n_blocks
         self.widths = [list(channels)]                 # what `features` may have, a list for each possibility
         self.emb = nn.Sequential(nn.Linear(self.d_time, self.d_emb), nn.SiLU(), nn.Linear(self.d_emb, self.d_emb))
@@ -253,12 +271,10 @@ class UNet(Module):
 
         level = partial(_Level, d_emb=self.d_emb, dropout=dropout, d_context=d_context, head_dim=head_dim,
                         position_embedding=position_embedding)
-        c = channels[0]
-        for i,(width,kind) in enumerate(zip(channels, attention)):
+        for i,(c,width,kind) in enumerate(zip([channels[0],*channels], channels, attention)):
             shrink = conv3x3(c, c, stride=2) if i>0 else None
             self.down.append(level([c,*[width]*(n_blocks-1)], width, [kind]*n_blocks, shrink))
-            c = width
-        self.middle = level([c,c], c, [True,False], None)
+        self.middle = level([width,width], width, [True,False], None)
         for i,(width,kind) in reversed(list(enumerate(zip(channels, attention)))):
             grow = conv3x3(c, width) if i<len(channels)-1 else None
             self.up.append(level([2*width]*n_blocks, width, [kind]*n_blocks, grow))
@@ -272,6 +288,30 @@ def run_block(self:UNet, level, *inputs):
     if not (self.gradient_checkpointing and torch.is_grad_enabled()): return level.block(*inputs)
     return checkpoint(level.block, *inputs, use_reentrant=False)
 
+# %% ../../nbs/diffusion/02_unet.ipynb #4a803216
+@patch
+def check_conditions(self:UNet,
+    vector=None, # as in `forward`
+    context=None, # as in `forward`
+    concat=None, # as in `forward`
+    features=None, # as in `forward`
+):
+    "Raises `ValueError` for conditions that this network cannot take. Looks at shapes only."
+    if context is not None and self.d_context is None:
+        raise ValueError(f'a condition gives tokens of width {context.shape[-1]}, and this UNet has no '
+                         f'cross-attention: build it with d_context={context.shape[-1]}')
+    for slot,given,argument in (('vector',vector,'d_emb'), ('context',context,'d_context')):
+        width = getattr(self, argument)
+        if given is not None and given.shape[-1]!=width:
+            raise ValueError(f'a condition gives a {slot} of width {given.shape[-1]}, and this UNet has '
+                             f'{argument}={width}: give its embedder dim={width}')
+    n_planes = 0 if concat is None else concat.shape[1]
+    if n_planes!=self.c_concat:
+        raise ValueError(f'conditions give {n_planes} planes to stack on the input, and this UNet takes '
+                         f'{self.c_concat}: build it with c_concat={n_planes}')
+    if features is not None and len(features)!=len(self.down):
+        raise ValueError(f'{len(features)} maps of features for {len(self.down)} levels: give one for each level')
+
 # %% ../../nbs/diffusion/02_unet.ipynb #b3564089
 @patch
 def forward(self:UNet,
@@ -282,7 +322,8 @@ def forward(self:UNet,
     concat:torch.Tensor=None, # planes stacked on the input, (B,c_concat,H,W)
     features:list=None, # one map per level, added to the encoder's output there
 )->torch.Tensor: # (B,c_in,H,W)
-    "One evaluation. What reaches it has been checked by `Denoiser`."
+    "One evaluation. Raises `ValueError` for conditions of another width than the network takes."
+    self.check_conditions(vector, context, concat, features)
     emb = self.emb(sinusoidal(t, self.d_time).to(x.dtype))
     if vector is not None: emb = emb + vector
     emb = F.silu(emb)
@@ -348,10 +389,11 @@ def _level(self:TutorialUNet, i, x, emb, context):
 def forward(self:TutorialUNet,
     x:torch.Tensor, # noisy latent, (B,4,10,10), or noisy picture, (B,1,28,28)
     t:torch.Tensor, # times in (0,1], (B,)
-    vector:torch.Tensor=None, # unused: the label is a token here
+    vector:torch.Tensor=None, # not possible: the label is a token here
     context:torch.Tensor=None, # the label token, (B,1,d_context)
 )->torch.Tensor: # the score times sigma, of the shape of `x`
-    "Down and up again, with skips that are added."
+    "Down and up again, with skips that are added. Raises `ValueError` for a `vector`."
+    if vector is not None: raise ValueError('this network takes tokens, not a vector: give its embedder token=True')
     features,*layers = self.time
     emb = features(t).to(x.dtype)
     for layer in layers: emb = layer(emb)

@@ -11,9 +11,13 @@ from ..control.adapter import resize_region
 
 # %% ../../nbs/metrics/02_control.ipynb #5209ed67
 def _check_edges(edges, target, region):
-    "Floats of one shape, and a region for each picture; raises `ValueError` for other shapes."
+    "Floats of one shape, and a region for each picture; raises `ValueError` for other shapes, or another range."
     if edges.shape!=target.shape or edges.ndim!=4 or edges.shape[1]!=1:
         raise ValueError(f'given edges of {tuple(edges.shape)} and {tuple(target.shape)}: expected (B,1,H,W) for both')
+    for given in (edges,target):
+        if ((given<0)|(given>1)).any():
+            raise ValueError(f'given edges from {given.min():g} to {given.max():g}: '
+                             'expected 0 and 1; divide bytes by 255')
     if region is None: region = torch.ones_like(edges[:1])
     if region.shape[1:]!=edges.shape[1:] or len(region) not in (1, len(edges)):
         raise ValueError(f'given a region of {tuple(region.shape)} for edges of {tuple(edges.shape)}: '
@@ -32,7 +36,7 @@ def edge_f1(
 )->float: # from 0 to 1; 1 where neither has edges
     """Precision and recall of edges in a region, as one number.
 
-    Raises `ValueError` for other shapes."""
+    Raises `ValueError` for other shapes, or edges that are not from 0 to 1."""
     edges, target, m = _check_edges(edges, target, region)
     n_edges = (m*edges).sum()
     n_target = (m*target).sum()
@@ -62,7 +66,7 @@ def lfmse(
 )->dict: # `inside`, `outside` and `total`; lower is better, NaN where no picture has such a part at the smaller size
     """Distance of blurred edges, the mean over pictures, as published (Domingo-Gregorio and Ruiz-Hidalgo 2026).
 
-    Raises `ValueError` for other shapes, or maps smaller than the blur."""
+    Raises `ValueError` for other shapes, edges that are not from 0 to 1, or maps smaller than the blur."""
     edges, target, m = _check_edges(edges, target, region)
     if min(edges.shape[2:])<size:
         raise ValueError(f'edges of {tuple(edges.shape[2:])} are smaller than the blur of {size} pixels')
@@ -84,7 +88,7 @@ def leakage(
 )->float: # from 0 to 1; to be compared with that of pictures without control
     """The share of the control's edges outside a region that the pictures have; NaN where the control has none there.
 
-    Raises `ValueError` for other shapes."""
+    Raises `ValueError` for other shapes, or edges that are not from 0 to 1."""
     edges, target, m = _check_edges(edges, target, region)
     outside = target*(1-_dilate(m, margin))
     found = (outside*_dilate(edges, tolerance)).sum()
@@ -97,7 +101,7 @@ def coloured_edges(
 )->torch.Tensor: # pictures (B,3,H,W) in [0,1]
     """Edges, green inside a region, red outside.
 
-    Raises `ValueError` for other shapes."""
+    Raises `ValueError` for other shapes, or edges that are not from 0 to 1."""
     edges, _, m = _check_edges(edges, edges, region)
     green = edges.new_tensor([.35,1.,.45]).view(1,3,1,1)
     red = edges.new_tensor([1.,.35,.3]).view(1,3,1,1)

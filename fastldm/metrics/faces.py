@@ -13,6 +13,7 @@ from ..core.models import Module, inference
 from ..core.processes import map_parts
 from ..core.train import noise_of_batch, once_in_batch, rows_of_batch
 from ..diffusion.autoencoder import Decoder, Encoder
+from .images import check_signed
 
 # %% ../../nbs/metrics/03_faces.ipynb #7572b17e
 def _strided(c_in, c_out):
@@ -83,6 +84,7 @@ def iou_per_class(
     n:int, # number of classes
 )->torch.Tensor: # IoU (n,), nan for a class that is in neither
     "Intersection over union of each class."
+    target, predicted = target.long(), predicted.long()                           # bytes would overflow below
     counted = target<n
     pairs = (target*n+predicted)[counted].flatten()
     confusion = torch.bincount(pairs, minlength=n*n).view(n,n).double()           # target by predicted
@@ -111,8 +113,7 @@ def predict(self:FaceClassifier,
 def _check_faces(images, size):
     if images.dim()!=4 or images.shape[1:]!=(3,size,size):
         raise ValueError(f'given pictures of {tuple(images.shape)}: expected (B,3,{size},{size})')
-    if images.min()<-1.01 or images.max()>1.01:
-        raise ValueError(f'given values from {images.min():.2f} to {images.max():.2f}: expected pictures in [-1,1]')
+    check_signed(images, 'FaceClassifier')
 
 # %% ../../nbs/metrics/03_faces.ipynb #8d280fe4
 @patch
@@ -123,11 +124,8 @@ def score(self:FaceClassifier,
 )->dict: # `accuracy` (A,), nan where never specified; `iou` (K,); and their means, `accuracy_mean`, `iou_mean`
     """How far the pictures show what they were conditioned on.
 
-    Raises `ValueError` for another number of rows, and as `predict` does."""
-    for rows in (attrs, mask):
-        if rows is not None and len(rows)!=len(images):
-            raise ValueError(f'given {len(images)} pictures and {len(rows)} rows of conditions: '
-                             'expected one per picture')
+    Raises `ValueError` for conditions of another shape, and as `predict` does."""
+    _check_conditions(self, len(images), attrs, mask)
     predicted = self.predict(images)
     scores = {}
     if attrs is not None:
@@ -138,3 +136,17 @@ def score(self:FaceClassifier,
     if mask is not None: scores['iou'] = iou_per_class(mask.cpu().long(), predicted['mask'], len(self.classes))
     means = {f'{name}_mean': values.nanmean().item() for name,values in scores.items()}
     return scores|means
+
+def _check_conditions(classifier, n, attrs, mask):
+    "Raises `ValueError` for attributes or masks that are not those of `n` pictures of this classifier."
+    names = classifier.attributes
+    if attrs is not None and attrs.shape!=(n,len(names)):
+        more = ', …' if len(names)>5 else ''
+        raise ValueError(f'given attributes of {tuple(attrs.shape)}: expected ({n},{len(names)}), a row per picture '
+                         f'of {", ".join(names[:5])}{more}')
+    if mask is None: return
+    if not classifier.classes:
+        raise ValueError('this classifier knows no parts of a face, so masks cannot be scored: leave out `mask`')
+    size = classifier.size
+    if mask.shape!=(n,size,size):
+        raise ValueError(f'given masks of {tuple(mask.shape)}: expected ({n},{size},{size}), one per picture')

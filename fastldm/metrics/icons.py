@@ -15,7 +15,7 @@ from ..codes.blip import contrastive_loss
 from ..core.models import inference
 from ..core.train import mean_count, whole_batch
 from .faces import blur_some
-from .images import Evaluator, check_pictures, random_affine
+from .images import Evaluator, check_signed, random_affine
 from .text import retrieval, retrieval_candidates, tokenise
 
 # %% ../../nbs/metrics/06_icons.ipynb #321af1ab
@@ -91,7 +91,7 @@ def predict(self:IconClassifier,
     batch_size:int=256, # pictures at a time
 )->dict: # {label: classes (B,)}
     "The classes of pictures. Raises `ValueError` for what are no pictures in [-1,1]."
-    check_pictures((images+1)/2)
+    check_signed(images, 'IconClassifier')
     parts = [self(batch.to(self.log_scale))[0] for batch in images.split(batch_size)]
     return {name: torch.cat([logits[name] for logits in parts]).argmax(1) for name in self.classes}
 
@@ -121,7 +121,7 @@ def similarity(self:IconClassifier,
     batch_size:int=256, # pictures at a time
 )->torch.Tensor: # (n,m), cosines
     "How well each picture fits each caption. Raises `ValueError` for what are no pictures in [-1,1]."
-    check_pictures((images+1)/2)
+    check_signed(images, 'IconClassifier')
     embeddings = torch.cat([self(batch.to(self.log_scale))[1] for batch in images.split(batch_size)])
     return embeddings@self.embed_captions(captions).T
 

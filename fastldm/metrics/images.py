@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['Evaluator', 'evaluator_loss', 'random_affine', 'Score', 'net_name', 'check_pictures', 'image_features',
-           'label_accuracy', 'fid', 'kid', 'precision_recall', 'Inception', 'EfficientNetLite', 'PhotoEvaluator',
-           'register_evaluator', 'psnr', 'ssim', 'lpips_distance', 'nearest_neighbours', 'memorisation', 'Reference',
-           'evaluate']
+           'check_signed', 'label_accuracy', 'fid', 'kid', 'precision_recall', 'Inception', 'EfficientNetLite',
+           'PhotoEvaluator', 'register_evaluator', 'psnr', 'ssim', 'lpips_distance', 'nearest_neighbours',
+           'memorisation', 'Reference', 'evaluate']
 
 # %% ../../nbs/metrics/00_images.ipynb #f11e72c5
 import json
 import torch, torch.nn.functional as F
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from fastcore.basics import patch, store_attr
 from torch import nn
 from ..core.models import *
 from ..core.processes import map_parts
+from ..core.show import warn_unsigned
 from ..core.train import rows_of_batch
 from ..diffusion.ldm import load as load_shipped, model_folder
 
@@ -124,7 +126,10 @@ def check_pictures(
 )->torch.Tensor: # (N,C,H,W), bytes or floats in [0,1]
     """The pictures.
 
-    Raises `ValueError` for what are no pictures, or pictures of another range."""
+    Raises `ValueError` for what are no pictures, a set that is not in memory, or pictures of another range."""
+    if hasattr(x, 'image') and x.image is None:
+        raise ValueError(f'{name}: this {type(x).__name__} is not in memory; open it with a larger `cache`, or give '
+                         'some of its pictures: `ds.pixels(rows)`')
     x = getattr(x, 'image', x)
     is_batch = torch.is_tensor(x) and x.dim()==4 and x.shape[1] in (1,3) and len(x)>0
     if not is_batch or not (x.is_floating_point() or x.dtype==torch.uint8):
@@ -162,6 +167,21 @@ def image_features(
     device = next(net.parameters()).device
     def features(rows): return net.features(x[rows].to(device)/127.5-1).float().cpu()
     with evaluating(net): return map_parts(features, len(x), batch_size)
+
+# %% ../../nbs/metrics/00_images.ipynb #b38dcbf0
+def check_signed(
+    x, # pictures for a classifier, (N,C,H,W)
+    caller:str, # the class that was given them, for the message
+    channels:int=3, # what C should be
+):
+    """Raises `ValueError` for what are no pictures in [-1,1], and warns where they are probably in [0,1]."""
+    if not torch.is_tensor(x) or x.dim()!=4 or x.shape[1]!=channels or not len(x):
+        given = tuple(x.shape) if torch.is_tensor(x) else type(x).__name__
+        raise ValueError(f'given pictures of {given}: expected (N,{channels},H,W), with N at least 1')
+    lo, hi = x.min().item(), x.max().item()
+    if not (lo>=-1.01 and hi<=1.01):
+        raise ValueError(f'given values from {lo:.2f} to {hi:.2f}: expected pictures in [-1,1]')
+    warn_unsigned(x, caller)
 
 # %% ../../nbs/metrics/00_images.ipynb #68d139da
 @torch.no_grad()
@@ -492,8 +512,11 @@ def memorisation(
 )->Score: # 1: as new as real pictures, 0: copies
     """Mean distance to the nearest training picture, over that of unseen real pictures.
 
-    Raises `ValueError` as `nearest_neighbours` does."""
-    base = test if isinstance(test, float) else nearest_neighbours(test, train, net)[0].mean()
+    Raises `ValueError` where the unseen pictures are in the training set, and as `nearest_neighbours` does."""
+    base = float(test) if isinstance(test, Real) else nearest_neighbours(test, train, net)[0].mean().item()
+    if not base>0:
+        raise ValueError(f'the unseen pictures are at a distance of {base:g} from the training set, so they are in it: '
+                         'give others')
     space = 'pixels' if net is None else net_name(net)
     return Score(nearest_neighbours(samples, train, net)[0].mean()/base, f'memorisation_{space}')
 

@@ -13,6 +13,7 @@ from ..core.train import mean_count
 from ..data.synthetic import BACKGROUNDS, COLOURS, KINDS, Scene, parse_scene
 from ..diffusion.autoencoder import Decoder, Encoder
 from .faces import blur_some
+from .images import check_signed
 
 # %% ../../nbs/metrics/04_scenes.ipynb #80fa89e2
 class SceneClassifier(Module):
@@ -62,8 +63,7 @@ def _check_scenes(images):
     if not is_batch or min(images.shape[2:])<16 or any(side%4 for side in images.shape[2:]):
         raise ValueError(f'given pictures of {tuple(images.shape)}: '
                          'expected (B,3,H,W), sides multiples of 4 and at least 16')
-    if images.min()<-1.01 or images.max()>1.01:
-        raise ValueError(f'given values from {images.min():.2f} to {images.max():.2f}: expected pictures in [-1,1]')
+    check_signed(images, 'SceneClassifier')
 
 @patch
 @torch.no_grad()

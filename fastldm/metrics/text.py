@@ -13,7 +13,7 @@ import numpy as np, torch
 from collections import Counter
 from fractions import Fraction
 from itertools import permutations
-from ..core.models import require_package
+from ..core.models import require_package, whole_number
 
 # %% ../../nbs/metrics/01_text.ipynb #d2302857
 def _is_east_asian(c): return '\u3040'<=c<='\u9fff' or '\uf900'<=c<='\ufaff'
@@ -183,6 +183,7 @@ def caption_scores(
     """BLEU, METEOR, ROUGE and CIDEr of captions against their references.
 
     Raises `ValueError` as `tokenise_pairs` does."""
+    real, fake = (texts if isinstance(texts, str) else list(texts) for texts in (real, fake))   # each score reads them
     scores = bleu(real, fake)|meteor(real, fake)|rouge(real, fake)
     if len(fake)>1: scores |= cider(real, fake)
     return dict(scores, n=len(fake))
@@ -211,7 +212,8 @@ def retrieval(
 )->dict: # accuracy, chance, times_chance, rank (median of the right one among all, from 1), n
     """How often the right one of `among` is the most similar: the exact mean over all choices of the others.
 
-    Raises `ValueError` for another shape, or too few texts."""
+    Raises `ValueError` for another shape, too few texts, or weights that are all 0."""
+    among = whole_number(among, 'among', 1)
     s = torch.as_tensor(similarity).double()
     _check_similarity(s, captions)
     n = len(s)
@@ -229,6 +231,7 @@ def retrieval(
     n_others = len(columns)-1
     chances = [_win_probability(better, equal, n_others, among) for better,equal in zip(n_better, n_equal)]
     weights = [1]*n if weights is None else list(map(float, weights))
+    if not sum(weights): raise ValueError('all weights are 0: give at least one row a weight above 0')
     accuracy = float(sum(weight*chance for weight,chance in zip(weights, chances))/sum(weights))
     rank = float(np.median([1+better+equal/2 for better,equal in zip(n_better, n_equal)]))
     return dict(accuracy=accuracy, chance=1/among, times_chance=accuracy*among, rank=rank, n=n)

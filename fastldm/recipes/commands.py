@@ -158,7 +158,7 @@ def command_method(
                          f'these models do: {_names_of(method, option)}')
     return getattr(model, method)
 
-_OPTIONS = dict(step='sampler', watch='animate') # parameter: its option, where that has another name
+_OPTIONS = dict(step='sampler', watch='animate', mirror='no_mirror') # parameter: its option, where names differ
 
 def _names_of(method, option=None):
     "Names of the shipped models that have a method, and take an option there."
@@ -204,6 +204,7 @@ def train_cli(
     lr:float=None, # highest learning rate of the denoiser (default: 0.001)
     channels:str=None, # of the U-Net, one number per level, as in 64,128
     copies:int=None, # turned, scaled and mirrored views of each picture, for few pictures (default: 1, none)
+    no_mirror:store_true=False, # with --copies: never mirror a picture, for letters and what has a left and a right
     conditions:str=None, # for `folder`: columns of a table beside the pictures, as in species:label,length:number
     test:float=None, # share of the pictures kept aside to measure by (default: a tenth; without a table, from 200 on)
     patience:int=None, # stop the denoiser when its loss on the pictures kept aside has not fallen for so many steps
@@ -249,6 +250,7 @@ def _options_for_a_recipe(options):
     for name in ('prior_steps','channels'):
         if name in options: options[name] = _numbers(options[name], f'--{name}')
     if 'channels' in options: options['channels'] = _listed(options['channels'])
+    if options.pop('no_mirror', False): options['mirror'] = False
     return options
 
 
@@ -258,7 +260,8 @@ def _check_options(recipe, options):
     train = RECIPES[recipe]
     for option,what in getattr(train, 'needs', {}).items():
         if option not in options: raise ValueError(f'the recipe `{recipe}` needs --{option}, {what}')
-    for option in refused(train, options): raise ValueError(f'the recipe `{recipe}` takes no --{option}: leave it out')
+    for option in refused(train, options):
+        raise ValueError(f'the recipe `{recipe}` takes no --{_OPTIONS.get(option, option)}: leave it out')
 
 def quick_options(
     train, # a recipe

@@ -39,7 +39,8 @@ def label_denoiser(
     embedders = {}
     if 'label' in ds[0]: _add_labels(embedders, _classes(ds), d_emb)
     if views: embedders['augment'] = VectorEmbedder(4, d_emb)
-    conditioner = Conditioner(drop=dict(label=drop), **embedders) if embedders else None
+    drops = dict(label=drop) if 'label' in embedders else {}            # the views are always told
+    conditioner = Conditioner(drop=drops, **embedders) if embedders else None
     attention = [level>0 for level in range(len(channels))]
     return Denoiser(UNet(c_latent, channels, n_blocks, attention=attention, d_emb=d_emb), Cosine(), conditioner)
 
@@ -93,6 +94,7 @@ def label_ldm(
     lr:float=1e-3, # highest learning rate of the denoiser
     drop:float=.1, # rate at which the label is left out in training
     copies:int=1, # augmented views of each picture, more than 1 for small sets: see `Augmented`
+    mirror:bool=True, # mirror half of these, which is wrong for letters, and for what has a left and a right
     weight=edm_weight, # of the loss
     sample_t=uniform_t, # draws the times of the loss: `(schedule, n, device) -> (n,)`
     seed:int=0, # of everything
@@ -106,7 +108,7 @@ def label_ldm(
     pictures = picture_set(data, root, size=size)
     folder = begin(folder, label_ldm, arguments, pictures, multiple=2**len(ae_channels),
                    stages=['autoencoder','denoiser'])
-    ds = Augmented(pictures, copies, seed) if copies>1 else pictures
+    ds = Augmented(pictures, copies, seed, mirror=mirror) if copies>1 else pictures
     training = dict(seed=seed, precision=precision, progress=progress, batch_size=batch_size)
     set_seed(seed)
     denoiser = label_denoiser(ds, c_latent, channels, n_blocks, drop, views=copies>1)

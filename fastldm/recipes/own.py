@@ -166,6 +166,7 @@ def own_ldm(
     lora:int=None, # with `start`: rank of the changes; None: all weights are trained
     tune_autoencoder:bool=False, # with `start`: train its autoencoder, too
     copies:int=None, # augmented views of each picture, see `Augmented`; None: 1, or more of few from a start
+    mirror:bool=True, # mirror half of these, which is wrong for letters, and for what has a left and a right
     c_latent:int=None, # channels of the latent; None: see `latent_sizes`, or those of the start
     ae_channels=None, # of the autoencoder, one number per halving of the sides; None: the same
     ae_steps:int=None, # of the autoencoder's training; None: 6,000, or 1,000 of a start's
@@ -196,17 +197,16 @@ def own_ldm(
     _introduce(own.train, folder, progress)
     training = dict(seed=seed, precision=precision, progress=progress, batch_size=batch_size)
     views = chosen.copies
-    ds = Augmented(own.train, views, seed) if views>1 else own.train
+    ds = Augmented(own.train, views, seed, mirror=mirror) if views>1 else own.train
     set_seed(seed)
     new = own_denoiser(ds, chosen.c_latent, chosen.channels, chosen.n_blocks, drop, views>1, factor)
     denoiser = base.denoiser(new, ds)
     ae = base.autoencoder(ds, folder, c_latent=chosen.c_latent, channels=chosen.ae_channels, steps=chosen.ae_steps,
                           **training)
     encoded = partial(LatentDataset, autoencoder=ae, cache=folder/'cache', progress=progress)
-    held_out = _held_out(own, views)
     shape = ae.latent_shape(*own.train[0]['image'].shape[1:])
     denoiser = train_denoiser(encoded(ds), folder, denoiser, partial(diffusion_loss, weight=weight), chosen.steps,
-                              lr=lr, draw=partial(_draw, ae, shape), held_out=held_out and encoded(held_out),
+                              lr=lr, draw=partial(_draw, ae, shape), held_out=_held_out(own, views, encoded),
                               patience=patience, cbs=cbs, **base.hooks(folder), **training)
     ldm = LatentDiffusion(ae, denoiser, shape)
     about = _facts(own, views) | base.card() | dict(seed=seed) | (dict(skip=True) if skip else {}) | (card or {})
@@ -232,9 +232,10 @@ def _marks(base, own):
     "What else makes the run what it is: how it begins, and the table of its pictures."
     return dict(stages=[*base.stages], **base.marks, **table_marks(own.train))
 
-def _held_out(own, views):
-    "The pictures that choose the weights: as they are, with the conditions of a view where training has several."
-    return Augmented(own.validation, 1) if own.validation and views>1 else own.validation
+def _held_out(own, views, encoded):
+    "The latents of the pictures that choose the weights: as they are, with the conditions of a view if there are some."
+    if not own.validation: return None
+    return encoded(Augmented(own.validation, 1) if views>1 else own.validation)
 
 def _draw(ae, shape, denoiser): return draw_conditions(LatentDiffusion(ae, denoiser, shape))
 

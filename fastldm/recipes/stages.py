@@ -259,11 +259,19 @@ def card_metadata(
     is_restricted = 'research only' in info.get('licence', '')
     facts = dict(license='other', license_name='research-only') if is_restricted else dict(license='apache-2.0')
     facts |= dict(library_name='fastldm', tags=['fastldm', cls])
-    if cls in _TASKS: facts['pipeline_tag'] = _TASKS[cls]
+    if cls in _TASKS and not _is_told_more(info): facts['pipeline_tag'] = _TASKS[cls]
     data = info.get('data')
     if data and '/' not in str(data): facts['datasets'] = str(data).split('+')
     measures = sorted(_measures(info.get('metrics', {})))
     return facts | (dict(metrics=measures) if measures else {})
+
+# %% ../../nbs/recipes/00_stages.ipynb #997aea33
+def _is_told_more(info):
+    "Whether a model without a text encoder has conditions: the hub has no name for what it does."
+    parts = info['config'].get('kwargs', {})
+    denoiser = parts.get('denoiser') or {}
+    is_conditional = bool(denoiser.get('kwargs', {}).get('conditioner'))
+    return is_conditional and 'text_encoder' not in parts
 
 def _measures(metrics):
     "Names of the measures in a record: `fid` of 'fid mnist_evaluator'."

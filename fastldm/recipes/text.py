@@ -177,6 +177,7 @@ def text_to_image(
     prior_channels=(96,96), # of the other priors, one number per level
     prior_dropout=.1, # of these, more for a small set, which they learn by heart: one number per level, or one for all
     copies:int=1, # views of each picture for the priors, for few pictures on a plain ground: see `Augmented`
+    mirror:bool=True, # mirror half of these, which is wrong for letters, and where captions say left or right
     codes:dict=None, # settings to draw by codes with, as in `TextToImage`
     diffusion:dict=None, # settings to draw by diffusion with, as in `TextToImage`
     autoencoder:dict=None, # of the diffusion prior, as in `train_autoencoder`; None: it is of the codes' vectors
@@ -206,7 +207,7 @@ def text_to_image(
     encoder = frozen or train_text_encoder(ds, folder, steps=text_encoder_steps, network=text_encoder,
                                            hard_negatives=hard_negatives, paraphrases=paraphrases, **training)
     vqvae = train_vqvae(ds, folder, steps=ae_steps, **training)
-    views = Augmented(ds, copies, seed, turn=.15, zoom=.15, move=.06, padding_mode='border') if copies>1 else ds
+    views = _views(ds, copies, seed, mirror)
     stored, stored_unseen = (_stored_codes(part, vqvae, encoder, folder, progress) for part in (views,unseen))
     own = train_autoencoder(ds, folder, **autoencoder, **training) if autoencoder else None
     latents = _own_latents(ds, own, encoder, folder, progress) if own else CodeLatents(stored, vqvae)
@@ -218,6 +219,12 @@ def text_to_image(
               for level,(width,most,dropout) in enumerate(zip(prior_channels, prior_steps, prior_dropout))]
     model = TextToImage(priors=priors, denoiser=denoiser, codes=codes, **parts)
     return _finish_text(folder, model, stages, ds, unseen, data, dict(seed=seed) | reading | (card or {}))
+
+# %% ../../nbs/recipes/03_text.ipynb #d56d200d
+def _views(ds, copies, seed, mirror):
+    "The set, or views of its pictures, which are on a plain ground."
+    if copies==1: return ds
+    return Augmented(ds, copies, seed, turn=.15, zoom=.15, move=.06, padding_mode='border', mirror=mirror)
 
 # %% ../../nbs/recipes/03_text.ipynb #41cefe70
 def _own_latents(ds, autoencoder, text_encoder, folder, progress):

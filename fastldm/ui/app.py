@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 import webbrowser
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from fastcore.basics import patch
 from fastcore.script import store_true
 from functools import wraps
@@ -44,10 +45,12 @@ _artist = ThreadPoolExecutor(1, 'artist')
 
 class _Stopped(Exception): "Nobody waits for this picture any more."
 
+# %% ../../nbs/ui/01_app.ipynb #54dffbd8
 class Background:
     "Work in a thread, whose frames can be had as they come."
     def __init__(self,
-        work, # `work(show) -> result`, where `show(make)` is told how to make a frame, and makes it if one is due
+        work, # `work(show) -> result`, where `show(make)` is told how to make a frame, and makes it if one is due; a
+              # frame of None is left out
         share:float=.02, # of the time that frames may take
         pause:float=.5, # seconds from one frame to the next, at least
     ):
@@ -67,7 +70,8 @@ class Background:
         if self.stopped.is_set(): raise _Stopped
         start = time.monotonic()
         if start<self.due: return
-        self.frames.put((make(), False))
+        frame = make()
+        if frame is not None: self.frames.put((frame, False))
         end = time.monotonic()
         self.due = end+max(self.pause, (end-start)/self.share)
 
@@ -236,11 +240,19 @@ def draw_settings(
     options = options_of(settings)
     constraint = constraint_of(settings, load)
     if constraint is not None: options['constraint'] = constraint
-    if show is not None and options.get('prior')!='codes':
+    if show is not None and options.get('prior')=='codes': model = _stoppable(model, show)
+    elif show is not None:
         ldm = diffusion_of(model)
         def watch(predicted): show(lambda: grid_of((ldm.decode(predicted.float())+1)/2))
         options['step'] = watched(sampling_of(model, options)['step'], watch)
     return command_method(model, 'sample_command', settings['model'], options)(**options)[0]
+
+def _stoppable(model, show):
+    "A model of texts with the same weights, that asks after each position of its codes whether to go on."
+    other = copy(model)
+    codes = dict(model.settings['codes'], callback=lambda: show(lambda: None))
+    other.settings = dict(model.settings, codes=codes)
+    return other
 
 def grid_of(
     pictures:torch.Tensor, # (n,C,H,W) in [0,1]
@@ -816,8 +828,11 @@ def show_picture(
     path, # of a picture file
 )->list: # values for the tabs that start from it
     "An uploaded picture in all tabs that start from one. Raises `ValueError` for a file that is no picture."
-    try: picture = to_image(open_image(path, CANVAS))
-    except ValueError as error:
+    try:
+        with Image.open(path) as file: side = min(file.size)
+        is_divisor = CANVAS%side==0                                    # then `canvas_of` enlarges by whole pixels
+        picture = to_image(open_image(path, side if is_divisor else CANVAS))
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f'{Path(path).name} cannot be read as a picture: upload another file') from error
     canvas = canvas_of(ground=picture)
     return [canvas, picture, picture, canvas]
