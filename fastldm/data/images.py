@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'DATASETS', 'OPENERS', 'upright', 'plain_picture', 'from_image', 'to_uint8', 'to_image',
-           'EmptySplit', 'check_split', 'escape_text', 'check_count', 'check_labels', 'Pictures', 'licence_of', 'Part',
-           'collate', 'dataloader', 'Digits', 'open_image', 'centre_square', 'fit_to', 'open_zip', 'ZippedFile',
-           'find_pictures', 'size_and_checksum', 'group_rows', 'hash01', 'no_part', 'ImageFolder', 'find_damaged',
-           'first_few', 'check_skip', 'files_digest', 'is_opened', 'dataset_key', 'has_one_size', 'get_dataset',
-           'edges']
+           'EmptySplit', 'check_split', 'escape_text', 'check_labels', 'Pictures', 'licence_of', 'Part', 'collate',
+           'dataloader', 'Digits', 'open_image', 'centre_square', 'fit_to', 'open_zip', 'ZippedFile', 'find_pictures',
+           'size_and_checksum', 'group_rows', 'hash01', 'no_part', 'ImageFolder', 'find_damaged', 'first_few',
+           'check_skip', 'files_digest', 'is_opened', 'dataset_key', 'has_one_size', 'get_dataset', 'edges']
 
 # %% ../../nbs/data/00_images.ipynb #9dfeb8dc
 import difflib,hashlib,io,math,os,re,warnings,zipfile,zlib
@@ -173,15 +172,6 @@ def escape_text(
     return text.encode('utf-8', 'backslashreplace').decode() if isinstance(text, str) else text
 
 # %% ../../nbs/data/00_images.ipynb #f49da795
-def check_count(
-    values, # something of each picture
-    image, # the pictures
-    what:str, # the values are, in the plural, for the message
-):
-    "Raises ValueError for another number of values than of pictures."
-    if len(values)==len(image): return
-    raise ValueError(f"given {len(values)} {what} for {len(image)} pictures: expected one each")
-
 def check_labels(
     labels:list, # whole numbers
     classes:list, # names of the classes
@@ -192,6 +182,12 @@ def check_labels(
     if not wrong: return
     raise ValueError(f"{where} has the label {wrong[0]}, and {len(classes)} classes have names: number them from 0 to "
                      f"{len(classes)-1}, or name all")
+
+def _labels(label, n):
+    "Labels as a tensor. Raises ValueError for another number of them than of pictures."
+    label = torch.as_tensor(label).long()
+    if len(label)==n: return label
+    raise ValueError(f"given {len(label)} labels for {n} pictures: expected one each")
 
 # %% ../../nbs/data/00_images.ipynb #c8d7742e
 class Pictures:
@@ -210,10 +206,8 @@ class Pictures:
     ):
         self.image = image
         self.classes = [escape_text(c) for c in classes]
-        if label is None: return
-        self.label = torch.as_tensor(label).long()
-        check_count(self.label, image, 'labels')
-        if self.classes: check_labels(self.label.tolist(), self.classes, type(self).__name__)
+        if label is not None: self.label = _labels(label, len(image))
+        if label is not None and self.classes: check_labels(self.label.tolist(), self.classes, type(self).__name__)
 
     def __len__(self): return len(self.image)
 
