@@ -183,7 +183,7 @@ def check_labels(
     raise ValueError(f"{where} has the label {wrong[0]}, and {len(classes)} classes have names: number them from 0 to "
                      f"{len(classes)-1}, or name all")
 
-def _labels(label, n):
+def _label_of_each(label, n):
     "Labels as a tensor. Raises ValueError for another number of them than of pictures."
     label = torch.as_tensor(label).long()
     if len(label)==n: return label
@@ -206,7 +206,7 @@ class Pictures:
     ):
         self.image = image
         self.classes = [escape_text(c) for c in classes]
-        if label is not None: self.label = _labels(label, len(image))
+        if label is not None: self.label = _label_of_each(label, len(image))
         if label is not None and self.classes: check_labels(self.label.tolist(), self.classes, type(self).__name__)
 
     def __len__(self): return len(self.image)
