@@ -338,6 +338,14 @@ def test_captions_are_written_into_shards(tmp_path):
     ds = Captioned(tmp_path, test=0, size=4)
     assert Shards(write_shards(ds, tmp_path/'tars', 2, shuffle=False), size=4)[:]['caption']==ds.caption
 
+def test_shards_are_not_augmented(tmp_path):
+    "Shards with captions are refused as those without: there was an AttributeError."
+    for i in range(3): save(tmp_path/f'{i}.png', i)
+    rows = ''.join(f'{i}.png,x\n' for i in range(3))
+    (tmp_path/'captions.csv').write_text('file,caption\n'+rows, encoding='utf-8')
+    shards = Shards(write_shards(Captioned(tmp_path, test=0, size=4), tmp_path/'tars', 2), size=4)
+    with pytest.raises(ValueError, match='shards cannot be augmented'): Augmented(shards, 2)
+
 
 # ---- captions
 

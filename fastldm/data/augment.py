@@ -76,7 +76,7 @@ class Augmented(Pictures):
         mirror:bool=True, # mirror half of the copies, which the network is not told: wrong where left and right differ
     ):
         self.caption = getattr(ds, 'caption', None)
-        if ds.image is None and self.caption is None:
+        if ds.image is None and (self.caption is None or hasattr(ds, 'load_shard')):
             raise ValueError(f'{ds!r} is not in memory: give a set of pictures a larger `cache`; '
                              'shards cannot be augmented')
         _warn_of_lost(ds)

@@ -257,7 +257,7 @@ class Part(Pictures):
         self.licence = licence_of(ds)
         if ds.label is not None: self.label = ds.label[self.indices]
         if ds.image is not None: self.image = ds.image[self.indices]
-        if isinstance(ds.fields, dict): self.fields = {name: values[self.indices] for name,values in ds.fields.items()}
+        self.fields = {name: values[self.indices] for name,values in ds.fields.items()}
         captions = getattr(ds, 'caption', None)
         if captions is not None: self.caption = [captions[i] for i in self.indices]
         if hasattr(ds, 'conditions'): self.conditions = ds.conditions

@@ -39,7 +39,8 @@ class Shards(Pictures):
         self.classes = classes
         self.loaded = OrderedDict() # {number of a shard: its fields}, the least recently used first
         self.damaged = {} # {number of a shard: keys of the pictures that are left out}
-        self.counts = self.fields = None # `fields` are those of the shard that was read first
+        self.counts = None
+        self.field_names = None # of each picture, as the shard that was read first has them
         if not self.urls: raise ValueError('Shards needs the address of at least one tar file; given none')
         if channels not in (1,3) or min(size,keep)<1:
             raise ValueError(f"size is {size}, channels is {channels}, keep is {keep}; size and keep are at least 1, "
@@ -240,9 +241,9 @@ def _check_count(url, found, expected):
 @patch
 def _check_shard(self:Shards, i, fields):
     if self.counts: _check_count(self.urls[i], len(fields['image']), self.counts[i])
-    self.fields = self.fields or [*fields]
-    if [*fields]!=self.fields:
-        raise ValueError(f"{self.urls[i]} has {', '.join(fields)}, other shards have {', '.join(self.fields)}: "
+    self.field_names = self.field_names or [*fields]
+    if [*fields]!=self.field_names:
+        raise ValueError(f"{self.urls[i]} has {', '.join(fields)}, other shards have {', '.join(self.field_names)}: "
                          "give sets of one kind")
     if len(self.classes) and 'label' in fields: check_labels(fields['label'], self.classes, self.urls[i])
 

@@ -174,6 +174,6 @@ def evaluate_command(self:DrawnPictures,
     scores = dict(n=len(drawn), real_n=len(real), real=split, fid=float(fid(real, drawn)), kid=float(kid(real, drawn)))
     precision, recall = precision_recall(real, drawn[:10_000])
     scores |= dict(precision=float(precision), recall=float(recall))
-    if reference is None or 'label' not in self.fields: return scores
+    if reference is None or 'label' not in self.field_names: return scores
     labels = [label for shard in range(len(self.urls)) for label in self.load_shard(shard)['label']]
     return scores | dict(label_accuracy=float(label_accuracy(drawn, labels[:len(drawn)], net)))
