@@ -94,8 +94,10 @@ def before_fit(self:HeldOutCB, learn):
 @patch
 def is_over(self:HeldOutCB, learn):
     "Whether the measure has not fallen for as long as the patience lasts."
+    measured = [row['step'] for row in learn.log if self.column in row]
+    if self.patience is None or not measured: return False
     best = self.best_step(learn)
-    return self.patience is not None and best is not None and learn.step-best>=self.patience
+    return learn.step-(measured[0] if best is None else best)>=self.patience
 
 # %% ../../nbs/core/06_watch.ipynb #1c574ab2
 @patch

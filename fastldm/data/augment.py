@@ -30,13 +30,15 @@ def _warp(x, matrices, padding_mode, mode='bilinear'):
 
 # %% ../../nbs/data/02_augment.ipynb #2bcfb932
 def _views(name, values, matrices, padding_mode, shape):
-    """A field of all views: masks (N,H,W) of pictures of this shape (H,W) are transformed with them, other fields stay.
-    Raises `ValueError` for planes that are no masks, and would have to be moved as well."""
-    if values.ndim<3 or values.shape[-2:]!=shape: return torch.cat([values]*(1+len(matrices)))
-    if values.ndim>3 or values.dtype!=torch.uint8:
+    """A field of all views: masks (N,h,w) that lie over pictures of this shape (H,W) are transformed with them, other
+    fields stay. Raises `ValueError` for planes that are no masks, and would have to be moved as well."""
+    lies_over = values.ndim>2 and values.shape[-2]*shape[1]==values.shape[-1]*shape[0]
+    if not lies_over or not matrices: return torch.cat([values]*(1+len(matrices)))
+    if values.ndim>3 or values.is_floating_point():
+        if values.shape[-2:]!=shape: return torch.cat([values]*(1+len(matrices)))
         raise ValueError(f'the field {name!r} is {tuple(values.shape)} of {values.dtype}, as large as the pictures, '
-                         'and only masks (N,H,W) in bytes can be turned with them: leave it out, or make no copies')
-    views = [_warp(values[:,None], m, padding_mode, 'nearest')[:,0] for m in matrices]
+                         'and only masks (N,H,W) of class ids can be turned with them: leave it out, or make no copies')
+    views = [_warp(values[:,None], m, padding_mode, 'nearest')[:,0].to(values.dtype) for m in matrices]
     return torch.cat([values,*views])
 
 def _warn_of_lost(ds):

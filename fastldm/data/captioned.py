@@ -287,13 +287,14 @@ def read_rows(self:Captioned, table, find, image=None, caption=None)->list: # of
     rows = []
     image = self._column(table, [*raw[0]], 'image', image)
     caption = self._column(table, [*raw[0]], 'caption', caption)
-    split = split_column(raw[0])
+    split = split_column(dict.fromkeys(name for r in raw for name in r))
     for n,r in enumerate(raw, 1):
         name = r.get(image)
         name = name.strip() if isinstance(name, str) else ''
         captions = r.get(caption)
         captions = [cell_text(text) for text in (captions if isinstance(captions, list) else [captions])]
-        if not name or not captions or '' in captions:
+        captions = [text for text in captions if text]
+        if not name or not captions:
             raise ValueError(f"{table}, row {n} has no {caption if name else image}: {str(r)[:120]}")
         for text in captions:
             rows.append(dict(r, file=find(name), name=name, caption=text, split=cell_text(r.get(split))))

@@ -117,6 +117,7 @@ def mirror(
     """Left and right exchanged: the pixels, and the classes that come in pairs, of `PARTS` l_eye and r_eye, l_brow
     and r_brow, l_ear and r_ear. `l_lip` has no `r_lip` (it is the lower lip) and stays."""
     table = [names.index(_other_side(n, names)) for n in names]
+    table += range(len(table), int(mask.max())+1 if mask.numel() else 0)           # `anything`, which has no sides
     return torch.tensor(table, dtype=mask.dtype, device=mask.device)[mask.flip(-1).long()]
 
 # %% ../../nbs/data/07_faces.ipynb #e5e6ed13

@@ -257,7 +257,7 @@ class Part(Pictures):
         self.licence = licence_of(ds)
         if ds.label is not None: self.label = ds.label[self.indices]
         if ds.image is not None: self.image = ds.image[self.indices]
-        self.fields = {name: values[self.indices] for name,values in ds.fields.items()}
+        self.fields = {name: values[self.indices] for name,values in (ds.fields or {}).items()}
         captions = getattr(ds, 'caption', None)
         if captions is not None: self.caption = [captions[i] for i in self.indices]
         if hasattr(ds, 'conditions'): self.conditions = ds.conditions
@@ -660,7 +660,9 @@ def digest(self:ImageFolder)->str: # 16 hexadecimal digits; None for a set witho
     "What tells sets apart that look alike: the content of their files, and what is known of each picture."
     files = getattr(self, 'files', ())
     if not files or not hasattr(files[0], 'open'): return None
-    known = [getattr(self, name, None) for name in ('label','attrs','mask','caption')]
+    known = [getattr(self, name, None) for name in ('label','attrs','caption')]
+    mask = getattr(self, 'mask', None)
+    if mask is not None: known.append(mask)                             # the digest of a set without masks stays
     return tensor_digest(files_digest(files), *known)
 
 # %% ../../nbs/data/00_images.ipynb #9f7956ed

@@ -370,10 +370,10 @@ class LatentDataset:
         batch_size:int=256, # images to encode at a time
         flip:bool=False, # whether to mirror half of what is fetched
         progress:bool=True, # show a bar
-        mirror_fields=('mask','control','region'), # fields (N,...,H,W) that are mirrored together with their image
+        mirror_fields=('mask','control','region'), # fields (N,...,H,W) that are mirrored with their image, as masks in bytes are
     ):
         self.classes = getattr(ds, 'classes', None)
-        self.mask_classes = list(getattr(ds, 'mask_classes', ()))
+        self.mask_classes = list(getattr(ds, 'mask_classes', None) or ())
         self.flip = flip
         self.mirror_fields = mirror_fields
         self.n_rows = len(ds)
@@ -398,6 +398,13 @@ def _rows(values, indices):
     return values[indices] if torch.is_tensor(values) else [values[i] for i in indices.tolist()]
 
 @patch
+def _is_mirrored(self:LatentDataset, name):
+    "Whether a field has a width that is that of the image: one of `mirror_fields`, or a mask (N,H,W) in bytes."
+    values = self.fields[name]
+    if not torch.is_tensor(values) or values.dim()<3: return False
+    return name in self.mirror_fields or values.dim()==3 and values.dtype in (torch.uint8,torch.bool)
+
+@patch
 def _mirror(self:LatentDataset, name, rows, mirrored):
     "Some rows of a field mirrored; in masks of classes that come in pairs, these are exchanged."
     flipped = mirror(rows, self.mask_classes) if name=='mask' and self.mask_classes else rows.flip(-1)
@@ -415,7 +422,7 @@ def __getitems__(self:LatentDataset,
     if self.std is not None: latent = latent + self.std[mirrored,indices]*noise_of_batch(latent)
     fields = {name:_rows(values, indices) for name,values in self.fields.items()}
     if mirrored.any():
-        for name in fields.keys() & set(self.mirror_fields): fields[name] = self._mirror(name, fields[name], mirrored)
+        for name in filter(self._is_mirrored, fields): fields[name] = self._mirror(name, fields[name], mirrored)
     return dict(latent=latent, **fields)
 
 # %% ../../nbs/diffusion/00_autoencoder.ipynb #8774021b

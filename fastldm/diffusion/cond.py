@@ -355,8 +355,8 @@ class MaskEmbedder(Embedder):
         if slot not in ('context','concat','vector'):
             raise ValueError(f"slot is {slot!r}; it can be 'context', 'concat' or 'vector'")
         if size%patch:
-            raise ValueError(f'size={size} with patch={patch}: expected a multiple of the patch, as masks would lose '
-                             'their border')
+            warnings.warn(f'size={size} is not a multiple of patch={patch}: the border of a mask that is left over is '
+                          'not seen')
         self.classes = list(classes)
         self.anything = len(classes)
         self.size = size
@@ -607,7 +607,8 @@ def _drop_rates(drop, names):
     rates = drop if isinstance(drop, dict) else dict.fromkeys(names, drop)
     unknown = [name for name in rates if name not in names]
     for name in unknown:
-        if difflib.get_close_matches(name, names, 1): check_choice(name, names, 'condition in `drop`')
+        near = difflib.get_close_matches(name, names, 1)
+        if near and near[0] not in rates: check_choice(name, names, 'condition in `drop`')
     if unknown: warnings.warn(f'drop has rates of {unknown}, and the conditions are {names}: these rates do nothing',
                               stacklevel=3)
     return {name: real_number(rates.get(name, 0.), f'drop of {name!r}', 0, 1) for name in names}

@@ -60,6 +60,12 @@ def _sampler(given, kind):
         raise ValueError(f'{kind}={given!r:.60}: expected a function, or a name, as in {kind}={example!r}')
     return given() if isinstance(given, type) else given
 
+# %% ../../nbs/diffusion/06_ldm.ipynb #fcec0c9b
+def _name_of(given):
+    "A function of `samplers` by its name, as a record can hold it; anything else as it is."
+    name = getattr(given, '__name__', None)
+    return name if name is not None and getattr(samplers, name, None) is given else given
+
 # %% ../../nbs/diffusion/06_ldm.ipynb #c1335fe8
 class LatentDiffusion(Module):
     "An autoencoder and a denoiser of its latents: `sample`, `encode`, `decode` (Rombach et al. 2022)."
@@ -85,7 +91,9 @@ class LatentDiffusion(Module):
 
     def config(self): # as `Recorded.config`
         "The record as the model is now: `steps`, `step` and `times` can be set after it was built."
-        self.__dict__['_record'].update(steps=self.steps, step=self.step, times=self.times)
+        now = dict(steps=self.steps, step=_name_of(self.step), times=_name_of(self.times))
+        record = self.__dict__['_record']                               # of a class of your own, perhaps without these
+        record.update({name: value for name,value in now.items() if name in record})
         return super().config()
 
     @property

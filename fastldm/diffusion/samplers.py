@@ -78,7 +78,8 @@ def check_falling(
     try: times = torch.as_tensor(ts, dtype=torch.double, device='cpu')
     except (TypeError,ValueError,RuntimeError) as error: raise ValueError(f'times={ts!r:.80}: {expected}') from error
     is_list = times.ndim==1 and len(times)>0
-    if is_list and times[0]<=1 and times[-1]>=0 and (times.diff()<0).all(): return times
+    rounding = 1e-6
+    if is_list and times[0]<=1+rounding and times[-1]>=-rounding and (times.diff()<=0).all(): return times.clamp(0, 1)
     raise ValueError(f'times={times.tolist()!r:.80}: {expected}')
 
 def sample(
@@ -126,6 +127,8 @@ def watched(
     if isinstance(step, type): step = step()
     def watched_step(denoise, x, t, s, cond=None): return step(WatchedDenoiser(denoise, watch), x, t, s, cond)
     if hasattr(step, 'reset'): watched_step.reset = step.reset
+    times = getattr(getattr(step, 'func', step), 'times', None)
+    if times is not None: watched_step.times = times                # the grid that the step names
     return watched_step
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #3aca24fe

@@ -231,9 +231,10 @@ def _attention_of(attention, n_levels):
     "An entry for each level; raises `ValueError` for another number of them, and for an entry of another kind."
     kinds = (True, False, 'cross')
     if attention is None: attention = [i>0 for i in range(n_levels)]
-    if attention in kinds: attention = [attention]*n_levels
+    if isinstance(attention, (bool,str)) and attention in kinds: attention = [attention]*n_levels
     if isinstance(attention, str) or len(attention)!=n_levels:
         raise ValueError(f'attention={attention!r}: expected an entry for each of the {n_levels} levels')
+    attention = [False if kind is None else kind for kind in attention]
     wrong = [kind for kind in attention if kind not in kinds]
     if wrong: raise ValueError(f"attention={attention!r}: {wrong[0]!r} is none of True, False and 'cross'")
     return attention

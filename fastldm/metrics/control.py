@@ -15,7 +15,7 @@ def _check_edges(edges, target, region):
     if edges.shape!=target.shape or edges.ndim!=4 or edges.shape[1]!=1:
         raise ValueError(f'given edges of {tuple(edges.shape)} and {tuple(target.shape)}: expected (B,1,H,W) for both')
     for given in (edges,target):
-        if ((given<0)|(given>1)).any():
+        if ((given<-.01)|(given>1.01)).any():                             # resizing may overshoot a little
             raise ValueError(f'given edges from {given.min():g} to {given.max():g}: '
                              'expected 0 and 1; divide bytes by 255')
     if region is None: region = torch.ones_like(edges[:1])
