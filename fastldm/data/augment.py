@@ -41,6 +41,7 @@ def _views(name, values, matrices, padding_mode, shape):
     views = [_warp(values[:,None], m, padding_mode, 'nearest')[:,0].to(values.dtype) for m in matrices]
     return torch.cat([values,*views])
 
+# %% ../../nbs/data/02_augment.ipynb #e0aecb7b
 def _warn_of_lost(ds):
     "Say what a set knows of its pictures that their views do not have."
     lost = sorted({*ds[0]}-{'image','label','caption','name',*getattr(ds, 'fields', ())})

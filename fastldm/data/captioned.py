@@ -292,11 +292,11 @@ def read_rows(self:Captioned, table, find, image=None, caption=None)->list: # of
         name = r.get(image)
         name = name.strip() if isinstance(name, str) else ''
         captions = r.get(caption)
-        captions = [cell_text(text) for text in (captions if isinstance(captions, list) else [captions])]
-        captions = [text for text in captions if text]
-        if not name or not captions:
+        captions = captions if isinstance(captions, list) else [captions]
+        texts = [cell_text(text) for text in captions if cell_text(text)]           # without empty ones
+        if not name or not texts or None in captions:
             raise ValueError(f"{table}, row {n} has no {caption if name else image}: {str(r)[:120]}")
-        for text in captions:
+        for text in texts:
             rows.append(dict(r, file=find(name), name=name, caption=text, split=cell_text(r.get(split))))
     return rows
 

@@ -370,7 +370,7 @@ class LatentDataset:
         batch_size:int=256, # images to encode at a time
         flip:bool=False, # whether to mirror half of what is fetched
         progress:bool=True, # show a bar
-        mirror_fields=('mask','control','region'), # fields (N,...,H,W) that are mirrored with their image, as masks in bytes are
+        mirror_fields=('mask','control','region'), # fields (N,...,H,W) that are mirrored, as masks in bytes are
     ):
         self.classes = getattr(ds, 'classes', None)
         self.mask_classes = list(getattr(ds, 'mask_classes', None) or ())
