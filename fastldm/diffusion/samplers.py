@@ -72,14 +72,15 @@ def noise_like(
 # %% ../../nbs/diffusion/05_samplers.ipynb #4a8a7c8d
 def check_falling(
     ts, # times: a tensor, an array or a list
-)->torch.Tensor: # the same, in double precision, on the CPU
+)->torch.Tensor: # the same, each once, in double precision, on the CPU
     "Raises `ValueError` for anything but times that fall, from 1 at most to 0 at least."
     expected = 'expected times that fall, from at most 1 (noise) to at least 0 (picture)'
     try: times = torch.as_tensor(ts, dtype=torch.double, device='cpu')
     except (TypeError,ValueError,RuntimeError) as error: raise ValueError(f'times={ts!r:.80}: {expected}') from error
     is_list = times.ndim==1 and len(times)>0
     rounding = 1e-6
-    if is_list and times[0]<=1+rounding and times[-1]>=-rounding and (times.diff()<=0).all(): return times.clamp(0, 1)
+    is_falling = is_list and times[0]<=1+rounding and times[-1]>=-rounding and (times.diff()<=0).all()
+    if is_falling: return times.clamp(0, 1).unique_consecutive()        # from a time to itself there is no step
     raise ValueError(f'times={times.tolist()!r:.80}: {expected}')
 
 def sample(
