@@ -1,10 +1,10 @@
 "Autoencoders, latents and perceptual distances: bad input, damaged caches, weights of others."
-import importlib.util, json, sys, types, warnings
+import importlib.util, sys, types, warnings
 import pytest, torch
 import safetensors.torch
 from fastcore.test import test_close as close, test_eq as eq
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
-from fastldm.core import load_model, save_model, tensor_digest
+from fastldm.core import load_model, save_model
 from fastldm.core.perceptual import *
 from fastldm.core.rows import RowWriter
 from fastldm.data import Digits, Pictures
@@ -137,19 +137,6 @@ def test_killed_while_writing_leaves_nothing(ae, ds, tmp_path, monkeypatch):
     monkeypatch.setattr(RowWriter, 'add', die)
     with pytest.raises(KeyboardInterrupt): make(ds, ae, tmp_path, batch_size=64)
     eq(list(tmp_path.iterdir()), [])
-
-def test_a_cache_of_an_earlier_version(ae, ds, tmp_path):
-    "One of version 0.1, with lists in its metadata, is read as before."
-    latents = make(ds, ae, None)
-    tensors = {'latent':latents.latent.contiguous(), 'std':latents.std.contiguous(), 'field.label':latents.label}
-    lists = dict(caption=[f'digit {i}' for i in range(len(ds))])
-    file = make(ds, ae, tmp_path).cache
-    digest = tensor_digest(*(tensors[name] for name in sorted(tensors)), lists)
-    safetensors.torch.save_file(tensors, file, dict(lists=json.dumps(lists), digest=digest))
-    again = make(ds, ae, tmp_path)
-    eq(again.latent, latents.latent)
-    eq(again.std, latents.std)
-    eq((again[5]['caption'],again[5]['label']), ('digit 5',ds.label[5]))
 
 def test_other_weights_labels_or_pictures_are_other_files(ae, ds, tmp_path):
     "Each change of the data, the weights or the mirroring has a cache of its own."

@@ -69,6 +69,22 @@ def test_drawn_again_from_the_picture(tmp_path, capsys):
     changed = read_settings(tmp_path/'dresses.png')
     assert changed==settings | dict(seed=6, n=2, conditions=dict(label='Dress'))
 
+def test_an_interval_of_guidance_travels_with_the_picture(tmp_path):
+    "It is followed, drawn again, and replaced; a student, which takes none, leaves it out."
+    def draw(name, *model, **options):
+        sample_cli(*model, **options, out=tmp_path/f'{name}.png')
+        return pixels(tmp_path/f'{name}.png'), read_settings(tmp_path/f'{name}.png')
+    first, settings = draw('first', 'fashion', n=4, steps=4, guidance_scale=4., interval='.2,.7')
+    assert settings['interval']==[.2,.7]
+    again, same = draw('again', like=tmp_path/'first.png')
+    assert (again==first).all() and same==settings
+    always, _ = draw('always', like=tmp_path/'first.png', interval='0,1')
+    assert (always!=first).any()
+    assert (always==draw('plain', 'fashion', n=4, steps=4, guidance_scale=4.)[0]).all()
+    _, of_student = draw('student', like=tmp_path/'first.png', calls=1, guidance_scale=2.)
+    assert 'interval' not in of_student
+    with pytest.raises(SystemExit, match='expected two times'): sample_cli('fashion', interval='.7', out=tmp_path/'x.png')
+
 def test_a_file_of_a_folder_is_drawn_again(tmp_path):
     "Each file knows its own number."
     sample_cli('mnist', n=5, steps=3, out=tmp_path/'five')

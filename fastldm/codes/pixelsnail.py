@@ -44,9 +44,9 @@ class CausalConv2d(nn.Module):
     def forward(self, x): # (B,h,w,c_in) -> (B,h,w,c_out)
         x = x.permute(0,3,1,2)
         side = self.k//2
-        above = F.conv2d(F.pad(x, (side,side,self.rows,-1)), self.weight[:,:,:-1])
+        rows_above = F.conv2d(F.pad(x, (side,side,self.rows,-1)), self.weight[:,:,:-1])
         own_row = F.conv2d(F.pad(x, (self.k-1,0)), self.weight[:,:,-1:], self.bias)
-        return (above+own_row).permute(0,2,3,1)
+        return (rows_above+own_row).permute(0,2,3,1)
 
 # %% ../../nbs/codes/02_pixelsnail.ipynb #91b37337
 class CodeConv(nn.Module):
@@ -59,18 +59,18 @@ class CodeConv(nn.Module):
         super().__init__()
         self.rows, self.k = kernel
         self.n_codes = n_codes
-        above = [(-r,d-self.k//2) for r in range(self.rows,0,-1) for d in range(self.k)]
+        rows_above = [(-r,d-self.k//2) for r in range(self.rows,0,-1) for d in range(self.k)]
         own_row = [(0,-d) for d in range(self.k,0,-1)]
-        self.taps = above+own_row                                   # (rows down, columns right) of the position
+        self.taps = rows_above+own_row                              # (rows down, columns right) of the position
         n = len(self.taps)
         self.table = nn.Parameter(torch.randn(n*(n_codes+1), c_out)/math.sqrt(n))
-        first_rows = torch.arange(n)*(n_codes+1)                    # where each tap's part of the table begins
-        self.register_buffer('first', first_rows, persistent=False)
+        offsets = torch.arange(n)*(n_codes+1)                       # where each tap's part of the table begins
+        self.register_buffer('offsets', offsets, persistent=False)
 
     def pad(self, codes): return F.pad(codes, (self.k,self.k//2,self.rows,0), value=self.n_codes)
 
     def look_up(self, window): # codes at the taps (N,taps) -> (N,c_out)
-        return F.embedding_bag(window+self.first, self.table, mode='sum')
+        return F.embedding_bag(window+self.offsets, self.table, mode='sum')
 
     def forward(self, codes): # (B,h,w) -> (B,h,w,c_out)
         b,h,w = codes.shape
@@ -476,9 +476,9 @@ class _ConvStep:
         self.w, self.k = w, conv.k
         c_in = conv.weight.shape[1]
         weight = conv.weight.permute(0,3,2,1)                                       # (c_out,k,rows,c_in)
-        self.of_above = _packed_linear(weight[:,:,:-1].flatten(1), conv.bias, n*w)
+        self.of_rows_above = _packed_linear(weight[:,:,:-1].flatten(1), conv.bias, n*w)
         self.of_row = _packed_linear(weight[:,:,-1].flatten(1), None, n)
-        self.above = conv.weight.new_zeros(n, w+self.k-1, conv.rows, c_in)          # input, `k//2` zeros on each side
+        self.rows_above = conv.weight.new_zeros(n, w+self.k-1, conv.rows, c_in)     # input, `k//2` zeros on each side
         self.row = conv.weight.new_zeros(n, w+self.k-1, c_in)                       # input, `k-1` zeros on the left
 
     def __call__(self, x, j): # (n,c_in), column -> (n,c_out)
@@ -491,14 +491,14 @@ class _ConvStep:
 
     def begin_row(self):
         "Compute what the rows above contribute to each position of this row."
-        n = len(self.above)
-        windows = self.above.unfold(1,self.k,1).permute(0,1,4,2,3).reshape(n*self.w,-1)
-        self.base = self.of_above(windows).view(n,self.w,-1)
+        n = len(self.rows_above)
+        windows = self.rows_above.unfold(1,self.k,1).permute(0,1,4,2,3).reshape(n*self.w,-1)
+        self.base = self.of_rows_above(windows).view(n,self.w,-1)
 
     def end_row(self):
         "Move all rows up by one."
         inner = slice(self.k//2, self.k//2+self.w)                                  # without the zeros
-        self.above[:,inner] = torch.cat([self.above[:,inner,1:], self.row[:,self.k-1:,None]], 2)
+        self.rows_above[:,inner] = torch.cat([self.rows_above[:,inner,1:], self.row[:,self.k-1:,None]], 2)
 
 # %% ../../nbs/codes/02_pixelsnail.ipynb #03f09050
 class _CodeStep:
@@ -506,10 +506,10 @@ class _CodeStep:
     def __init__(self, conv, n, h, w): # the layer; rows of a batch; size of the map
         self.conv = conv
         self.w = w
-        self.codes = conv.pad(torch.full((n,h,w), conv.n_codes, device=conv.first.device))
+        self.codes = conv.pad(torch.full((n,h,w), conv.n_codes, device=conv.offsets.device))
         self.width = self.codes.shape[2]
         taps = [(conv.rows+r)*self.width + conv.k+d for r,d in conv.taps]           # those of (0,0), in the flat map
-        self.taps = torch.tensor(taps, device=conv.first.device)
+        self.taps = torch.tensor(taps, device=conv.offsets.device)
 
     def __call__(self, i, j, last): # position, and the code before it (None at the first) -> (n,c_out)
         if last is not None:

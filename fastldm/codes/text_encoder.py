@@ -272,6 +272,7 @@ def from_minilm(cls:WordVectors,
 )->WordVectors: # in eval mode
     """Encode each word piece alone, and keep its principal components (Tulkens and van Dongen 2024).
     Raises `FileNotFoundError` where MiniLM is not installed, `ValueError` for what is not read as one word."""
+    words = list(words)
     _check_words(words)
     minilm = MiniLM.from_pretrained() if minilm is None else minilm
     special = [piece for piece in SPECIAL if piece in minilm.ids]

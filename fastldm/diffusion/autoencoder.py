@@ -7,7 +7,7 @@ __all__ = ['FirstStage', 'latent_stats', 'group_norm', 'conv3x3', 'Residual', 'E
            'autoencoder_loss', 'TutorialAutoencoder', 'PixelSpace', 'data_fingerprint', 'LatentDataset']
 
 # %% ../../nbs/diffusion/00_autoencoder.ipynb #ba8e61f5
-import json, math, warnings
+import math, warnings
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -472,25 +472,12 @@ def _write(self:LatentDataset, batches)->bool: # whether it worked
     return self._load()
 
 # %% ../../nbs/diffusion/00_autoencoder.ipynb #9d713b6d
-def _read_earlier(path):
-    "The rows of a cache of version 0.1, all of whose lists are in its metadata; None for one of today."
-    from safetensors import safe_open
-    with safe_open(path, 'pt') as f:
-        metadata = f.metadata()
-        if 'lists' not in metadata: return None
-        tensors = {name:f.get_tensor(name) for name in f.keys()}
-    lists = json.loads(metadata['lists'])
-    digest = tensor_digest(*(tensors[name] for name in sorted(tensors)), lists)
-    if digest!=metadata['digest']: raise ValueError('its content was altered')
-    whole = {name:tensors.pop(name).movedim(1, 0) for name in ('latent','std') if name in tensors}
-    return whole | tensors | {f'field.{name}':values for name,values in lists.items()}
-
 @patch
 def _load(self:LatentDataset)->bool: # whether it worked
     "Map the cache, where there is one; warn where it is damaged."
     if self.cache is None or not self.cache.exists(): return False
     try:
-        rows = _read_earlier(self.cache) or read_rows(self.cache)
+        rows = read_rows(self.cache)
         if rows['latent'].shape[:2]!=(self.n_rows, 1+self.flip): raise ValueError('it is of another set')
         self._hold(rows)
     except Exception as e:

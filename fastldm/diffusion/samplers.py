@@ -94,7 +94,9 @@ def sample(
     generators:list=None, # one per sample, for the noise that the step asks for
     grad:bool=False, # let gradients pass through all steps, which takes the memory of all of them
 )->torch.Tensor: # `x` at the last time
-    "Take one step after the other. Raises `ValueError` for times that do not fall, or are not from 1 to 0."
+    """Take one step after the other. Raises `ValueError` for times that do not fall, or are not from 1 to 0.
+
+    Each call begins a path: what a solver of higher order remembers of earlier steps is forgotten."""
     ts = check_falling(ts)
     if hasattr(step, 'reset'): step.reset()
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()), noise_from(generators):

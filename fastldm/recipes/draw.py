@@ -29,7 +29,7 @@ from ..data.images import to_image
 from ..diffusion.cond import (AttributeEmbedder, Embedder, LabelEmbedder, MaskEmbedder, NumberEmbedder,
                                     WordEmbedder)
 from ..diffusion.ldm import LatentDiffusion, available, load
-from .commands import command, command_method, given, import_module_of, one_name, refused, use_device
+from .commands import command, command_method, given, import_module_of, one_name, read_interval, refused, use_device
 from .conditions import (conditions_of_options, known_conditions, named_values, split_negative,
                                         words_left)
 from .many import draw_shards
@@ -116,6 +116,7 @@ def sample_command(self:LatentDiffusion,
     calls:int=None, # as in `sample`
     step:str=None, # as in `sample`
     guidance_scale:float=None, # as in `sample`
+    interval=None, # as in `sample`
     precision:str=None, # as in `sample`
     watch=None, # as in `sample`
     seed:int=0, # as in `sample`
@@ -129,7 +130,7 @@ def sample_command(self:LatentDiffusion,
     by_turns = n_labels>0 and name not in conditions
     if by_turns: conditions[name] = [i%n_labels for i in range(first, first+n)]
     options = given(constraint=constraint, steps=steps, calls=calls, step=step, guidance_scale=guidance_scale,
-                    precision=precision, watch=watch, negative=_read_negative(self, negative))
+                    interval=interval, precision=precision, watch=watch, negative=_read_negative(self, negative))
     pictures = self.sample(n, seed=seed, first=first, progress=True, **conditions, **options)
     if not by_turns: return pictures, 8
     names = list(embedders_of(self)[name].names)
@@ -175,6 +176,7 @@ def sample_command(self:TextToImage,
     calls:int=None, # as in `sample`
     step:str=None, # as in `sample`
     guidance_scale:float=None, # as in `sample`
+    interval=None, # as in `sample`
     precision:str=None, # as in `sample`
     negative_prompt:str=None, # as in `sample`
     watch=None, # as in `sample`
@@ -192,7 +194,8 @@ def sample_command(self:TextToImage,
             raise ValueError(f'--{name}: this model has no such condition; it takes {known}')
     conditions = read_conditions(self.diffusion, texts) if texts else {}
     options = given(prior=prior, candidates=candidates, constraint=constraint, steps=steps, calls=calls, step=step,
-                    guidance_scale=guidance_scale, precision=precision, negative_prompt=negative_prompt, watch=watch)
+                    guidance_scale=guidance_scale, interval=interval, precision=precision,
+                    negative_prompt=negative_prompt, watch=watch)
     if negative: options |= given(negative=_read_negative(self.diffusion, negative))
     return self.sample(prompt, n, seed=seed, first=first, progress=True, **conditions, **options), 8
 
@@ -345,6 +348,7 @@ def sample_cli(
     sampler:str=None, # ddim, euler_a, heun, dpmpp_2m, unipc and others (default: the model's own)
     step:Param(argparse.SUPPRESS, str)=None, # the old name of `sampler`
     guidance_scale:float=None, # how closely to follow the conditions (default: 1, or the model's own)
+    interval:str=None, # times at which guidance acts, from 0 (picture) to 1 (noise), as in .2,.7 (default: all)
     control:str=None, # a picture to follow: white edges on black, or class ids for an adapter of segmentation
     region:str=None, # where to follow it: white inside (default: everywhere)
     adapter:str=None, # of the control: a shipped one by name, or a folder (default: local_MODEL)
@@ -365,8 +369,9 @@ def sample_cli(
     share = _share_of(device, per_shard, out)
     step = one_name(sampler, step)
     options = given(prompt=prompt, n=n, label=label, attributes=attributes, mask=mask, style=style, steps=steps,
-                    calls=calls, step=step, guidance_scale=guidance_scale, prior=prior, candidates=candidates,
-                    seed=seed, precision=precision, negative_prompt=negative_prompt)
+                    calls=calls, step=step, guidance_scale=guidance_scale, interval=read_interval(interval),
+                    prior=prior, candidates=candidates, seed=seed, precision=precision,
+                    negative_prompt=negative_prompt)
     if animate is not None: options['watch'] = _film(animate, out)
     if condition: options['condition'] = _named(condition, '--condition', 'ink=1,0,0')
     if negative: options['negative'] = _named(negative, '--negative', 'label=5')
@@ -455,7 +460,8 @@ def _load_for(model, past, like):
     return name, net
 
 # %% ../../nbs/recipes/18_draw.ipynb #54f76f41
-_INSTEAD = dict(calls=('steps','step'), steps=('calls',), step=('calls',), prior=('steps','step','guidance_scale'))
+_INSTEAD = dict(calls=('steps','step','interval'), steps=('calls',), step=('calls',), interval=('calls',),
+                prior=('steps','step','guidance_scale','interval')) # option: settings of a picture that it replaces
 
 def _as_before(past, model, options):
     "Options as in the settings of a picture, save those that are given now."

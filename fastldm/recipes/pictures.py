@@ -125,7 +125,7 @@ def open_masks(
     return options
 
 # %% ../../nbs/recipes/13_pictures.ipynb #e9c7f2ea
-NUMBERS = ('n','first','seed','steps','calls','step','guidance_scale','prior','candidates','precision',
+NUMBERS = ('n','first','seed','steps','calls','step','guidance_scale','interval','prior','candidates','precision',
            'negative_prompt')
 CONDITIONS = dict(prompt='text', attributes='attrs') # option: its condition, where that has another name
 
@@ -138,13 +138,13 @@ def sampling_of(
     try: ldm = diffusion_of(model)
     except ValueError: return {}
     suits = options.get('constraint')
-    own = getattr(model, 'settings', {}).get('diffusion', {})
+    scale = getattr(model, 'settings', {}).get('diffusion', {}).get('guidance_scale', 1.)
     steps = getattr(suits, 'steps', None) or ldm.steps
     step = getattr(suits, 'step', None) or ldm.step
-    found = dict(steps=steps, step=step, guidance_scale=1.) | {k: v for k,v in own.items() if v is not None}
+    found = dict(steps=steps, step=step, guidance_scale=scale)
     found |= {name: options[name] for name in found if options.get(name) not in (None, '')}   # a scale may be 0
     if isinstance(found['step'], str): found['step'] = SAMPLER_NAMES.get(found['step'].lower(), found['step'])
-    return {name: found[name] for name in ('steps','step','guidance_scale')}
+    return found
 
 # %% ../../nbs/recipes/13_pictures.ipynb #95897413
 def settings_of(

@@ -22,7 +22,7 @@ from ..core.models import fingerprint, write_atomic
 from ..core.processes import process_share, shared_work
 from ..diffusion.ldm import LatentDiffusion, load, weights_folders
 from ..metrics.images import Reference
-from .commands import command, command_method, given, import_module_of, one_name, use_device
+from .commands import command, command_method, given, import_module_of, one_name, read_interval, use_device
 from .draw import check_output
 from .evaluate import (evaluate_conditions, evaluate_control, evaluate_faces, evaluate_icons,
                                       evaluate_ldm, evaluate_pictures, evaluate_texts, picture_shape, print_scores,
@@ -68,10 +68,12 @@ def evaluate_command(self:LatentDiffusion,
     calls:int=None, # as in `sample`
     step:str=None, # as in `sample`
     guidance_scale:float=None, # as in `sample`
+    interval=None, # as in `sample`
 )->dict: # numbers by name
     "Score by the classifier of faces, by what embedders can score themselves, or by the evaluator of the data set."
     data = data_of(self, data)
-    options = given(n=n, root=root, seed=seed, steps=steps, calls=calls, step=step, guidance_scale=guidance_scale)
+    options = given(n=n, root=root, seed=seed, steps=steps, calls=calls, step=step, guidance_scale=guidance_scale,
+                    interval=interval)
     embedders = embedders_of(self)
     of_faces = trained_for(data, 'classifier', 'FaceClassifier') if {'attrs','mask'} & {*embedders} else None
     if of_faces: return evaluate_faces(self, data, classifier=load(of_faces), **options)
@@ -104,11 +106,12 @@ def evaluate_command(self:TextToImage,
     calls:int=None, # as in `sample`
     step:str=None, # as in `sample`
     guidance_scale:float=None, # as in `sample`
+    interval=None, # as in `sample`
 )->dict: # numbers by name
     "Score by held-out captions, and the codes by held-out pictures; icons by their classifier."
     data = data_of(self, data)
     options = given(prior=prior, candidates=candidates, steps=steps, calls=calls, step=step,
-                    guidance_scale=guidance_scale)
+                    guidance_scale=guidance_scale, interval=interval)
     classifier = trained_for(data, 'classifier', 'IconClassifier')
     if classifier:
         scores = evaluate_icons(self, data, n, root, classifier=load(classifier), seed=seed, **options)
@@ -123,9 +126,10 @@ def evaluate_command(self:ControlAdapter,
     steps:int=None, # as in `sample`
     step:str=None, # as in `sample`
     guidance_scale:float=None, # as in `sample`
+    interval=None, # as in `sample`
 )->dict: # numbers by name
     "Score by the edges in the region, with the base model."
-    options = given(steps=steps, step=step, guidance_scale=guidance_scale)
+    options = given(steps=steps, step=step, guidance_scale=guidance_scale, interval=interval)
     return evaluate_control(load(self.meta['base']), self, n=n, root=root, seed=seed, **options)
 
 # %% ../../nbs/recipes/19_score.ipynb #4775ff41
@@ -139,6 +143,7 @@ def eval_cli(
     sampler:str=None, # ddim, euler_a, heun, dpmpp_2m, unipc and others (default: the model's own)
     step:Param(argparse.SUPPRESS, str)=None, # the old name of `sampler`
     guidance_scale:float=None, # how closely to follow the conditions (default: 1, or the model's own)
+    interval:str=None, # times at which guidance acts, from 0 (picture) to 1 (noise), as in .2,.7 (default: all)
     prior:str=None, # of a model of texts: codes or diffusion
     candidates:int=None, # of a model of texts: pictures drawn for each one kept (default: 1)
     root:str=None, # where the real pictures are looked for first
@@ -156,8 +161,8 @@ def eval_cli(
     if out: check_output(out)
     if card: check_output(_record_of(model))
     step = one_name(sampler, step)
-    options = given(data=data, n=n, steps=steps, calls=calls, step=step, guidance_scale=guidance_scale, prior=prior,
-                    candidates=candidates, root=root, seed=seed)
+    options = given(data=data, n=n, steps=steps, calls=calls, step=step, guidance_scale=guidance_scale,
+                    interval=read_interval(interval), prior=prior, candidates=candidates, root=root, seed=seed)
     evaluate = command_method(net, 'evaluate_command', model, options)
     parts = Path(f'{out}.parts') if out else None
     scores = _evaluate_together(partial(evaluate, **options), parts, _about_evaluation(net, options))

@@ -567,13 +567,15 @@ def _differences(was, asked):
     return different
 
 # %% ../../nbs/recipes/00_stages.ipynb #aa092c34
+_SAMPLING = ('codes','diffusion')                                    # settings of `sample`: no training depends on them
+
 def check_same_run(
     folder, # of the run
     asked:dict, # what is asked for now, fit for JSON
 ):
     "Raises `ValueError`, which names what differs, where the run in a folder was asked for something else."
     was = _asked_before(folder)
-    different = _differences(was, asked)
+    different = [name for name in _differences(was, asked) if name not in _SAMPLING]
     lengths = [name for name in different if name in ('steps','epochs')]
     is_longer = all(asked[name]>was[name] for name in lengths)
     if different==lengths and is_longer: return

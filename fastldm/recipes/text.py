@@ -379,7 +379,8 @@ recipe('clipart', text_to_image, 'clipart+emoji', copies=8,
 recipe('emoji', text_to_image, 'icons', held_out='val', class_field='style', balance=.5,
        text_encoder='word_vectors', ae_steps=3000,
        autoencoder=dict(c_latent=16, channels=(48,96,128), lr=2e-3, steps=3000), channels=(96,192), steps=20_000,
-       prior_steps=(3000,4000), prior_dropout=(.2,.1), codes=dict(_codes, temperature=[.8,.4]), diffusion=_diffusion)
+       prior_steps=(3000,4000), prior_dropout=(.2,.1), codes=dict(_codes, temperature=[.8,.4]),
+       diffusion=dict(_diffusion, guidance_scale=2., steps=10, step='DPMSolver2M'))
 recipe('paintings', text_to_image, 'paintings',
        text_encoder=_small_encoder, text_encoder_steps=1500,
        ae_steps=2000, prior_steps=(1000,1200), steps=2500,

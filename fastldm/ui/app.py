@@ -654,7 +654,7 @@ def restore(self:Page,
 # %% ../../nbs/ui/01_app.ipynb #0ab4ce47
 def _check_has_widgets(settings, path, form):
     "`ValueError` for a picture that a command made in a way for which the page has no widgets."
-    numbers = ('calls','candidates','precision','first','negative_masks')
+    numbers = ('calls','candidates','precision','first','interval','negative_masks')
     others = [name for name in numbers if settings.get(name)]
     of_words = {form[kind][0] for kind in ('text','label') if kind in form}
     others += [f'negative_{name}' for name in settings.get('negative', {}) if name not in of_words]
