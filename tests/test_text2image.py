@@ -42,6 +42,26 @@ def trained(tmp_path_factory):
     model = text_to_image(str(make_set(d/'set')), d/'run', **SMALL)
     return model, d
 
+def test_a_run_is_resumed_with_other_settings_of_sampling(trained, tmp_path):
+    "Nothing is trained anew, and the model is saved with the settings of now."
+    model, d = trained
+    shutil.copytree(d/'run', tmp_path/'run')
+    settings = dict(guidance_scale=2., steps=3, step='DPMSolver2M')
+    again = text_to_image(str(d/'set'), tmp_path/'run', **SMALL | dict(diffusion=settings))
+    assert again.settings['diffusion']==settings==load(tmp_path/'run').settings['diffusion']
+    assert (again.diffusion.steps, again.diffusion.step)==(3, 'DPMSolver2M')
+    assert fingerprint(again.denoiser)==fingerprint(model.denoiser)
+
+def test_the_student_stays_when_the_sampler_changes(trained):
+    model = copy.copy(trained[0])
+    student = make_student(model.denoiser).eval()
+    student.meta = dict(teacher_fingerprint=fingerprint(model.denoiser), calls=[1,2,4], guidance=[1.,3.])
+    model.__dict__['_diffusion'] = (None,None)                          # of its own
+    model.diffusion.add_student(student)
+    model.settings = dict(model.settings, diffusion=dict(steps=3))
+    assert model.diffusion.steps==3 and model.has_student
+    assert not trained[0].has_student
+
 def run(command, *args):
     "What a command prints."
     program = Path(sys.executable).parent/f'fastldm_{command}'

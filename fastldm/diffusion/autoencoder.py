@@ -481,7 +481,8 @@ def _load(self:LatentDataset)->bool: # whether it worked
         if rows['latent'].shape[:2]!=(self.n_rows, 1+self.flip): raise ValueError('it is of another set')
         self._hold(rows)
     except Exception as e:
-        warnings.warn(f'{self.cache} is damaged ({type(e).__name__}: {str(e)[:80]}) and is made again')
+        warnings.warn(f'{self.cache} is damaged, or of an earlier version ({type(e).__name__}: {str(e)[:80]}), '
+                      'and is made again')
         return False
     self.is_mapped = True
     return True

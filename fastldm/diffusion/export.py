@@ -75,8 +75,7 @@ def _write_graph(module, inputs, output, file):
 def _settings(ldm, steps):
     "What a loop outside must know, for model.json."
     schedule = ldm.denoiser.schedule
-    steps = ldm.steps if steps is None else whole_number(steps, 'steps', 1)
-    times = getattr(samplers, ldm.times)(schedule, steps).cpu()
+    times = getattr(samplers, ldm.times)(schedule, whole_number(steps, 'steps', 1)).cpu()
     α, σ = schedule(times)
     conditions = {}
     for name,embedder in _embedders(ldm).items():
@@ -122,7 +121,7 @@ def _write_graphs(ldm, folder, tolerance):
 def export_onnx(
     model, # a `LatentDiffusion`, or a model that has one as its `diffusion`
     folder, # where to; made if needed
-    steps:int=None, # of the times in model.json; None: as the model is best sampled
+    steps:int=20, # of the times in model.json, for a loop such as the one below
     tolerance:float=1e-4, # largest difference from the model that is let pass
 )->Path: # the folder
     """Write `denoiser.onnx`, `decoder.onnx` and `model.json`, which is what a sampling loop needs in another program.

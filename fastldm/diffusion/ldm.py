@@ -290,6 +290,14 @@ def add_student(self:LatentDiffusion,
     self.__dict__['_student'] = student                                 # no submodule: not among the model's weights
     return self
 
+@patch
+def keep_student_of(self:LatentDiffusion,
+    other:LatentDiffusion, # of the same denoiser
+):
+    "Take over the student of another model."
+    self.student_folder = other.student_folder
+    if '_student' in other.__dict__: self.__dict__['_student'] = other.__dict__['_student']
+
 @patch(as_prop=True)
 def has_student(self:LatentDiffusion):
     "Whether `sample` takes `calls`."

@@ -178,8 +178,8 @@ def check_signed(
     is_batch = torch.is_tensor(x) and x.is_floating_point() and x.dim()==4 and x.shape[1]==channels and len(x)>0
     if not is_batch:
         given = f'{x.dtype} {tuple(x.shape)}' if torch.is_tensor(x) else type(x).__name__
-        raise ValueError(f'given pictures of {given}: expected floats (N,{channels},H,W), with N at least 1; '
-                         '`from_image` makes them of bytes')
+        raise ValueError(f'given pictures of {given}: expected floats (N,{channels},H,W) in [-1,1], with N at least 1, '
+                         'as data sets give them')
     lo, hi = x.min().item(), x.max().item()
     if not (lo>=-1.01 and hi<=1.01):
         raise ValueError(f'given values from {lo:.2f} to {hi:.2f}: expected pictures in [-1,1]')

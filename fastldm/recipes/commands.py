@@ -95,13 +95,16 @@ def one_name(
 
 # %% ../../nbs/recipes/06_commands.ipynb #4d661b79
 def read_interval(
-    text:str, # what `--interval` was given, as in '.2,.7', or None
-): # the two times, or None
+    given, # to `--interval`: '.2,.7', or from Python two numbers; or None
+)->list: # the two times, or None
     "Times at which guidance acts. Raises `ValueError` for anything but two times from 0 to 1, the smaller first."
-    if text is None: return None
-    try: times = [float(time) for time in text.split(',')]
-    except ValueError: times = text                                     # refused below, as it was given
-    return list(check_interval(times))
+    if not isinstance(given, str): return given and list(check_interval(given))
+    try: times = [float(time) for time in given.split(',')]
+    except ValueError: times = []
+    try: return list(check_interval(times))
+    except ValueError:
+        raise ValueError(f'--interval {given}: expected two times from 0 (picture) to 1 (noise), the smaller first, '
+                         'as in .2,.7') from None
 
 # %% ../../nbs/recipes/06_commands.ipynb #0f9bfa5e
 def refused(

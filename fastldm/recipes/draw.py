@@ -348,7 +348,7 @@ def sample_cli(
     sampler:str=None, # ddim, euler_a, heun, dpmpp_2m, unipc and others (default: the model's own)
     step:Param(argparse.SUPPRESS, str)=None, # the old name of `sampler`
     guidance_scale:float=None, # how closely to follow the conditions (default: 1, or the model's own)
-    interval:str=None, # times at which guidance acts, from 0 (picture) to 1 (noise), as in .2,.7 (default: all)
+    interval:str=None, # when guidance acts, from 0 (picture) to 1 (noise), as in .2,.7 (default: the model's own)
     control:str=None, # a picture to follow: white edges on black, or class ids for an adapter of segmentation
     region:str=None, # where to follow it: white inside (default: everywhere)
     adapter:str=None, # of the control: a shipped one by name, or a folder (default: local_MODEL)

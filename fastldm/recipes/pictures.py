@@ -276,7 +276,9 @@ def command_line(
     words = ['fastldm_sample', quote(settings['model'])]
     for name,value in options_of(settings).items():
         if isinstance(value, dict): words += [f'--{name} {quote(f"{k}={v}")}' for k,v in value.items()]
-        else: words.append(f"--{'sampler' if name=='step' else name} {quote(str(value))}")
+        else:
+            text = ','.join(map(str, value)) if isinstance(value, (list,tuple)) else str(value)
+            words.append(f"--{'sampler' if name=='step' else name} {quote(text)}")
     return ' '.join(words)
 
 # %% ../../nbs/recipes/13_pictures.ipynb #ab65ef84

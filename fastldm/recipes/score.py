@@ -143,7 +143,7 @@ def eval_cli(
     sampler:str=None, # ddim, euler_a, heun, dpmpp_2m, unipc and others (default: the model's own)
     step:Param(argparse.SUPPRESS, str)=None, # the old name of `sampler`
     guidance_scale:float=None, # how closely to follow the conditions (default: 1, or the model's own)
-    interval:str=None, # times at which guidance acts, from 0 (picture) to 1 (noise), as in .2,.7 (default: all)
+    interval:str=None, # when guidance acts, from 0 (picture) to 1 (noise), as in .2,.7 (default: the model's own)
     prior:str=None, # of a model of texts: codes or diffusion
     candidates:int=None, # of a model of texts: pictures drawn for each one kept (default: 1)
     root:str=None, # where the real pictures are looked for first
@@ -155,6 +155,7 @@ def eval_cli(
 ):
     """Score a model: of labels by the evaluator of its data set, of texts by held-out captions, of faces by their
     classifier, an adapter by the edges in its region; or score a folder that `fastldm_sample --per_shard` drew."""
+    interval = read_interval(interval)
     import_module_of(module)
     use_device(device)
     net = DrawnPictures(model) if is_drawing(model) else load(model)
@@ -162,7 +163,7 @@ def eval_cli(
     if card: check_output(_record_of(model))
     step = one_name(sampler, step)
     options = given(data=data, n=n, steps=steps, calls=calls, step=step, guidance_scale=guidance_scale,
-                    interval=read_interval(interval), prior=prior, candidates=candidates, root=root, seed=seed)
+                    interval=interval, prior=prior, candidates=candidates, root=root, seed=seed)
     evaluate = command_method(net, 'evaluate_command', model, options)
     parts = Path(f'{out}.parts') if out else None
     scores = _evaluate_together(partial(evaluate, **options), parts, _about_evaluation(net, options))

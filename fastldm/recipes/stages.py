@@ -457,7 +457,7 @@ def finish(
     "Save a whole model, with its card and a grid of samples."
     folder = Path(folder)
     cards = {stage: load_model(stage_folder(folder, stage), 'cpu').meta for stage in stages}
-    is_new = not _made_of(folder, cards)
+    is_new = not _made_of(folder, cards, getattr(model, 'settings', None))
     if is_new:
         about = dict(data=full_path(data), stages=cards, n_params=n_params(model), licence=licence) | card
         save(model, folder, max_file=15*2**20, half=fits_half(model), **about)
@@ -466,10 +466,12 @@ def finish(
     if is_new or not (folder/'samples.png').exists(): save_grid(draw(model), folder/'samples.png')
     return model
 
-def _made_of(folder, cards):
-    "Whether a folder has a model that was made of these stages."
+def _made_of(folder, cards, settings):
+    "Whether a folder has a model that was made of these stages, and samples with these settings, where it has some."
     if not (folder/'config.json').exists(): return False
-    stages = load_model(folder, 'cpu').meta.get('stages', {})
+    made = load_model(folder, 'cpu')
+    if json_text(getattr(made, 'settings', None))!=json_text(settings): return False
+    stages = made.meta.get('stages', {})
     then = {stage: about.get('fingerprint') for stage,about in stages.items()}
     return then=={stage: about['fingerprint'] for stage,about in cards.items()}
 
@@ -567,7 +569,7 @@ def _differences(was, asked):
     return different
 
 # %% ../../nbs/recipes/00_stages.ipynb #aa092c34
-_SAMPLING = ('codes','diffusion')                                    # settings of `sample`: no training depends on them
+_SAMPLING = ('codes','diffusion')             # of `text_to_image`: settings of `sample`, no training depends on them
 
 def check_same_run(
     folder, # of the run
@@ -575,7 +577,8 @@ def check_same_run(
 ):
     "Raises `ValueError`, which names what differs, where the run in a folder was asked for something else."
     was = _asked_before(folder)
-    different = [name for name in _differences(was, asked) if name not in _SAMPLING]
+    def is_of_sampling(name): return name in _SAMPLING and isinstance(asked[name], (dict,type(None)))
+    different = [name for name in _differences(was, asked) if not is_of_sampling(name)]
     lengths = [name for name in different if name in ('steps','epochs')]
     is_longer = all(asked[name]>was[name] for name in lengths)
     if different==lengths and is_longer: return

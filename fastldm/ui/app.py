@@ -122,13 +122,13 @@ def _is_a(folder, cls):
 def form_of(
     info:dict, # as `read_config` gives
 )->dict: # kind of widget: (name of the condition, choices); 'others': names of conditions; 'priors' of a model of texts
-    "What a model can be told."
+    "What a model can be told, and the `guidance_scale` that the page begins with."
     arguments = info['config']['kwargs']
     denoiser = arguments.get('denoiser') or {}
     conditioner = denoiser.get('kwargs', {}).get('conditioner') or {}
     parts = conditioner.get('kwargs', {})
     embedders = {name: part for name,part in parts.items() if isinstance(part, dict) and 'cls' in part}
-    form = dict(others=[], priors=[])
+    form = dict(others=[], priors=[], guidance_scale=2)
     for name,embedder in embedders.items():
         kind, choices = _widget_of(embedder, info.get('classes') or [])
         if kind is None or kind in form: form['others'].append(name)
@@ -136,6 +136,7 @@ def form_of(
     if info['config']['cls'].endswith('TextToImage'):
         form['text'] = ('text', [])
         form['priors'] = ['diffusion']*bool(denoiser) + ['codes']*bool(arguments.get('priors'))
+        form['guidance_scale'] = (arguments.get('diffusion') or {}).get('guidance_scale', 3)
     return form
 
 # %% ../../nbs/ui/01_app.ipynb #9f100a6c
@@ -493,7 +494,7 @@ def show_words(self:Page,
         add['negative_text']: update(visible='text' in form, value=''),
         add['negative_label']: update(visible=bool(labels), label=f'{label} that guidance moves away from',
                                       choices=labels, value=None),
-        add['guidance_scale']: update(value=3 if priors else 2)}
+        add['guidance_scale']: update(value=form['guidance_scale'])}
 
 # %% ../../nbs/ui/01_app.ipynb #a84c284c
 @patch
