@@ -83,7 +83,8 @@ def test_an_interval_of_guidance_travels_with_the_picture(tmp_path):
     assert (always==draw('plain', 'fashion', n=4, steps=4, guidance_scale=4.)[0]).all()
     _, of_student = draw('student', like=tmp_path/'first.png', calls=1, guidance_scale=2.)
     assert 'interval' not in of_student
-    with pytest.raises(SystemExit, match='expected two times'): sample_cli('fashion', interval='.7', out=tmp_path/'x.png')
+    with pytest.raises(SystemExit, match='expected two times'):
+        sample_cli('fashion', interval='.7', out=tmp_path/'x.png')
 
 def test_a_file_of_a_folder_is_drawn_again(tmp_path):
     "Each file knows its own number."

@@ -23,8 +23,6 @@ from ..diffusion.ldm import (OUTPUTS, LatentDiffusion, argument_hint, check_seed
 from .pixelsnail import sample_codes
 
 # %% ../../nbs/codes/05_text2image.ipynb #dd64cc09
-_SAMPLER = ('steps','step') # settings that say how the diffusion prior is best sampled
-
 class TextToImage(Module):
     """A text encoder, a `VQVAE`, and priors: a `PixelSNAIL` for each level, a `Denoiser` of the latents, or both.
     Raises `ValueError` where the priors do not fit the VQ-VAE, the autoencoder or the text encoder."""
@@ -51,21 +49,23 @@ class TextToImage(Module):
         self.size = size
         self.settings = dict(codes=dict(codes or {}), diffusion=dict(diffusion or {}))
 
-    @property
-    def diffusion(self)->LatentDiffusion:
-        """The diffusion prior with its decoder and sampler, for everything that `LatentDiffusion` can do.
-        It is made anew where the parts or the settings of the sampler have changed."""
-        if self.denoiser is None: raise ValueError('this model has no diffusion prior')
-        first_stage = self.vqvae if self.autoencoder is None else self.autoencoder
-        own = self.settings['diffusion']
-        sampler = {name: own[name] for name in _SAMPLER if own.get(name) is not None}
-        kept, made_of = self.__dict__.get('_diffusion', (None,None))    # no submodule: its weights are this model's
-        if made_of==(first_stage, self.denoiser, sampler): return kept
-        fresh = LatentDiffusion(first_stage, self.denoiser, first_stage.latent_shape(self.size), **sampler)
-        if kept is not None and kept.denoiser is self.denoiser: fresh.keep_student_of(kept)
-        self.__dict__['_diffusion'] = fresh, (first_stage, self.denoiser, sampler)
-        return fresh
+# %% ../../nbs/codes/05_text2image.ipynb #65d32c36
+_SAMPLER = ('steps','step') # settings that say how the diffusion prior is best sampled
 
+@patch(as_prop=True)
+def diffusion(self:TextToImage)->LatentDiffusion:
+    """The diffusion prior with its decoder and sampler, for everything that `LatentDiffusion` can do.
+    It is made anew where the parts or the settings of the sampler have changed."""
+    if self.denoiser is None: raise ValueError('this model has no diffusion prior')
+    first_stage = self.vqvae if self.autoencoder is None else self.autoencoder
+    own = self.settings['diffusion']
+    sampler = {name: own[name] for name in _SAMPLER if own.get(name) is not None}
+    kept, made_of = self.__dict__.get('_diffusion', (None,None))    # no submodule: its weights are this model's
+    if made_of==(first_stage, self.denoiser, sampler): return kept
+    fresh = LatentDiffusion(first_stage, self.denoiser, first_stage.latent_shape(self.size), **sampler)
+    if kept is not None and kept.denoiser is self.denoiser: fresh.keep_student_of(kept)
+    self.__dict__['_diffusion'] = fresh, (first_stage, self.denoiser, sampler)
+    return fresh
 
 # %% ../../nbs/codes/05_text2image.ipynb #dba75da1
 @patch(as_prop=True)

@@ -29,7 +29,8 @@ from ..data.images import to_image
 from ..diffusion.cond import (AttributeEmbedder, Embedder, LabelEmbedder, MaskEmbedder, NumberEmbedder,
                                     WordEmbedder)
 from ..diffusion.ldm import LatentDiffusion, available, load
-from .commands import command, command_method, given, import_module_of, one_name, read_interval, refused, use_device
+from .commands import (command, command_method, given, import_module_of, one_name, read_interval,
+                                      refused, use_device)
 from .conditions import (conditions_of_options, known_conditions, named_values, split_negative,
                                         words_left)
 from .many import draw_shards

@@ -22,7 +22,8 @@ from ..core.models import fingerprint, write_atomic
 from ..core.processes import process_share, shared_work
 from ..diffusion.ldm import LatentDiffusion, load, weights_folders
 from ..metrics.images import Reference
-from .commands import command, command_method, given, import_module_of, one_name, read_interval, use_device
+from .commands import (command, command_method, given, import_module_of, one_name, read_interval,
+                                      use_device)
 from .draw import check_output
 from .evaluate import (evaluate_conditions, evaluate_control, evaluate_faces, evaluate_icons,
                                       evaluate_ldm, evaluate_pictures, evaluate_texts, picture_shape, print_scores,
