@@ -90,16 +90,20 @@ def test_scenes_show_what_was_asked(prior):
 
 @pytest.mark.slow
 def test_pictures_find_their_prompts():
-    """Of fifty held-out combinations in their styles, a classifier that took no part finds the prompt at least ten
-    times as often as by chance, and the style in most pictures."""
+    """Of fifty held-out combinations in their styles, drawn with four seeds, a classifier that took no part finds the
+    prompt at least twenty times as often as by chance, and the style in most pictures."""
     figures = Path(__file__).parents[1]/'figures'
     asked = json.loads((figures/'c9_emoji.json').read_text())['numbers']['prompts']['combination']
-    classifier = load('icons_classifier')
-    pictures = load('emoji').sample(asked['captions'], style=asked['styles'], seed=1)*2-1
-    found = classifier.similarity(pictures, asked['captions']).argmax(1)
-    assert (found==torch.arange(50)).float().mean() >= 10/50
+    model, classifier = load('emoji'), load('icons_classifier')
     styles = torch.tensor([classifier.classes['style'].index(name) for name in asked['styles']])
-    assert classifier.score(pictures, dict(style=styles))['style'].mean() >= .6
+    found, in_style = [], []
+    for seed in range(4):                                              # of one seed alone, the style is right in .58 to .68
+        pictures = model.sample(asked['captions'], style=asked['styles'], seed=seed)*2-1
+        best = classifier.similarity(pictures, asked['captions']).argmax(1)
+        found.append((best==torch.arange(50)).float().mean())
+        in_style.append(classifier.score(pictures, dict(style=styles))['style'].mean())
+    assert torch.stack(found).mean() >= 20/50
+    assert torch.stack(in_style).mean() >= .6
 
 @pytest.mark.slow
 @pytest.mark.bench
