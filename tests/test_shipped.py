@@ -97,7 +97,7 @@ def test_pictures_find_their_prompts():
     model, classifier = load('emoji'), load('icons_classifier')
     styles = torch.tensor([classifier.classes['style'].index(name) for name in asked['styles']])
     found, in_style = [], []
-    for seed in range(4):                                              # of one seed alone, the style is right in .58 to .68
+    for seed in range(4):                                   # of one seed alone, the style is right in .58 to .68
         pictures = model.sample(asked['captions'], style=asked['styles'], seed=seed)*2-1
         best = classifier.similarity(pictures, asked['captions']).argmax(1)
         found.append((best==torch.arange(50)).float().mean())
