@@ -250,7 +250,8 @@ def check_settings(self:TextToImage):
 def _defaults(self:TextToImage, prior, how):
     """The model's own settings; for few calls its guidance scale, or the nearest that the student was trained for.
     The sampler is left to `diffusion`, since a constraint may need another one; so are times that were set for it."""
-    is_other_sampler = any(how.get(name) is not None for name in (*_SAMPLER,'constraint'))
+    constraint = how.get('constraint')
+    is_other_sampler = any(how.get(name) or getattr(constraint, name, None) for name in _SAMPLER)
     left = (*_SAMPLER,'times') if is_other_sampler else _SAMPLER
     own = {name: value for name,value in self.settings[prior].items() if name not in left}
     if how.get('calls') is None: return own

@@ -138,10 +138,10 @@ def sampling_of(
     try: ldm = diffusion_of(model)
     except ValueError: return {}
     suits = options.get('constraint')
-    scale = getattr(model, 'settings', {}).get('diffusion', {}).get('guidance_scale', 1.)
+    scale = getattr(model, 'settings', {}).get('diffusion', {}).get('guidance_scale')
     steps = getattr(suits, 'steps', None) or ldm.steps
     step = getattr(suits, 'step', None) or ldm.step
-    found = dict(steps=steps, step=step, guidance_scale=scale)
+    found = dict(steps=steps, step=step, guidance_scale=1. if scale is None else scale)
     found |= {name: options[name] for name in found if options.get(name) not in (None, '')}   # a scale may be 0
     if isinstance(found['step'], str): found['step'] = SAMPLER_NAMES.get(found['step'].lower(), found['step'])
     return found
