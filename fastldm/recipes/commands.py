@@ -98,7 +98,8 @@ def read_interval(
     given, # to `--interval`: '.2,.7', or from Python two numbers; or None
 )->list: # the two times, or None
     "Times at which guidance acts. Raises `ValueError` for anything but two times from 0 to 1, the smaller first."
-    if not isinstance(given, str): return given and list(check_interval(given))
+    if given is None: return None
+    if not isinstance(given, str): return list(check_interval(given))
     try: times = [float(time) for time in given.split(',')]
     except ValueError: times = []
     try: return list(check_interval(times))
