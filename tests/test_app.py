@@ -10,8 +10,8 @@ from PIL import Image
 from browser import CHROMIUM, QUIET, answers, free_port
 from fastldm.data import get_dataset
 from fastldm.diffusion import samplers
-from fastldm.ui.app import (_check_has_widgets, _words, SAMPLERS, TABS, draw_settings, form_of, grid_of, list_models,
-                            pack, read_config, read_settings, unpack, write_picture)
+from fastldm.ui.app import (_check_has_widgets, _words, SAMPLERS, TABS, Page, draw_settings, form_of, grid_of,
+                            list_models, pack, read_config, read_settings, unpack, write_picture)
 
 ROOT = Path(__file__).parents[1]
 MINUTES = 10                                             # what is waited for longer fails; nothing should come near it
@@ -44,6 +44,37 @@ def test_what_is_missing_is_named(tmp_path):
     done = subprocess.run([sys.executable,'-c',program], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode==1
     assert done.stderr.strip()=='app: The page needs the package `gradio`: pip install "fastldm[app]"'
+
+def test_few_calls_draw_at_once(tmp_path):
+    "A choice is drawn by the student, from the same noise, without a press of the button; steps wait for the button."
+    pytest.importorskip('gradio', reason='the page needs pip install "fastldm[app]"')
+    from gradio_client import Client
+    from gradio_client.exceptions import AppError
+    page = Page(['fashion','mnist'], tmp_path)
+    most = page.forms['fashion']['few_calls_guidance'][1]
+    page.blocks.queue()
+    port = free_port()
+    page.blocks.launch(prevent_thread_lock=True, server_port=port, quiet=True)
+    def choose(**changed):
+        values = {name: getattr(widget, 'value', None) for name,widget in page.inputs.items()} | changed
+        return client.predict(*(values[name] for name in page.inputs), api_name='/draw_live')
+    def drawn(): return sorted(tmp_path.rglob('fashion.png'), key=lambda file: file.stat().st_mtime_ns)
+    try:
+        client = Client(f'http://127.0.0.1:{port}', verbose=False)
+        client.predict('fashion', api_name='/show_model')
+        seed = dict(model='fashion', seed=3, new_seed=True, n=2)
+        choose(**seed, calls=0)
+        assert not drawn()
+        for label in ('Coat','Bag'): choose(**seed, calls=2, label=label)
+        for file,label in zip(drawn(), ('Coat','Bag'), strict=True):
+            settings = read_settings(file)
+            assert (settings['seed'], settings['calls'], settings['conditions'])==(3, 2, dict(label=label))
+        with pytest.raises(AppError, match=f'at most {most:g}'): choose(**seed, calls=2, guidance_scale=9)
+        with pytest.raises(AppError, match='few calls guidance cannot'): choose(**seed, calls=2, negative_label='Bag')
+        assert len(drawn())==2
+        shown = client.predict('fashion', 2, 9, api_name='/show_few_calls')
+        assert [update for update in shown if isinstance(update, dict) and update.get('maximum')==most]
+    finally: page.blocks.close()
 
 # ---- the page
 
@@ -425,9 +456,10 @@ def test_what_a_command_was_told_is_found_among_the_choices():
 
 @pytest.mark.parametrize('settings,says', [
     (dict(guidance_scale=12.), 'guidance_scale=12'), (dict(seed=2**31), 'seed=2147483648'), (dict(n=20), 'n=20'),
-    (dict(step='my_step'), 'step=my_step'), (dict(negative=dict(attrs='Smiling')), 'negative_attrs')])
+    (dict(step='my_step'), 'step=my_step'), (dict(negative=dict(attrs='Smiling')), 'negative_attrs'),
+    (dict(calls=3), 'calls=3')])
 def test_numbers_beyond_the_widgets_are_refused(settings, says):
     whole = dict(tab='new', n=4, steps=0, step='', guidance_scale=2., seed=0)
-    form = dict(label=('label', ['0','1']))
+    form = dict(label=('label', ['0','1']), calls=[1,2])
     _check_has_widgets(whole | dict(negative=dict(label='1'), negative_prompt='a bird'), 'a.png', form)
     with pytest.raises(ValueError, match=says): _check_has_widgets(whole|settings, 'a.png', form)

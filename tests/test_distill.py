@@ -1,4 +1,5 @@
 "Students for few calls: the loss, their training by recipe, saving and loading, seeds, and what is refused."
+import json
 from contextlib import redirect_stderr, redirect_stdout
 from copy import deepcopy
 from io import StringIO
@@ -6,7 +7,7 @@ import pytest, torch
 from PIL import Image
 from fastldm import load
 from fastldm.control import ControlAdapter, control
-from fastldm.core import Callback, Module, fingerprint, load_model
+from fastldm.core import Callback, Module, fingerprint, load_model, read_settings
 from fastldm.diffusion import (Conditioner, Cosine, Denoiser, GaussianDenoiser, LabelEmbedder, LatentDiffusion,
                                PathDataset, UNet, angle_times, ddim_step, distill_loss, make_student, noise_from,
                                noise_like, path_points, record_paths, sample, sample_generators, save, vary,
@@ -35,6 +36,7 @@ def with_student(ldm):
     for name in ('guidance','calls'):
         if name in student.conditioner.embedders:
             torch.nn.init.normal_(student.conditioner.embedders[name].proj.weight)
+    for p in student.net.parameters(): p.data += .02*torch.randn_like(p)
     student.meta = dict(teacher_fingerprint=fingerprint(ldm.denoiser), guidance=[1.,3.], calls=[1,2,4])
     return ldm.add_student(student)
 
@@ -112,6 +114,60 @@ def test_the_callback_sees_each_call(ldm):
     ldm.sample(1, label=0, calls=2, seed=0, callback=lambda x,t,s: times.append(float(s)))
     assert times==[pytest.approx(.5, abs=1e-3), 0.]
 
+def test_guidance_at_the_times_that_the_student_learned(ldm):
+    "Named or not, they are the same; on the card of a recipe's student; and its paths end where the teacher's do."
+    asked = dict(label=[0,1], calls=2, seed=0, guidance_scale=3.)
+    ldm.student().meta['interval'] = [.2,.7]
+    for interval in ((.2,.7), [.2,.7], (0.,1.)):
+        assert torch.equal(ldm.sample(2, **asked, interval=interval), ldm.sample(2, **asked))
+    with pytest.raises(ValueError, match=r'interval=\(0.2, 0.8\): the student was trained with guidance at \(0.2, 0.7'):
+        ldm.sample(2, **asked, interval=(.2,.8))
+
+def test_paths_guided_at_some_times(base, tmp_path):
+    ldm = load(base)
+    paths = PathDataset(ldm.denoiser, ldm.shape, dict(label=torch.tensor([1])), 2, 8, (3.,3.), (.2,.7), progress=False)
+    start = dict(latents=paths.fields['path'][:,0].float(), label=paths.fields['label'], guidance_scale=3.)
+    how = dict(steps=8, step='DPMSolver2M', times='angle_times')
+    ends = [ldm.sample(2, **start, **how, interval=interval) for interval in ((.2,.7), (0.,1.))]
+    recorded = (paths.fields['path'][:,-1].float().clamp(-1, 1)+1)/2
+    assert (ends[0]-recorded).abs().max()<.01<(ends[1]-recorded).abs().max()
+    student = train_student(base, tmp_path/'student', **FEW, interval=(.2,.7)).student()
+    assert student.meta['interval']==[.2,.7]
+    with pytest.raises(ValueError, match='expected two times from 0'):
+        train_student(base, tmp_path/'other', **FEW, interval=(.7,.2))
+    assert not (tmp_path/'other').exists()
+
+def test_a_picture_of_few_calls_names_its_scale(ldm, tmp_path):
+    "Also where none was given; so whatever draws it again draws the same."
+    folder = save(ldm, tmp_path/'model', data='digits')
+    file = tmp_path/'drawn.png'
+    sample_cli(str(folder), calls=2, n=1, label='1', out=str(file))
+    settings = read_settings(file)
+    assert (settings['calls'], settings['guidance_scale'])==(2, 1.) and 'steps' not in settings
+    sample_cli(like=str(file), out=str(tmp_path/'again.png'))
+    assert file.read_bytes()==(tmp_path/'again.png').read_bytes()
+
+def test_saved_again_and_again(ldm, tmp_path):
+    "Rounded once, the weights of a student stay the same, but for the last digits of a sum."
+    once = load(save(ldm, tmp_path/'0')).student()
+    for i in range(1, 6): ldm = load(save(ldm, tmp_path/str(i)))
+    for before,after in zip(once.parameters(), ldm.student().parameters()):
+        torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
+
+@pytest.mark.parametrize('damage', [
+    lambda about: [], lambda about: {'calls': [1]}, lambda about: about|dict(calls=None),
+    lambda about: about|dict(calls=[0]),
+    lambda about: about|dict(guidance=[3,1]), lambda about: about|dict(interval='x')])
+def test_a_damaged_record_is_refused(ldm, tmp_path, damage):
+    file = save(ldm, tmp_path/'model')/'student'/'student.json'
+    file.write_text(json.dumps(damage(json.loads(file.read_text()))))
+    with pytest.raises(ValueError, match='fetch or train it again'): load(tmp_path/'model').sample(1, label=0, calls=1)
+
+def test_a_student_that_is_no_numbers_is_not_saved(ldm, tmp_path):
+    next(ldm.student().parameters()).data[0] = float('nan')
+    with pytest.raises(ValueError, match='nan or inf'): save(ldm, tmp_path/'model')
+    assert not (tmp_path/'model'/'student').exists()
+
 @pytest.mark.parametrize('asked, message', [
     (dict(calls=0), 'calls=0'),
     (dict(calls=1.5), 'calls=1.5'),
@@ -123,7 +179,7 @@ def test_the_callback_sees_each_call(ldm):
     (dict(calls=2, guidance_scale=4.), 'at least 1 and at most 3'),
     (dict(calls=2, guidance_scale=.5), 'without `calls`, any is possible'),
     (dict(calls=2, guidance_scale=dict(label=2.)), 'one number for all conditions'),
-    (dict(calls=2, interval=(.2,.8)), 'cannot be chosen with `calls`'),
+    (dict(calls=2, interval=(.1,.8)), 'the student was trained with guidance at'),
     (dict(calls=2, order=['label']), 'cannot be chosen with `calls`'),
     (dict(calls=2, label=7), 'label=7 is out of range'),
     (dict(calls=2, guidance=2.), 'guidance'),

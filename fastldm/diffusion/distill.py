@@ -7,7 +7,7 @@ __all__ = ['path_points', 'with_calls', 'distill_loss', 'make_student', 'GuidedR
            'check_scales', 'save_student', 'load_student']
 
 # %% ../../nbs/diffusion/09_distill.ipynb #41d97876
-import json, math, torch, warnings
+import json, math, torch, warnings, zlib
 from copy import deepcopy
 from fastcore.basics import patch
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..core.models import (check_folder, evaluating, json_text, model_digest, re
                                  whole_number, write_atomic)
 from ..core.train import once_in_batch, rows_of_batch
 from .cond import Conditioner, VectorEmbedder, stack_conds
-from .denoiser import Denoiser, scales
+from .denoiser import Denoiser, check_interval, scales
 from .samplers import DPMSolver2M, angle_times, noise_from, noise_like, sample, sample_generators
 
 # %% ../../nbs/diffusion/09_distill.ipynb #cc87a582
@@ -88,14 +88,19 @@ class GuidedRows:
         model, # a `Denoiser`
         batch:dict, # a field for each of its conditions
         scale:torch.Tensor, # of each sample, (B,)
+        interval=(0.,1.), # times at which guidance acts; outside, every scale is 1
     ):
         self.model = model
         self.schedule = model.schedule
         self.scale = scale
+        self.interval = check_interval(interval)
+        self.full = model.conditioner(batch)
         nothing = model.conditioner(batch, without=list(model.conditioner.embedders))
-        self.cond = stack_conds([nothing, model.conditioner(batch)])
+        self.cond = stack_conds([nothing, self.full])
 
     def __call__(self, x, t, cond=None):
+        first, last = self.interval
+        if not first<=float(t)<=last: return self.model(x, t, self.full)
         without, full = self.model(torch.cat([x,x]), t, self.cond).chunk(2)
         w = self.scale.to(x).view(-1, *[1]*(x.ndim-1))
         return without + w*(full-without)
@@ -117,7 +122,7 @@ def _draw_conditions(conditioner, fields):
 def record_paths(
     denoise, # the teacher, guided
     x:torch.Tensor, # noise at time 1, (B,...)
-    steps:int=10, # steps of DPM-Solver++ 2M
+    steps:int=12, # steps of DPM-Solver++ 2M
 )->torch.Tensor: # (B,steps+1,...)
     "Follow the ODE from each noise to its end."
     states = [x]
@@ -127,14 +132,16 @@ def record_paths(
 # %% ../../nbs/diffusion/09_distill.ipynb #e3aa3d55
 class PathDataset:
     """Paths of a teacher with their conditions, all in memory, recorded part by part; parts that are in the cache
-    already are read. Raises `ValueError` for guidance scales, steps or a number of paths that make no sense."""
+    already are read. Raises `ValueError` for guidance scales, an interval, steps or a number of paths that make no
+    sense."""
     def __init__(self,
         teacher, # a `Denoiser`
         shape, # of a latent
         conditions:dict=None, # {condition: raw field of N rows}, used in turn; None: a model without conditions
         n:int=12000, # paths
-        steps:int=10, # of each
+        steps:int=12, # of each
         guidance=(1.,3.), # smallest and largest guidance scale
+        interval=(0.,1.), # times at which guidance acts
         seed:int=0, # of noise, scales and what is left out
         cache=None, # folder for the parts; None: in memory only
         precision:str=None, # 'bf16': faster where the processor has it
@@ -145,6 +152,7 @@ class PathDataset:
         self.shape = tuple(shape)
         self.conditions = conditions or {}
         self.guidance = check_scales(guidance)
+        self.interval = check_interval(interval)
         self.steps = whole_number(steps, 'steps', 1)
         self.seed = seed
         self.precision = precision
@@ -176,7 +184,7 @@ def _part(self:PathDataset, start, n, cache):
     if cache is None: return self._record(start, n)
     conditioner = self.teacher.conditioner
     rates = [getattr(conditioner, 'drop', {}), getattr(conditioner, 'drop_all', 0.)]
-    settings = [self.shape, self.steps, self.guidance, self.seed, self.precision, self.part, start, n]
+    settings = [self.shape, self.steps, self.guidance, self.interval, self.seed, self.precision, self.part, start, n]
     digest = tensor_digest(model_digest(self.teacher), rates, settings, self.conditions)
     file = Path(cache)/f'paths-{digest}.safetensors'
     if file.exists():
@@ -209,29 +217,42 @@ def _record(self:PathDataset, start, n):
     with noise_from(sample_generators(self.seed, n, start)): noise = noise_like(torch.empty(n, *self.shape))
     _, σ = scales(teacher, 1., noise)
     on_device = {name: values.to(device) for name,values in fields.items()}
-    denoise = GuidedRows(teacher, on_device, scale) if fields else teacher
+    denoise = GuidedRows(teacher, on_device, scale, self.interval) if fields else teacher
     with evaluating(teacher), torch.autocast(device.type, torch.bfloat16, enabled=self.precision=='bf16'):
         path = record_paths(denoise, (σ*noise).to(device), self.steps)
     return dict(path=path.half().cpu(), guidance=scale[:,None]-1, **fields)
 
 # %% ../../nbs/diffusion/09_distill.ipynb #73ab81c2
 def _pack(change):
-    "A change of weights as whole numbers from -127 to 127, and the size of one, for each row of a matrix."
+    "A change of weights as whole numbers from -40 to 40, packed, and the size of one, for each row of a matrix."
     rows = change.reshape(len(change), -1) if change.ndim>1 else change.reshape(1, -1)
-    unit = rows.abs().amax(1).clamp(min=1e-12)/127
-    return (rows/unit[:,None]).round().to(torch.int8).reshape(change.shape), unit
+    unit = rows.abs().amax(1).clamp(min=1e-12)/40                       # packed again, they are the same numbers
+    numbers = (rows/unit[:,None]).round().to(torch.int8)
+    packed = zlib.compress(numbers.numpy().tobytes(), 9)
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8), unit
 
-def _unpack(numbers, unit):
-    "The change that was packed."
-    return numbers*unit.view(-1, *[1]*(numbers.ndim-1))
+def _unpack(packed, unit, shape):
+    "The change of weights that was packed, or was kept in 8 bits, as it once was."
+    if packed.dtype==torch.int8: return packed*unit.view(-1, *[1]*(packed.ndim-1))
+    n = shape.numel()
+    numbers = zlib.decompressobj().decompress(packed.numpy().tobytes(), n+1)    # whatever was packed, no more memory
+    if len(numbers)!=n: raise ValueError(f'another number of weights than {n}')
+    numbers = torch.frombuffer(bytearray(numbers), dtype=torch.int8)
+    if not unit.isfinite().all(): raise ValueError('a size of a row is no number')
+    return (numbers.view(len(unit), -1)*unit[:,None]).view(shape)
 
+# %% ../../nbs/diffusion/09_distill.ipynb #a23d5a04
 def save_student(
     student, # a `Denoiser`, with `meta`
     teacher, # the denoiser that it is a student of
     folder, # made if needed
 )->Path: # the folder
-    "Write difference.safetensors, how the student differs from its teacher, in 8 bits, and student.json, its `meta`."
+    """Write difference.safetensors, how the student differs from its teacher, rounded, and student.json, its `meta`.
+
+    Raises `ValueError` for weights that are not finite, before anything is written."""
     from safetensors.torch import save_file
+    if not all(value.isfinite().all() for value in student.parameters()):
+        raise ValueError('some weights of this student are no numbers (nan or inf): it was not saved')
     folder = check_folder(folder)
     before = {name: value.float().cpu() for name,value in teacher.state_dict().items()}
     saved = {}
@@ -256,8 +277,11 @@ def load_student(
         saved = load_file(Path(folder)/'difference.safetensors')
         meta = json.loads((Path(folder)/'student.json').read_text(encoding='utf-8'))
         for name,value in student.state_dict().items():
-            change = _unpack(saved[name], saved[f'{name}:unit']).to(value)
+            change = _unpack(saved[name], saved[f'{name}:unit'], value.shape).to(value)
             value.copy_(before.get(name, torch.zeros_like(value)) + change)
+        check_scales(meta['guidance'])
+        check_interval(meta.get('interval', (0.,1.)))
+        for calls in meta['calls']: whole_number(calls, 'calls', 1)
     except Exception as error:
         raise ValueError(f'{folder} has no student of this model, or it is damaged ({type(error).__name__}: {error}): '
                          'fetch or train it again') from error

@@ -324,13 +324,17 @@ def _ask_student(ldm, n, calls, batch, guidance_scale, conditions, interval, ord
     if isinstance(guidance_scale, dict):
         raise ValueError(f'guidance_scale={guidance_scale}: with `calls`, expected one number for all conditions')
     hint = ' (the student was trained for these scales; without `calls`, any is possible)'
-    scale = real_number(guidance_scale, 'guidance_scale', least, most, hint)
-    if tuple(interval)!=(0.,1.) or order is not None:
-        raise ValueError('`interval` and `order` of the guidance cannot be chosen with `calls`: leave them out')
+    scale = real_number(guidance_scale, 'guidance_scale', least, most, hint) if batch else 1.
+    if order is not None: raise ValueError('`order` of the guidance cannot be chosen with `calls`: leave it out')
+    learned = tuple(student.meta.get('interval', (0.,1.)))
+    if tuple(interval) not in ((0.,1.), learned):
+        raise ValueError(f'interval={tuple(interval)}: the student was trained with guidance at {learned}; leave '
+                         '`interval` out, or leave out `calls`')
     if all(value is None for value in conditions.values()): scale = 1.   # nothing to follow
     if batch: batch = batch | dict(guidance=torch.full((n,1), scale-1., device=ldm.device))
     return student, with_calls(batch, calls, n, ldm.device)
 
+# %% ../../nbs/diffusion/06_ldm.ipynb #52eaf78a
 def _model_and_batch(ldm, calls, n, guidance_scale, conditions, negative, interval, order):
     "The denoiser, a batch with a field for each condition, and guidance scales: of the model, or of its student."
     conditions = _by_condition(ldm, conditions)
@@ -508,7 +512,7 @@ def sample(self:LatentDiffusion,
     times=None, # a time grid `(schedule, n) -> (n+1,)`, its name, or the times themselves, falling from 1 to 0
     seed=None, # the same gives the same pictures: a whole number, one per picture, a `torch.Generator`; None: new ones
     guidance_scale=1., # how closely to follow the conditions: a number, or a dict by condition; 1: no guidance
-    interval=(0.,1.), # times at which guidance acts
+    interval=(0.,1.), # times at which guidance acts; with `calls`, those that the student was trained with
     order=None, # of several conditions, as in `guide`
     constraint=None, # e.g. `inpaint(...)`, `upscale(...)` or `vary(...)` of `fastldm.diffusion.constraints`
     batch_size:int=256, # pictures at a time

@@ -9,6 +9,7 @@ __all__ = ['path_conditions', 'train_student']
 import torch
 from ..core.models import fingerprint, fits_half, n_params
 from ..diffusion.cond import LabelEmbedder
+from ..diffusion.denoiser import check_interval
 from ..diffusion.distill import PathDataset, check_scales, distill_loss, load_student, make_student
 from ..diffusion.ldm import load, save
 from .control import base_pictures
@@ -45,8 +46,9 @@ def train_student(
     folder='runs/distil', # where the model with its student goes
     root=None, # where the teacher's data set is looked for first, if it is needed
     n:int=30000, # paths
-    path_steps:int=10, # steps of each
+    path_steps:int=12, # steps of each; a multiple of four: then jumps begin and end at recorded points
     guidance=(1.,3.), # smallest and largest guidance scale
+    interval=(0.,1.), # times at which guidance acts
     student=None, # folder of a student to begin with, as `save_student` writes it; None: the teacher
     steps:int=3000, # of the optimiser
     batch_size:int=64, # paths per step
@@ -60,20 +62,21 @@ def train_student(
     arguments = dict(locals(), model=None, student=None)
     base = load(model)
     ldm = diffusion_of(base)
-    guidance = check_scales(guidance)
+    guidance, interval = check_scales(guidance), check_interval(interval)
     make_student(ldm.denoiser)                                          # a network that cannot be one raises now
     mark = fingerprint(ldm.denoiser)
     marks = dict(base=mark)
     if student is not None: marks['student_fingerprint'] = fingerprint(load_student(student, ldm.denoiser))
     folder = begin(folder, train_student, arguments, **marks)
-    paths = PathDataset(ldm.denoiser, ldm.shape, path_conditions(base, root, n), n, path_steps, guidance, seed,
-                        folder/'cache', precision, progress)
+    paths = PathDataset(ldm.denoiser, ldm.shape, path_conditions(base, root, n), n, path_steps, guidance, interval,
+                        seed, folder/'cache', precision, progress)
     def build():
         if student is None: return make_student(ldm.denoiser)
         return load_student(student, ldm.denoiser).requires_grad_(True)
     def card(learn):
-        return dict(teacher=full_path(model), teacher_fingerprint=mark, guidance=list(guidance), calls=[1,2,4],
-                    n_paths=n, path_steps=path_steps, n_params=n_params(learn.model))
+        return dict(teacher=full_path(model), teacher_fingerprint=mark, guidance=list(guidance),
+                    interval=list(interval), calls=[1,2,4], n_paths=n, path_steps=path_steps,
+                    n_params=n_params(learn.model))
     trained = train_stage(folder/'distil', build, paths, distill_loss, seed=seed, batch_size=batch_size, card=card,
                           longer=True, steps=steps, lr=lr, warmup=min(100, steps//10), ema=.995, precision=precision,
                           progress=progress, cbs=cbs)
@@ -86,15 +89,16 @@ def _finish_student(folder, model, student):
     card = {name: value for name,value in model.meta.items() if name not in ('fingerprint','files')}
     save(model, folder, max_file=15*2**20, half=fits_half(model), **card)
     write_card(folder)
-    ldm = diffusion_of(model)
+    saved = load(folder)
+    ldm = diffusion_of(saved)
     labels = embedders_of(ldm)
     if {*labels}<={'label'}:
-        least, most = student.meta['guidance']
+        least, most = ldm.student().meta['guidance']
         scale = min(max(1.5, least), most)
         asked = dict(label=[i%labels['label'].n_classes for i in range(10)], guidance_scale=scale) if labels else {}
         rows = [ldm.sample(10, calls=calls, seed=0, **asked) for calls in (1,2,4)]
         save_grid(torch.cat(rows), folder/'samples.png', 10)
-    return load(folder)
+    return saved
 
 # %% ../../nbs/recipes/12_distil.ipynb #eea61bbc
 recipe('distil', train_student, needs=dict(model='the trained model that it makes faster'))

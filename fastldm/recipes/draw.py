@@ -462,7 +462,7 @@ def _load_for(model, past, like):
 
 # %% ../../nbs/recipes/18_draw.ipynb #54f76f41
 _INSTEAD = dict(calls=('steps','step','interval'), steps=('calls',), step=('calls',), interval=('calls',),
-                prior=('steps','step','guidance_scale','interval')) # option: settings of a picture that it replaces
+                prior=('calls','steps','step','guidance_scale','interval')) # option: settings that it replaces
 
 def _as_before(past, model, options):
     "Options as in the settings of a picture, save those that are given now."

@@ -132,13 +132,14 @@ CONDITIONS = dict(prompt='text', attributes='attrs') # option: its condition, wh
 def sampling_of(
     model, # any
     options:dict, # for its `sample_command`
-)->dict: # `steps`, `step`, `guidance_scale`; empty where a drawing takes no steps, or they cannot be known
+)->dict: # `steps`, `step`, `guidance_scale`; of few calls only this; empty for codes, or where they cannot be known
     "The numbers that a drawing uses where the options do not say them."
-    if 'calls' in options or options.get('prior')=='codes': return {}
+    if options.get('prior')=='codes': return {}
     try: ldm = diffusion_of(model)
     except ValueError: return {}
     suits = options.get('constraint')
     scale = getattr(model, 'settings', {}).get('diffusion', {}).get('guidance_scale')
+    if 'calls' in options: return dict(guidance_scale=options.get('guidance_scale', _scale_of_student(model, scale)))
     steps = getattr(suits, 'steps', None) or ldm.steps
     step = getattr(suits, 'step', None) or ldm.step
     found = dict(steps=steps, step=step, guidance_scale=1. if scale is None else scale)
@@ -147,6 +148,12 @@ def sampling_of(
     return found
 
 # %% ../../nbs/recipes/13_pictures.ipynb #95897413
+def _scale_of_student(model, scale):
+    "The guidance scale of few calls where none is given: the model's own, within what the student learned."
+    if scale is None: return 1.
+    least, most = model.student().meta['guidance']
+    return min(max(scale, least), most)
+
 def settings_of(
     model, # that draws
     name:str, # by which it was loaded
