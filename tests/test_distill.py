@@ -5,6 +5,7 @@ from copy import deepcopy
 from io import StringIO
 import pytest, torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from fastldm import load
 from fastldm.control import ControlAdapter, control
 from fastldm.core import Callback, Module, fingerprint, load_model, read_settings
@@ -162,6 +163,17 @@ def test_a_damaged_record_is_refused(ldm, tmp_path, damage):
     file = save(ldm, tmp_path/'model')/'student'/'student.json'
     file.write_text(json.dumps(damage(json.loads(file.read_text()))))
     with pytest.raises(ValueError, match='fetch or train it again'): load(tmp_path/'model').sample(1, label=0, calls=1)
+
+@pytest.mark.parametrize('eight_bits', [False, True])
+def test_a_unit_that_is_no_number_is_refused(ldm, tmp_path, eight_bits):
+    "Of a file of today, and of one from before."
+    file = save(ldm, tmp_path/'model')/'student'/'difference.safetensors'
+    saved = load_file(file)
+    name = next(name for name in saved if f'{name}:unit' in saved)
+    if eight_bits: saved[name] = torch.zeros_like(ldm.student().state_dict()[name], dtype=torch.int8)
+    saved[f'{name}:unit'][0] = float('nan')
+    save_file(saved, file)
+    with pytest.raises(ValueError, match='not finite'): load(tmp_path/'model').sample(1, label=0, calls=1)
 
 def test_a_student_that_is_no_numbers_is_not_saved(ldm, tmp_path):
     next(ldm.student().parameters()).data[0] = float('nan')

@@ -224,7 +224,7 @@ def _record(self:PathDataset, start, n):
 
 # %% ../../nbs/diffusion/09_distill.ipynb #73ab81c2
 def _pack(change):
-    "A change of weights as whole numbers from -40 to 40, packed, and the size of one, for each row of a matrix."
+    "A change of weights as whole numbers from -40 to 40, packed, and the unit of each row of a matrix."
     rows = change.reshape(len(change), -1) if change.ndim>1 else change.reshape(1, -1)
     unit = rows.abs().amax(1).clamp(min=1e-12)/40                       # packed again, they are the same numbers
     numbers = (rows/unit[:,None]).round().to(torch.int8)
@@ -233,12 +233,12 @@ def _pack(change):
 
 def _unpack(packed, unit, shape):
     "The change of weights that was packed, or was kept in 8 bits, as it once was."
+    if not unit.isfinite().all(): raise ValueError('the unit of a row is not finite')
     if packed.dtype==torch.int8: return packed*unit.view(-1, *[1]*(packed.ndim-1))
     n = shape.numel()
-    numbers = zlib.decompressobj().decompress(packed.numpy().tobytes(), n+1)    # whatever was packed, no more memory
+    numbers = zlib.decompressobj().decompress(packed.numpy().tobytes(), n+1)    # a damaged file takes no more memory
     if len(numbers)!=n: raise ValueError(f'another number of weights than {n}')
     numbers = torch.frombuffer(bytearray(numbers), dtype=torch.int8)
-    if not unit.isfinite().all(): raise ValueError('a size of a row is no number')
     return (numbers.view(len(unit), -1)*unit[:,None]).view(shape)
 
 # %% ../../nbs/diffusion/09_distill.ipynb #a23d5a04
