@@ -155,6 +155,14 @@ def test_saved_again_and_again(ldm, tmp_path):
     for before,after in zip(once.parameters(), ldm.student().parameters()):
         torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
 
+def test_a_model_in_16_bit_keeps_its_student(ldm, tmp_path):
+    "Its weights are rounded, so they are others than those that the student was trained for."
+    asked = dict(label=[0,1], calls=2, seed=0)
+    exact = ldm.sample(2, **asked)
+    ldm.student()
+    rounded = load(save(ldm.bfloat16(), tmp_path/'model'))
+    torch.testing.assert_close(rounded.sample(2, **asked), exact, atol=.1, rtol=0)
+
 @pytest.mark.parametrize('damage', [
     lambda about: [], lambda about: {'calls': [1]}, lambda about: about|dict(calls=None),
     lambda about: about|dict(calls=[0]),
@@ -397,3 +405,19 @@ def test_command_line(base, tmp_path):
         with pytest.raises(SystemExit, match='no student for few'): sample_cli('scenes', prompt='', calls=2)
         with pytest.raises(SystemExit, match='needs --model'): train_cli('distil')
     assert Image.open(tmp_path/'x.png').size[0]>16
+
+def test_an_interval_at_the_shell(base, tmp_path):
+    "`fastldm_train distil --interval`: guidance is distilled at these times; a recipe without any has no such option."
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        train_cli('distil', model=str(base), interval='.2,.75', steps=2, out=str(tmp_path/'fast'), quick=True)
+        with pytest.raises(SystemExit, match=r'--interval .7,.2: expected two times'):
+            train_cli('distil', model=str(base), interval='.7,.2', out=str(tmp_path/'other'))
+        with pytest.raises(SystemExit, match='the recipe `digits` takes no --interval'):
+            train_cli('digits', interval='.2,.7', out=str(tmp_path/'other'))
+    assert load(tmp_path/'fast').student().meta['interval']==[.2,.75]
+    assert not (tmp_path/'other').exists()
+
+def test_the_nearest_scale_that_was_learned(base, tmp_path):
+    ldm = train_student(base, tmp_path/'fast', **FEW, guidance=(1.5,3.))
+    assert [ldm.nearest_student_scale(scale) for scale in (0., 2., 9.)]==[1.5, 2., 3.]
+    with pytest.raises(ValueError, match='no student'): load(base).nearest_student_scale(2.)

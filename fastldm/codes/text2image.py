@@ -255,8 +255,7 @@ def _defaults(self:TextToImage, prior, how):
     left = (*_SAMPLER,'times') if is_other_sampler else _SAMPLER
     own = {name: value for name,value in self.settings[prior].items() if name not in left}
     if how.get('calls') is None: return own
-    least, most = self.student().meta['guidance']
-    return dict(guidance_scale=min(max(own.get('guidance_scale', 1.), least), most))
+    return dict(guidance_scale=self.diffusion.nearest_student_scale(own.get('guidance_scale', 1.)))
 
 @patch
 def _features(self:TextToImage, prompts):

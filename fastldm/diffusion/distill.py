@@ -12,8 +12,8 @@ from copy import deepcopy
 from fastcore.basics import patch
 from pathlib import Path
 from tqdm.auto import tqdm
-from ..core.models import (check_folder, evaluating, json_text, model_digest, real_number, tensor_digest,
-                                 whole_number, write_atomic)
+from ..core.models import (check_folder, evaluating, fingerprint, json_text, model_digest, real_number,
+                                 tensor_digest, whole_number, write_atomic)
 from ..core.train import once_in_batch, rows_of_batch
 from .cond import Conditioner, VectorEmbedder, stack_conds
 from .denoiser import Denoiser, check_interval, scales
@@ -261,6 +261,8 @@ def save_student(
         saved[name], saved[f'{name}:unit'] = _pack(change)
     with write_atomic(folder/'difference.safetensors') as file: save_file(saved, file)
     about = {name: value for name,value in student.meta.items() if name not in ('fingerprint','files')}
+    is_rounded = next(teacher.parameters()).dtype==torch.bfloat16           # from weights that the student fits
+    if is_rounded: about['teacher_fingerprint'] = fingerprint(teacher)
     with write_atomic(folder/'student.json') as file: file.write_text(json_text(about), encoding='utf-8')
     return folder
 

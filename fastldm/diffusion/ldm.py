@@ -313,6 +313,14 @@ def student(self:LatentDiffusion)->Module: # a `Denoiser` in eval mode
         self.add_student(load_student(self.student_folder, self.denoiser))
     return self.__dict__['_student'].to(next(self.denoiser.parameters()))
 
+@patch
+def nearest_student_scale(self:LatentDiffusion,
+    scale:float, # a guidance scale
+)->float: # the same, or the nearest that the student was trained for
+    "A guidance scale for `sample(calls=...)`. Raises `ValueError` where there is no student."
+    least, most = self.student().meta['guidance']
+    return min(max(scale, least), most)
+
 # %% ../../nbs/diffusion/06_ldm.ipynb #2988b738
 def _ask_student(ldm, n, calls, batch, guidance_scale, conditions, interval, order):
     "The student and its batch, in which the number of calls and the guidance scale are two more conditions."

@@ -206,6 +206,7 @@ def train_cli(
     tune_autoencoder:store_true=False, # with --start: train its autoencoder, too
     model:str=None, # for `local` and `distil`: the base, a shipped model or a folder
     kinds:str=None, # for `local`: edges, segmentation, silhouette, depth or colour; several with + between them
+    interval:str=None, # for `local`: times when the adapter acts; for `distil`: when guidance does; as in .2,.75
     root:str=None, # where a public data set is looked for first
     size:int=None, # side of the pictures, for `folder`, `captioned` and faces
     steps:int=None, # of the denoiser's training, or of the only stage
@@ -265,6 +266,7 @@ def _options_for_a_recipe(options):
     for name in ('prior_steps','channels'):
         if name in options: options[name] = _numbers(options[name], f'--{name}')
     if 'channels' in options: options['channels'] = _listed(options['channels'])
+    if 'interval' in options: options['interval'] = read_interval(options['interval'])
     if options.pop('no_mirror', False): options['mirror'] = False
     return options
 

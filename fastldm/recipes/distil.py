@@ -93,9 +93,9 @@ def _finish_student(folder, model, student):
     ldm = diffusion_of(saved)
     labels = embedders_of(ldm)
     if {*labels}<={'label'}:
-        least, most = ldm.student().meta['guidance']
-        scale = min(max(1.5, least), most)
-        asked = dict(label=[i%labels['label'].n_classes for i in range(10)], guidance_scale=scale) if labels else {}
+        asked = {}
+        if labels: asked = dict(label=[i%labels['label'].n_classes for i in range(10)],
+                                guidance_scale=ldm.nearest_student_scale(1.5))
         rows = [ldm.sample(10, calls=calls, seed=0, **asked) for calls in (1,2,4)]
         save_grid(torch.cat(rows), folder/'samples.png', 10)
     return saved

@@ -139,21 +139,17 @@ def sampling_of(
     except ValueError: return {}
     suits = options.get('constraint')
     scale = getattr(model, 'settings', {}).get('diffusion', {}).get('guidance_scale')
-    if 'calls' in options: return dict(guidance_scale=options.get('guidance_scale', _scale_of_student(model, scale)))
+    if scale is None: scale = 1.
+    if 'calls' in options:
+        return dict(guidance_scale=options.get('guidance_scale', ldm.nearest_student_scale(scale)))
     steps = getattr(suits, 'steps', None) or ldm.steps
     step = getattr(suits, 'step', None) or ldm.step
-    found = dict(steps=steps, step=step, guidance_scale=1. if scale is None else scale)
+    found = dict(steps=steps, step=step, guidance_scale=scale)
     found |= {name: options[name] for name in found if options.get(name) not in (None, '')}   # a scale may be 0
     if isinstance(found['step'], str): found['step'] = SAMPLER_NAMES.get(found['step'].lower(), found['step'])
     return found
 
 # %% ../../nbs/recipes/13_pictures.ipynb #95897413
-def _scale_of_student(model, scale):
-    "The guidance scale of few calls where none is given: the model's own, within what the student learned."
-    if scale is None: return 1.
-    least, most = model.student().meta['guidance']
-    return min(max(scale, least), most)
-
 def settings_of(
     model, # that draws
     name:str, # by which it was loaded
