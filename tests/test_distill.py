@@ -14,7 +14,7 @@ from fastldm.diffusion import (Conditioner, Cosine, Denoiser, GaussianDenoiser, 
                                noise_like, path_points, record_paths, sample, sample_generators, save, vary,
                                with_calls)
 from fastldm.data import Pictures
-from fastldm.recipes import distil, path_conditions, sample_cli, train_cli, train_student
+from fastldm.recipes import distil, figures, path_conditions, sample_cli, train_cli, train_student
 
 class Same(Module):
     "An autoencoder that changes nothing."
@@ -421,3 +421,20 @@ def test_the_nearest_scale_that_was_learned(base, tmp_path):
     ldm = train_student(base, tmp_path/'fast', **FEW, guidance=(1.5,3.))
     assert [ldm.nearest_student_scale(scale) for scale in (0., 2., 9.)]==[1.5, 2., 3.]
     with pytest.raises(ValueError, match='no student'): load(base).nearest_student_scale(2.)
+
+def test_figures_train_the_students_too(base, tmp_path, monkeypatch):
+    "`fastldm_figures --train`: a shipped model that has a student gets one anew, of the model that was just trained."
+    train_student(base, tmp_path/'shipped'/'tiny', **FEW, guidance=(1.,4.), interval=(.2,.75))
+    def train_tiny(folder):
+        ldm = load(base)
+        for p in ldm.denoiser.parameters(): p.data += .01                   # it was trained anew
+        return save(ldm, folder)
+    monkeypatch.setenv('FASTLDM_WEIGHTS', str(tmp_path/'shipped'))
+    monkeypatch.setattr(figures, 'available', lambda: ['tiny'])
+    monkeypatch.setitem(figures.RECIPES, 'tiny', train_tiny)
+    monkeypatch.chdir(tmp_path)
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()): figures._train_all()
+    trained = load('tiny')
+    about = trained.student().meta
+    assert about['teacher_fingerprint']==fingerprint(trained.denoiser)!=fingerprint(load(base).denoiser)
+    assert (about['guidance'], about['interval'], about['n_paths'])==([1.,4.], [.2,.75], FEW['n'])

@@ -31,10 +31,11 @@ from ..codes.text2image import TextToImage
 from ..core.models import check_choice, install_line, require_package, write_atomic
 from ..core.show import figures_path, moved
 from ..data.icons import IconSet
-from ..diffusion.ldm import available
+from ..diffusion.distill import save_student
+from ..diffusion.ldm import available, model_folder
 from .commands import command
 from .evaluate import held_out_pairs
-from .stages import RECIPES
+from .stages import RECIPES, diffusion_of
 
 # %% ../../nbs/recipes/07_figures.ipynb #edb85ea7
 def processor_name()->str: # e.g. 'NVIDIA H100' or the model of the CPU
@@ -244,10 +245,26 @@ def _check_packages(books):
     raise ImportError(f"{needs}: pip install -e '.[dev]' brings all, or name figures that do without")
 
 def _train_all():
-    "Train the shipped models anew into runs/, where `load` then finds them first."
+    "Train the shipped models, and their students, anew into runs/, where `load` then finds them first."
     names = [name for name in available() if name in RECIPES]          # not the models of one's own in runs/
+    students = {name: _record_of_student(name) for name in names}
     os.environ['FASTLDM_WEIGHTS'] = str(Path('runs').absolute())
-    for name in names: RECIPES[name](folder=Path('runs')/name)
+    for name in names:
+        folder = Path('runs')/name
+        RECIPES[name](folder=folder)
+        if students[name] is not None: _train_student(folder, students[name])
+
+def _record_of_student(name):
+    "How the student of a shipped model was trained; None where it has none."
+    file = model_folder(name)/'student'/'student.json'
+    return json.loads(file.read_text(encoding='utf-8')) if file.exists() else None
+
+def _train_student(folder, about):
+    "Train a student as another was, and put it beside its model."
+    names = ('path_steps','guidance','interval','steps','batch_size')
+    settings = dict(n=about['n_paths']) | {name: about[name] for name in names if name in about}
+    fast = RECIPES['distil'](model=folder, folder=folder.with_name(f'{folder.name}_distil'), **settings)
+    save_student(fast.student(), diffusion_of(fast).denoiser, folder/'student')
 
 # %% ../../nbs/recipes/07_figures.ipynb #8ba321f0
 def _draw(name, book):
