@@ -10,7 +10,7 @@ from fastldm import load
 from fastldm.control import ControlAdapter, control
 from fastldm.core import Callback, Module, fingerprint, load_model, read_settings
 from fastldm.diffusion import (Conditioner, Cosine, Denoiser, GaussianDenoiser, LabelEmbedder, LatentDiffusion,
-                               PathDataset, UNet, angle_times, ddim_step, distill_loss, make_student, noise_from,
+                               NumberEmbedder, PathDataset, UNet, angle_times, ddim_step, distill_loss, make_student, noise_from,
                                noise_like, path_points, record_paths, sample, sample_generators, save, vary,
                                with_calls)
 from fastldm.data import Pictures
@@ -438,3 +438,41 @@ def test_figures_train_the_students_too(base, tmp_path, monkeypatch):
     about = trained.student().meta
     assert about['teacher_fingerprint']==fingerprint(trained.denoiser)!=fingerprint(load(base).denoiser)
     assert (about['guidance'], about['interval'], about['n_paths'])==([1.,4.], [.2,.75], FEW['n'])
+
+def test_a_picture_by_another_student_is_not_drawn_again(ldm, tmp_path):
+    "The student that drew a picture may have been trained on since; the weights of the model are the same."
+    folder = save(ldm, tmp_path/'model', data='digits')
+    def draw(name, *model, **options):
+        sample_cli(*model, **options, out=str(tmp_path/f'{name}.png'))
+        return (tmp_path/f'{name}.png').read_bytes()
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        few = draw('few', str(folder), calls=2, n=1, label='1')
+        many = draw('many', str(folder), steps=2, n=1, label='1')
+        for p in ldm.student().parameters(): p.data *= 1.1
+        save(ldm, folder, data='digits')
+        with pytest.raises(SystemExit, match='a student of weights .*; today they are'): draw('x', like=tmp_path/'few.png')
+        assert draw('other', str(folder), like=tmp_path/'few.png')!=few
+        assert draw('again', like=tmp_path/'many.png')==many
+
+def test_a_number_called_label(tmp_path):
+    "What is a class says its embedder, not its name: `_finish_student` draws a page of any class, and none of a number."
+    for embedder,name,has_page in ((LabelEmbedder(3, 16), 'species', True), (NumberEmbedder(16), 'label', False)):
+        denoiser = Denoiser(UNet(1, (8,16), d_emb=16), Cosine(), Conditioner(**{name: embedder}))
+        model = load(save(LatentDiffusion(Same(), denoiser, (1,8,8), steps=4).eval(), tmp_path/f'{name}_teacher'))
+        folder = tmp_path/name
+        distil._finish_student(folder, model, with_student(model).student())
+        assert (folder/'samples.png').exists()==has_page
+
+def test_rows_of_paths_follow_the_seed(monkeypatch):
+    ds = Pictures(torch.zeros(600, 1, 8, 8, dtype=torch.uint8), torch.arange(600))
+    embedders = dict(label=LabelEmbedder(600, 4), other=LabelEmbedder(2, 4))
+    monkeypatch.setattr(distil, 'base_pictures', lambda *args: ds)
+    monkeypatch.setattr(distil, 'embedders_of', lambda ldm: embedders)
+    monkeypatch.setattr(distil, 'diffusion_of', lambda model: model)
+    first, again, other = (path_conditions(object(), n=500, seed=seed)['label'] for seed in (3,3,4))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+def test_a_wrong_precision_is_named_before_work(base, tmp_path):
+    with pytest.raises(ValueError, match="precision='half': expected None, 'bf16' or 'fp16'"):
+        train_student(base, tmp_path/'m', **FEW, precision='half')
+    assert not (tmp_path/'m').exists()

@@ -676,6 +676,27 @@ def test_a_recipe_of_ones_own_overwrites_nothing(tmp_path, own, capsys):
     train_cli('mine', out=str(tmp_path/'m'), seed=1)
     assert fingerprint(load_model(tmp_path/'m'))==json.loads((tmp_path/'m'/'config.json').read_text())['fingerprint']
 
+def test_samples_of_an_earlier_model_do_not_stay(tmp_path):
+    "A run that ends between its model and its samples left those of the model before beside the new one."
+    def train(k, draw):
+        stages.run_stage(tmp_path/'m'/'two', lambda: (Two(k), dict(stage='two')), again=True)
+        return stages.finish(tmp_path/'m', Two(k), ['two'], draw, 'nothing', 'none')
+    def stop(model): raise KeyboardInterrupt
+    def page(grey): return lambda model: torch.full((1,1,8,8), grey)
+    train(3, page(0.))
+    for name in ('samples.png','nearest.png'): (tmp_path/'m'/name).write_bytes(b'of three')
+    with pytest.raises(KeyboardInterrupt): train(4, stop)
+    assert not (tmp_path/'m'/'samples.png').exists() and not (tmp_path/'m'/'nearest.png').exists()
+    train(4, page(1.))
+    assert np.asarray(Image.open(tmp_path/'m'/'samples.png').convert('L')).max()==255
+
+def test_a_path_among_the_arguments_is_that_path(tmp_path, own):
+    "Any two of them looked alike, so a run went on with what another one had made."
+    train = own('mine')
+    train(tmp_path/'m', start=Path('runs/a'))
+    train(tmp_path/'m', start='runs/a')
+    with pytest.raises(ValueError, match="start was 'runs/a', is 'runs/b'"): train(tmp_path/'m', start=Path('runs/b'))
+
 def test_arguments_of_ones_own_mean_what_they_like(tmp_path, own):
     "Only the recipes of this library say what `size` or `channels` can be."
     train = own('mine')

@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 from commands import run
 from fastldm import load, save
+from fastldm.core.show import read_settings
 from fastldm.data import Augmented, PictureTable
-from fastldm.diffusion.cond import Conditioner, LabelEmbedder, NumberEmbedder
+from fastldm.diffusion import Autoencoder, Cosine, Denoiser, LatentDiffusion, UNet
+from fastldm.diffusion.cond import Conditioner, LabelEmbedder, MaskEmbedder, NumberEmbedder
 from fastldm.recipes import own_ldm
 from fastldm.recipes.draw import read_conditions, sample_cli
 from fastldm.ui.app import draw_settings, form_of, read_config
@@ -229,6 +231,28 @@ def test_masks_and_views(leaves, tmp_path):
     with pytest.raises(ValueError, match='bright: shape'): ldm.sample(1, steps=1, bright=torch.zeros(9,9).long())
     path.unlink()
     for file in leaves.glob('mask*.png'): file.unlink()
+
+def test_two_masks_travel_with_a_picture(tmp_path):
+    "The settings kept the last one only, and `--like` drew without the other."
+    masks = {name: MaskEmbedder(['0','1'], 16, size=8, patch=4, slot='vector') for name in ('roof','wall')}
+    torch.manual_seed(0)
+    denoiser = Denoiser(UNet(1, (8,16), d_emb=16), Cosine(), Conditioner(**masks))
+    for weights in denoiser.parameters(): weights.data += .2*torch.randn_like(weights)
+    folder = save(LatentDiffusion(Autoencoder(1, 1, (8,)), denoiser, (1,8,8), steps=2).eval(), tmp_path/'house')
+    for name in masks:
+        ids = (torch.arange(64).view(8,8)%(2 if name=='roof' else 3)==0).byte().numpy()
+        Image.fromarray(ids).save(tmp_path/f'{name}.png')
+    def draw(file, *model, **options):
+        sample_cli(*model, **options, out=str(tmp_path/file))
+        return (tmp_path/file).read_bytes()
+    given = [f'{name}={tmp_path/name}.png' for name in masks]
+    both = draw('both.png', str(folder), condition=given, n=1, seed=0)
+    assert draw('again.png', like=str(tmp_path/'both.png'))==both
+    settings = read_settings(tmp_path/'both.png')
+    assert {settings['mask_name'], *settings['more_masks']}=={'roof','wall'}
+    for place in (given[:1], given[1:]): assert draw('one.png', str(folder), condition=place, n=1, seed=0)!=both
+    swapped = draw('swapped.png', like=str(tmp_path/'both.png'), condition=[f'wall={tmp_path/"roof"}.png'])
+    assert read_settings(tmp_path/'swapped.png')['conditions']=={} and swapped!=both
 
 # ---- numbers
 

@@ -183,7 +183,10 @@ def test_a_trial_of_any_recipe_is_short():
     from fastldm.recipes.commands import quick_options
     for name,train in RECIPES.items():
         for option,value in quick_options(train).items():
+            if option=='autoencoder': value = value['steps']
             assert value in (1,20) or option=='n' or set(value)=={20}, (name, option)
+    assert 'path_steps' not in quick_options(RECIPES['distil'])             # of paths they are no length of training
+    assert quick_options(RECIPES['emoji'])['autoencoder']['steps']==20
 
 # ---- several recipes within a time
 

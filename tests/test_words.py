@@ -25,8 +25,8 @@ from fastldm.recipes import RECIPES
 from fastldm.recipes import draw as drawing
 from fastldm.recipes import score as scoring
 from fastldm.recipes.commands import command_method, train_cli
-from fastldm.recipes.draw import adapter_of, sample_cli
-from fastldm.recipes.pictures import Film, unpack
+from fastldm.recipes.draw import _as_before, adapter_of, sample_cli
+from fastldm.recipes.pictures import Film, command_line, unpack
 from fastldm.recipes.score import eval_cli
 
 
@@ -166,6 +166,37 @@ def test_animate(tmp_path):
     with pytest.raises(SystemExit, match='give a .gif file'): sample_cli('mnist', n=1, animate='four.avi')
     with pytest.raises(ValueError, match='takes no --animate'):
         command_method(Plain(), 'sample_command', 'mine', ['watch'])
+
+def test_a_film_shows_all_pictures_in_each_frame(tmp_path, mnist):
+    "Also of more than a batch; in Python, pictures that came in several batches are refused."
+    sample_cli('mnist', n=300, steps=1, animate=tmp_path/'many.gif', out=tmp_path/'many.png')
+    with Image.open(tmp_path/'many.gif') as film, Image.open(tmp_path/'many.png') as grid: assert film.size==grid.size
+    film = Film(tmp_path/'film.gif')
+    mnist.sample(6, batch_size=4, steps=2, watch=film)
+    with pytest.raises(ValueError, match='in batches of 2 to 6'): film.save()
+    assert not (tmp_path/'film.gif').exists()
+
+def test_more_of_the_same(tmp_path):
+    "`--first 2` goes on after two pictures of the seed, and says so in the command that draws the same."
+    for name,options in dict(all=dict(n=4), rest=dict(n=2, first=2)).items():
+        sample_cli('mnist', **options, steps=2, out=str(tmp_path/name))
+    both = [pixels(sorted((tmp_path/name).glob('*.png'))[-1]) for name in ('all','rest')]
+    assert (both[0]==both[1]).all()
+    settings = read_settings(sorted((tmp_path/'rest').glob('*.png'))[-1])
+    assert settings['first']==3 and '--first 3' in command_line(settings)
+
+def test_the_same_prior_again_keeps_its_settings():
+    "Only a prior that is another one replaces what was said of the steps."
+    drawn = dict(model='scenes', prior='diffusion', n=1, seed=0, steps=50, step='DPMSolver2M', guidance_scale=5.,
+                 precision='bf16', conditions=dict(text='a ship'))
+    scenes = load('scenes', 'cpu')
+    assert _as_before(drawn, scenes, dict(prior='diffusion'))['steps']==50
+    by_codes = _as_before(drawn, scenes, dict(prior='codes'))
+    assert by_codes=={'n': 1, 'seed': 0, 'prior': 'codes', 'prompt': 'a ship'}
+
+def test_an_attribute_that_is_given_twice():
+    with pytest.raises(ValueError, match='Smiling was given twice'):
+        load('avatars', 'cpu').sample_command(1, attributes='Smiling,Smiling=0')
 
 def test_a_film_by_ffmpeg(tmp_path, monkeypatch):
     "An .mp4 file is written by ffmpeg, installed or of the extra, which the message names; what it says is passed on."

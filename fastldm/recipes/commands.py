@@ -17,6 +17,7 @@ from fastcore.script import call_parse, store_true
 from functools import partial, wraps
 from inspect import signature
 from pathlib import Path
+from shlex import quote
 
 # %% ../../nbs/recipes/06_commands.ipynb #8c29912d
 from ..codes.store import CodeDataset, write_codes
@@ -287,7 +288,9 @@ def quick_options(
     options = {}
     for name,parameter in signature(train).parameters.items():
         n_stages = len(parameter.default) if isinstance(parameter.default, (list,tuple)) else 1
-        if name.endswith('steps'): options[name] = 20 if n_stages==1 else [20]*n_stages
+        is_training = name.endswith('steps') and name!='path_steps'      # of paths they are no training
+        if is_training: options[name] = 20 if n_stages==1 else [20]*n_stages
+        if name=='autoencoder' and parameter.default: options[name] = parameter.default | dict(steps=20)
         if name.endswith('epochs'): options[name] = 1
         if name=='n' and isinstance(parameter.default, int): options[name] = min(parameter.default, 500)
     return options
@@ -306,8 +309,8 @@ def _train(train, out, deadline, **options):
 
 # %% ../../nbs/recipes/06_commands.ipynb #195c5439
 def _what_was_done(model):
-    "A line for each stage of a trained model, as its card has it."
-    card = getattr(model, 'meta', {})
+    "A line for each stage of a trained model, as its card has it; or for its student, which is trained last."
+    card = model.student().meta if getattr(model, 'has_student', False) else getattr(model, 'meta', {})
     stages = card.get('stages') or {card.get('stage', 'model'): card}
     lines = [f"trained on {card['n_pictures']:,} pictures"] if 'n_pictures' in card else []
     if card.get('n_validation'):
@@ -328,7 +331,7 @@ def _what_next(model, out):
     if (out/'nearest.png').exists(): lines.append(f"samples and their nearest training pictures: {out/'nearest.png'}")
     if (out/'adapter.safetensors').exists(): lines.append(f"adapter: {out/'adapter.safetensors'}")
     for task,method in (('sample','sample_command'), ('eval','evaluate_command')):
-        if hasattr(model, method): lines.append(f'{task}: fastldm_{task} {out}')
+        if hasattr(model, method): lines.append(f'{task}: fastldm_{task} {quote(str(out))}')
     if (out/'config.json').exists(): lines.append(f"in Python: model = fastldm.load('{out}')")
     return lines
 

@@ -21,16 +21,20 @@ def path_conditions(
     model, # a trained model
     root=None, # where its data set is looked for first
     n:int=12000, # rows, at most
+    seed:int=0, # of the choice of rows
 )->dict: # {condition: raw field, as many rows for each}; empty for a model without conditions
     "Conditions for the paths of a model. Raises what its data set raises, if it needs one."
     embedders = embedders_of(diffusion_of(model))
-    if len(embedders)<2 and all(isinstance(embedder, LabelEmbedder) for embedder in embedders.values()):
-        return {name: torch.arange(embedder.n_classes) for name,embedder in embedders.items()}
+    if _has_only_labels(embedders): return {name: torch.arange(label.n_classes) for name,label in embedders.items()}
     ds = base_pictures(model, root, n)
-    rows, place = torch.randperm(len(ds), generator=torch.Generator().manual_seed(0))[:n].sort()
+    rows, place = torch.randperm(len(ds), generator=torch.Generator().manual_seed(seed))[:n].sort()
     parts = [_fields_of(ds, part.tolist(), model, embedders) for part in rows.split(256)]      # each shard is read once
     in_turn = place.argsort()                                                                  # as they were drawn
     return {name: torch.cat([part[name] for part in parts])[in_turn] for name in embedders}
+
+def _has_only_labels(embedders):
+    "Whether a model is conditioned on nothing, or on one label."
+    return len(embedders)<2 and all(isinstance(embedder, LabelEmbedder) for embedder in embedders.values())
 
 def _fields_of(ds, rows, model, embedders):
     "The conditions of some pictures; a text is encoded, in 16 bit."
@@ -68,8 +72,9 @@ def train_student(
     marks = dict(base=mark)
     if student is not None: marks['student_fingerprint'] = fingerprint(load_student(student, ldm.denoiser))
     folder = begin(folder, train_student, arguments, **marks)
-    paths = PathDataset(ldm.denoiser, ldm.shape, path_conditions(base, root, n), n, path_steps, guidance, interval,
-                        seed, folder/'cache', precision, progress)
+    conditions = path_conditions(base, root, n, seed)
+    paths = PathDataset(ldm.denoiser, ldm.shape, conditions, n, path_steps, guidance, interval, seed, folder/'cache',
+                        precision, progress)
     def build():
         if student is None: return make_student(ldm.denoiser)
         return load_student(student, ldm.denoiser).requires_grad_(True)
@@ -91,11 +96,10 @@ def _finish_student(folder, model, student):
     write_card(folder)
     saved = load(folder)
     ldm = diffusion_of(saved)
-    labels = embedders_of(ldm)
-    if {*labels}<={'label'}:
-        asked = {}
-        if labels: asked = dict(label=[i%labels['label'].n_classes for i in range(10)],
-                                guidance_scale=ldm.nearest_student_scale(1.5))
+    embedders = embedders_of(ldm)
+    if _has_only_labels(embedders):
+        asked = {name: [i%label.n_classes for i in range(10)] for name,label in embedders.items()}
+        if asked: asked['guidance_scale'] = ldm.nearest_student_scale(1.5)
         rows = [ldm.sample(10, calls=calls, seed=0, **asked) for calls in (1,2,4)]
         save_grid(torch.cat(rows), folder/'samples.png', 10)
     return saved

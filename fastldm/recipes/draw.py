@@ -78,6 +78,7 @@ def parse_text(self:AttributeEmbedder, text:str):
         if value.strip() not in ('','0','1'):
             raise ValueError(f'attributes {item}: expected names, each with =1, =0 or nothing after it, '
                              'as in Smiling,Eyeglasses=0')
+        if name.strip() in attributes: raise ValueError(f'attributes: {name.strip()} was given twice: leave one out')
         attributes[name.strip()] = value.strip()!='0'
     return attributes or None
 
@@ -132,6 +133,7 @@ def sample_command(self:LatentDiffusion,
     if by_turns: conditions[name] = [i%n_labels for i in range(first, first+n)]
     options = given(constraint=constraint, steps=steps, calls=calls, step=step, guidance_scale=guidance_scale,
                     interval=interval, precision=precision, watch=watch, negative=_read_negative(self, negative))
+    if watch is not None: options['batch_size'] = n                     # each step shows all pictures
     pictures = self.sample(n, seed=seed, first=first, progress=True, **conditions, **options)
     if not by_turns: return pictures, 8
     names = list(embedders_of(self)[name].names)
@@ -198,6 +200,7 @@ def sample_command(self:TextToImage,
                     guidance_scale=guidance_scale, interval=interval, precision=precision,
                     negative_prompt=negative_prompt, watch=watch)
     if negative: options |= given(negative=_read_negative(self.diffusion, negative))
+    if watch is not None: options['batch_size'] = n*(candidates or 1)   # each step shows all pictures
     return self.sample(prompt, n, seed=seed, first=first, progress=True, **conditions, **options), 8
 
 # %% ../../nbs/recipes/18_draw.ipynb #e60aae14
@@ -281,22 +284,21 @@ def control_from_files(
     model, # the base
     picture:str, # a PNG file to follow; None: no control
     region:str=None, # a PNG file, white where to follow it; None: everywhere
-    adapter:str=None, # a shipped adapter by name, or a folder
-    default:str=None, # the adapter where none was named
+    adapter:str=None, # a shipped adapter by name, or a folder; needed with a picture
 ): # a constraint, or None
     """Local control from the command line; a file of another size is made to fit, and a line says so. Raises
-    `ValueError` for a region without a control, or an adapter that does not fit."""
+    `ValueError` for a region without a control, a control without an adapter, or an adapter that does not fit."""
     if picture is None:
         if region or adapter:
             raise ValueError('--region and --adapter say where and how to follow --control: '
                              'give a picture to follow, too')
         return None
-    name = adapter or default
-    net = load(name if Path(name).exists() else check_choice(name, _adapters(), 'adapter'))
+    if adapter is None: raise ValueError('--control needs an adapter, as --adapter NAME')
+    net = load(adapter if Path(adapter).exists() else check_choice(adapter, _adapters(), 'adapter'))
     kinds = getattr(net, 'kinds', ())
     if len(kinds)!=1:
         what = type(net).__name__ + (' of several controls' if kinds else '')
-        raise ValueError(f'{name} is {with_article(what)}: expected a ControlAdapter of one control')
+        raise ValueError(f'{adapter} is {with_article(what)}: expected a ControlAdapter of one control')
     planes = read_control(picture, kinds[0], net.c_in)
     where = None if region is None else read_region(region)
     height, width = (side*net.factor for side in diffusion_of(model).shape[1:])
@@ -338,6 +340,7 @@ def sample_cli(
     prompt:str=None, # what to draw, for a text-to-image model ('': anything)
     negative_prompt:str=None, # of such a model: what guidance moves away from
     n:int=None, # pictures (default: 16, or 8 of a text)
+    first:int=None, # index of the first of them: --n 4 --first 16 draws four more after sixteen
     label:str=None, # class of all of them, by number or name, for a model of labels (default: one after the other)
     attributes:str=None, # of a face: those present, and with =0 those absent, as in Smiling,Eyeglasses=0
     mask:str=None, # for a model of faces: a PNG file whose pixels are class ids
@@ -369,10 +372,10 @@ def sample_cli(
     import_module_of(module)
     share = _share_of(device, per_shard, out)
     step = one_name(sampler, step)
-    options = given(prompt=prompt, n=n, label=label, attributes=attributes, mask=mask, style=style, steps=steps,
-                    calls=calls, step=step, guidance_scale=guidance_scale, interval=read_interval(interval),
-                    prior=prior, candidates=candidates, seed=seed, precision=precision,
-                    negative_prompt=negative_prompt)
+    options = given(prompt=prompt, n=n, first=first, label=label, attributes=attributes, mask=mask, style=style,
+                    steps=steps, calls=calls, step=step, guidance_scale=guidance_scale,
+                    interval=read_interval(interval), prior=prior, candidates=candidates, seed=seed,
+                    precision=precision, negative_prompt=negative_prompt)
     if animate is not None: options['watch'] = _film(animate, out)
     if condition: options['condition'] = _named(condition, '--condition', 'ink=1,0,0')
     if negative: options['negative'] = _named(negative, '--negative', 'label=5')
@@ -462,15 +465,18 @@ def _load_for(model, past, like):
 
 # %% ../../nbs/recipes/18_draw.ipynb #54f76f41
 _INSTEAD = dict(calls=('steps','step','interval'), steps=('calls',), step=('calls',), interval=('calls',),
-                prior=('calls','steps','step','guidance_scale','interval')) # option: settings that it replaces
+                prior=('calls','steps','step','guidance_scale','interval','precision','negative_prompt','negative',
+                       'negative_masks')) # option: settings that it replaces
 
 def _as_before(past, model, options):
     "Options as in the settings of a picture, save those that are given now."
     if not past: return options
     now = options.get('condition', {})
-    replaced = {name for option in options for name in _INSTEAD.get(option, ())}
+    changed = [option for option,value in options.items() if value!=past.get(option)]
+    replaced = {name for option in changed for name in _INSTEAD.get(option, ())}
     if past.get('mask_name') in now: replaced |= {'mask'}
     kept = {name: value for name,value in past.items() if name not in replaced}
+    kept['more_masks'] = {name: mask for name,mask in past.get('more_masks', {}).items() if name not in now}
     kept['conditions'] = {name: text for name,text in past.get('conditions', {}).items() if name not in now}
     before = options_of(kept, getattr(model, 'sample_command', None))
     groups = {name: before.get(name, {}) | options.get(name, {}) for name in ('condition','negative')}

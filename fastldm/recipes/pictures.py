@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NUMBERS', 'CONDITIONS', 'pack', 'packed_file', 'unpack', 'say_fitted', 'fit_mask', 'fit_region', 'pack_control',
            'fit_control', 'open_masks', 'sampling_of', 'settings_of', 'options_of', 'constraint_of',
-           'constraint_settings', 'check_same_weights', 'command_line', 'Film', 'check_film', 'find_ffmpeg']
+           'constraint_settings', 'weights_of', 'check_same_weights', 'command_line', 'Film', 'check_film',
+           'find_ffmpeg']
 
 # %% ../../nbs/recipes/13_pictures.ipynb #14824f0e
 import math
@@ -137,13 +138,13 @@ def sampling_of(
     if options.get('prior')=='codes': return {}
     try: ldm = diffusion_of(model)
     except ValueError: return {}
-    suits = options.get('constraint')
+    constraint = options.get('constraint')
     scale = getattr(model, 'settings', {}).get('diffusion', {}).get('guidance_scale')
     if scale is None: scale = 1.
     if 'calls' in options:
         return dict(guidance_scale=options.get('guidance_scale', ldm.nearest_student_scale(scale)))
-    steps = getattr(suits, 'steps', None) or ldm.steps
-    step = getattr(suits, 'step', None) or ldm.step
+    steps = getattr(constraint, 'steps', None) or ldm.steps
+    step = getattr(constraint, 'step', None) or ldm.step
     found = dict(steps=steps, step=step, guidance_scale=scale)
     found |= {name: options[name] for name in found if options.get(name) not in (None, '')}   # a scale may be 0
     if isinstance(found['step'], str): found['step'] = SAMPLER_NAMES.get(found['step'].lower(), found['step'])
@@ -160,7 +161,7 @@ def settings_of(
     "What makes the pictures of a call of `sample_command`."
     import fastldm
     settings = dict(model=str(name), tab='new', version=fastldm.__version__)
-    settings['fingerprint'] = getattr(model, 'meta', {}).get('fingerprint') or fingerprint(model)
+    settings |= weights_of(model, 'calls' in options)
     parameters = signature(model.sample_command).parameters
     settings |= {k: parameters[k].default for k in ('n','seed') if k in parameters}
     settings |= {k: v for k,v in options.items() if k in NUMBERS}
@@ -170,13 +171,15 @@ def settings_of(
     for condition,value in [*settings['conditions'].items()]:
         if not hasattr(value, 'getvalue'): continue
         del settings['conditions'][condition]
-        settings |= dict(tab='mask', mask_name=condition, mask=b64encode(value.getvalue()).decode())
+        mask = b64encode(value.getvalue()).decode()
+        if 'mask' in settings: settings.setdefault('more_masks', {})[condition] = mask
+        else: settings |= dict(tab='mask', mask_name=condition, mask=mask)
     settings |= _negative_settings(options.get('negative') or {})
     return settings | (constraint or _control_of(options.get('constraint'), adapter))
 
 # %% ../../nbs/recipes/13_pictures.ipynb #161dda8e
 def _names_of(options):
-    "Names of the conditions of a call, and 'constraint' where it has one."
+    "Names of the options of a call, and of its conditions."
     return {*_conditions_of(options), *options} - {'condition'}
 
 def _conditions_of(options):
@@ -214,6 +217,7 @@ def options_of(
     if negative: options['negative'] = negative
     conditions = dict(settings.get('conditions', {}))
     if 'mask' in settings: conditions[settings['mask_name']] = packed_file(settings['mask'])
+    conditions |= {name: packed_file(mask) for name,mask in settings.get('more_masks', {}).items()}
     if method is None:
         if 'prior' in options: options['prompt'] = conditions.pop('text', '')
         return options | (dict(condition=conditions) if conditions else {})
@@ -255,21 +259,35 @@ def constraint_settings(
     return {} if settings.get('tab') in (None,'new','mask') else {k: settings[k] for k in names if k in settings}
 
 # %% ../../nbs/recipes/13_pictures.ipynb #57ec3fee
+_WEIGHTS = dict(fingerprint='weights', student_fingerprint='a student of weights') # setting: what it is of
+
+def weights_of(
+    model, # that draws
+    in_few_calls:bool=False, # by its student
+)->dict: # for the settings of a picture
+    "Fingerprints of the weights that draw."
+    found = dict(fingerprint=getattr(model, 'meta', {}).get('fingerprint') or fingerprint(model))
+    is_student = in_few_calls and getattr(model, 'has_student', False)
+    if is_student: found['student_fingerprint'] = fingerprint(diffusion_of(model).student())
+    return found
+
 def check_same_weights(
     settings:dict, # of a picture
     model, # that was loaded
     path, # of the picture, for the message
     chosen:str=None, # the model, where the user named it: then another one is fine, and a line says so
 ):
-    "Raises `ValueError` for other weights than those that drew a picture."
-    name = settings['model']
-    now = getattr(model, 'meta', {}).get('fingerprint') or fingerprint(model)
-    if now==settings.get('fingerprint'): return
-    differ = f"{path} was drawn by {name} with weights {settings.get('fingerprint')}"
+    "Raises `ValueError` for other weights than those that drew a picture, of the model or of its student."
+    name = settings.get('model', 'a model that it does not name')
+    now = weights_of(model, 'student_fingerprint' in settings)
+    changed = [what for what in now if now[what]!=settings.get(what)]
+    if not changed: return
+    what = changed[0]
+    differ = f"{path} was drawn by {name} with {_WEIGHTS[what]} {settings.get(what)}"
     if chosen is None:
-        raise ValueError(f'{differ}; today they are {now}, and draw other pictures. To use the same settings all the '
-                         f'same, name the model: fastldm_sample {quote(name)} --like {quote(str(path))}')
-    print(f'{differ}, and {chosen} has {now}: the same settings, but another picture')
+        raise ValueError(f'{differ}; today they are {now[what]}, and draw other pictures. To use the same settings all '
+                         f'the same, name the model: fastldm_sample {quote(name)} --like {quote(str(path))}')
+    print(f'{differ}, and {chosen} has {now[what]}: the same settings, but another picture')
 
 # %% ../../nbs/recipes/13_pictures.ipynb #39307be7
 def command_line(
@@ -306,7 +324,13 @@ class Film:
         seconds:float=4., # from the first frame to the last
         hold:float=2., # seconds that the last frame stays
     )->Path: # of the file
-        "Write the film, of evenly spread frames where there are many."
+        """Write the film, of evenly spread frames where there are many.
+
+        Raises `ValueError` where the pictures were drawn in several batches."""
+        counts = {len(frame) for frame in self.frames}
+        if len(counts)>1:
+            raise ValueError(f'the pictures were drawn in batches of {min(counts)} to {max(counts)}: each frame of a film '
+                             'shows all of them, so draw them in one batch (batch_size)')
         step = math.ceil(len(self.frames)/self.most)
         chosen = self.frames[::-1][::step][::-1]                        # the last frame is among them
         grids = [np.asarray(enlarged_grid(frame, ncol)) for frame in chosen]

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from functools import partial, wraps
 from inspect import signature
 from pathlib import Path
-from ..core.models import (check_folder, check_saveable, fetch_batch, fingerprint, fits_half, json_text,
+from ..core.models import (check_folder, check_saveable, counted, fetch_batch, fingerprint, fits_half, json_text,
                                  load_model, n_params, real_number, save_model, set_seed, spread_indices,
                                  whole_number, write_atomic)
 from ..core.show import image_grid, labelled_grid, write_picture
@@ -457,13 +457,13 @@ def finish(
     "Save a whole model, with its card and a grid of samples."
     folder = Path(folder)
     cards = {stage: load_model(stage_folder(folder, stage), 'cpu').meta for stage in stages}
-    is_new = not _made_of(folder, cards, getattr(model, 'settings', None))
-    if is_new:
+    if not _made_of(folder, cards, getattr(model, 'settings', None)):
+        for name in ('README.md','samples.png','nearest.png'): (folder/name).unlink(missing_ok=True)   # of a model before
         about = dict(data=full_path(data), stages=cards, n_params=n_params(model), licence=licence) | card
         save(model, folder, max_file=15*2**20, half=fits_half(model), **about)
-    if is_new or not (folder/'README.md').exists(): write_card(folder)
+    if not (folder/'README.md').exists(): write_card(folder)
     model = load(folder)
-    if is_new or not (folder/'samples.png').exists(): save_grid(draw(model), folder/'samples.png')
+    if not (folder/'samples.png').exists(): save_grid(draw(model), folder/'samples.png')
     return model
 
 def _made_of(folder, cards, settings):
@@ -491,6 +491,7 @@ def _described(value):
     if isinstance(value, (list,tuple)): return [_described(item) for item in value]
     if isinstance(value, torch.nn.Module): return f'{type(value).__name__} {fingerprint(value)}'
     if value is None or isinstance(value, (bool,int,float,str)): return value
+    if isinstance(value, Path): return str(value)
     if np.isscalar(value): return value.item()
     return name_of(value) if callable(value) else type(value).__name__
 
@@ -534,7 +535,6 @@ def check_free(
         if place in (folder.resolve(), *folder.resolve().parents):
             raise ValueError(f'{folder} is in {data}, the folder of the data, where it would be taken for data: '
                              'give another folder for the model (--out)')
-    if folder.is_file(): raise ValueError(f'{folder} is a file: give a folder for the model (--out)')
     others = sorted(f.name for f in folder.glob('*') if not f.name.startswith('.'))
     if others and not _is_run(folder):
         some = ', '.join(others[:3]) + (', ...' if len(others)>3 else '')
@@ -629,6 +629,9 @@ _COUNTS = ('n','size','copies','c_latent','n_blocks','batch_size','patience') # 
 
 def _check_numbers(arguments):
     "Raises `ValueError` for steps, channels, pictures or pixels that are no whole number above 0, and for odd rates."
+    precision = arguments.get('precision')
+    if precision not in (None,'bf16','fp16'):
+        raise ValueError(f"precision={precision!r}: expected None, 'bf16' or 'fp16'")
     arguments = arguments | (arguments.get('network') or {})
     for name,value in arguments.items():
         is_per_level = name in ('channels','ae_channels','prior_channels')
@@ -636,7 +639,8 @@ def _check_numbers(arguments):
             raise ValueError(f'{name}={value!r}: expected a list with one number per level, as in [64,128]')
         is_count = name.endswith(('steps','epochs','channels')) or name in _COUNTS
         numbers = value if isinstance(value, (list,tuple)) else [value]
-        if is_count and value is not None: numbers = [whole_number(number, name, 1) for number in numbers]
+        if is_count and value is not None:
+            for number in numbers: whole_number(number, name, 1)
     whole_number(arguments.get('seed', 0), 'seed')
     for name in ('drop','partial'): real_number(arguments.get(name, 0), name, 0, 1)
     if arguments.get('lr') is not None: real_number(arguments['lr'], 'lr', 0)
@@ -644,8 +648,10 @@ def _check_numbers(arguments):
 def _check_size(height, width, multiple):
     "Raises `ValueError` for pictures that the networks cannot divide as often as they need to."
     if height%multiple==0 and width%multiple==0: return
-    below = max(multiple, height//multiple*multiple)
-    raise ValueError(f'size={height}: this model takes pictures whose sides are multiples of {multiple}, '
+    given = f'size={height}' if height==width else f'pictures of {height}×{width}'
+    wrong = height if height%multiple else width
+    below = max(multiple, wrong//multiple*multiple)
+    raise ValueError(f'{given}: this model takes pictures whose sides are multiples of {multiple}, '
                      f'such as {below} or {below+multiple}')
 
 # %% ../../nbs/recipes/00_stages.ipynb #9bbbeac5
@@ -680,11 +686,9 @@ def picture_set(
 def _to_skip(data):
     "The option that leaves out damaged pictures. Raises `ValueError` for a set that has none."
     openers = [DATASETS.get(dataset_key(data))] + [open_set for is_kind,open_set in OPENERS if is_kind(str(data))]
-    for opener in filter(None, openers):
-        if 'skip' not in signature(opener).parameters:
-            raise ValueError(f'no pictures of {data} can be left out: leave out skip (--skip)')
-        break
-    return dict(skip=True)
+    opener = next(filter(None, openers), None)
+    if opener is None or 'skip' in signature(opener).parameters: return dict(skip=True)
+    raise ValueError(f'no pictures of {data} can be left out: leave out skip (--skip)')
 
 def comparable_set(
     data, # as for `picture_set`
@@ -768,8 +772,8 @@ def validation_and_test(
 )->tuple: # two sets
     "Every second picture, to choose weights by; and the others, for scores. Raises `ValueError` for fewer than two."
     if len(kept)<2:
-        raise ValueError(f'{len(kept)} picture is kept aside; at least two are needed, one to choose the weights by '
-                         'and one for scores: put more into the part `test`, or give a larger share (--test)')
+        raise ValueError(f'{counted(len(kept), "picture")} kept aside; at least two are needed, one to choose '
+                         'weights by and one for scores: put more into the part `test`, or give a larger share (--test)')
     return Part(kept, range(0, len(kept), 2)), Part(kept, range(1, len(kept), 2))
 
 def training_set(

@@ -31,13 +31,14 @@ from PIL import Image
 from queue import SimpleQueue
 
 # %% ../../nbs/ui/01_app.ipynb #6c48c313
-from ..core.models import check_choice, fingerprint, require_package
+from ..core.models import check_choice, require_package
 from ..core.show import image_grid, read_settings, write_picture
 from ..data.images import open_image, to_image
 from ..diffusion.ldm import available, load, model_folder, weights_folders
 from ..diffusion.samplers import watched
 from ..recipes.commands import USER_ERRORS, command, command_method, use_device
-from ..recipes.pictures import command_line, constraint_of, options_of, pack, sampling_of, unpack
+from ..recipes.pictures import (command_line, constraint_of, options_of, pack, sampling_of, unpack,
+                                      weights_of)
 from ..recipes.stages import diffusion_of
 from .paint import class_colours
 
@@ -692,7 +693,7 @@ def restore(self:Page,
 # %% ../../nbs/ui/01_app.ipynb #0ab4ce47
 def _check_has_widgets(settings, path, form):
     "`ValueError` for a picture that a command made in a way for which the page has no widgets."
-    numbers = ('candidates','precision','first','interval','negative_masks')
+    numbers = ('candidates','precision','first','interval','negative_masks','more_masks')
     others = [name for name in numbers if settings.get(name)]
     if settings.get('calls') not in (None, *form['calls']): others.append(f"calls={settings['calls']}")
     of_words = {form[kind][0] for kind in ('text','label') if kind in form}
@@ -811,7 +812,7 @@ def drawing(self:Page,
     import fastldm
     settings = self.settings(values, tab)
     pictures = draw_settings(settings, self.load, show)
-    made_by = dict(fingerprint=fingerprint(self.load(settings['model'])), version=fastldm.__version__)
+    made_by = weights_of(self.load(settings['model']), 'calls' in settings) | dict(version=fastldm.__version__)
     folder = Path(tempfile.mkdtemp(dir=self.folder, prefix=''))
     return write_picture(grid_of(pictures), folder/f"{Path(settings['model']).name}.png", settings | made_by), settings
 
