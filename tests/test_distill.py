@@ -10,9 +10,9 @@ from fastldm import load
 from fastldm.control import ControlAdapter, control
 from fastldm.core import Callback, Module, fingerprint, load_model, read_settings
 from fastldm.diffusion import (Conditioner, Cosine, Denoiser, GaussianDenoiser, LabelEmbedder, LatentDiffusion,
-                               NumberEmbedder, PathDataset, UNet, angle_times, ddim_step, distill_loss, make_student, noise_from,
-                               noise_like, path_points, record_paths, sample, sample_generators, save, vary,
-                               with_calls)
+                               NumberEmbedder, PathDataset, UNet, angle_times, ddim_step, distill_loss, make_student,
+                               noise_from, noise_like, path_points, record_paths, sample, sample_generators, save,
+                               vary, with_calls)
 from fastldm.data import Pictures
 from fastldm.recipes import distil, figures, path_conditions, sample_cli, train_cli, train_student
 
@@ -450,12 +450,13 @@ def test_a_picture_by_another_student_is_not_drawn_again(ldm, tmp_path):
         many = draw('many', str(folder), steps=2, n=1, label='1')
         for p in ldm.student().parameters(): p.data *= 1.1
         save(ldm, folder, data='digits')
-        with pytest.raises(SystemExit, match='a student of weights .*; today they are'): draw('x', like=tmp_path/'few.png')
+        with pytest.raises(SystemExit, match='a student of weights .*; today they are'):
+            draw('x', like=tmp_path/'few.png')
         assert draw('other', str(folder), like=tmp_path/'few.png')!=few
         assert draw('again', like=tmp_path/'many.png')==many
 
 def test_a_number_called_label(tmp_path):
-    "What is a class says its embedder, not its name: `_finish_student` draws a page of any class, and none of a number."
+    "What is a class says its embedder, not its name: a page is drawn of any class, and none of a number."
     for embedder,name,has_page in ((LabelEmbedder(3, 16), 'species', True), (NumberEmbedder(16), 'label', False)):
         denoiser = Denoiser(UNet(1, (8,16), d_emb=16), Cosine(), Conditioner(**{name: embedder}))
         model = load(save(LatentDiffusion(Same(), denoiser, (1,8,8), steps=4).eval(), tmp_path/f'{name}_teacher'))

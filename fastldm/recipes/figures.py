@@ -244,6 +244,7 @@ def _check_packages(books):
     needs = f"{', '.join(packages)} not installed, needed for {', '.join(missing)}"
     raise ImportError(f"{needs}: pip install -e '.[dev]' brings all, or name figures that do without")
 
+# %% ../../nbs/recipes/07_figures.ipynb #ada77f3c
 def _train_all():
     "Train the shipped models, and their students, anew into runs/, where `load` then finds them first."
     names = [name for name in available() if name in RECIPES]          # not the models of one's own in runs/

@@ -212,12 +212,10 @@ def options_of(
     options = {name: settings[name] for name in NUMBERS if settings.get(name) is not None}
     for name in ('steps','step'):
         if not is_sampled or not options.get(name): options.pop(name, None)
-    negative_masks = {name: packed_file(mask) for name,mask in settings.get('negative_masks', {}).items()}
-    negative = settings.get('negative', {}) | negative_masks
+    negative = settings.get('negative', {}) | _open_masks(settings.get('negative_masks', {}))
     if negative: options['negative'] = negative
-    conditions = dict(settings.get('conditions', {}))
+    conditions = settings.get('conditions', {}) | _open_masks(settings.get('more_masks', {}))
     if 'mask' in settings: conditions[settings['mask_name']] = packed_file(settings['mask'])
-    conditions |= {name: packed_file(mask) for name,mask in settings.get('more_masks', {}).items()}
     if method is None:
         if 'prior' in options: options['prompt'] = conditions.pop('text', '')
         return options | (dict(condition=conditions) if conditions else {})
@@ -229,6 +227,8 @@ def options_of(
     return options | (dict(condition=conditions) if conditions else {})
 
 # %% ../../nbs/recipes/13_pictures.ipynb #9366812f
+def _open_masks(masks): return {name: packed_file(mask) for name,mask in masks.items()}
+
 def constraint_of(
     settings:dict, # of a drawing
     load=load, # gives an adapter by its name
@@ -329,8 +329,8 @@ class Film:
         Raises `ValueError` where the pictures were drawn in several batches."""
         counts = {len(frame) for frame in self.frames}
         if len(counts)>1:
-            raise ValueError(f'the pictures were drawn in batches of {min(counts)} to {max(counts)}: each frame of a film '
-                             'shows all of them, so draw them in one batch (batch_size)')
+            raise ValueError(f'the pictures were drawn in batches of {min(counts)} to {max(counts)}: each frame of a '
+                             'film shows all of them, so draw them in one batch (batch_size)')
         step = math.ceil(len(self.frames)/self.most)
         chosen = self.frames[::-1][::step][::-1]                        # the last frame is among them
         grids = [np.asarray(enlarged_grid(frame, ncol)) for frame in chosen]

@@ -458,7 +458,7 @@ def finish(
     folder = Path(folder)
     cards = {stage: load_model(stage_folder(folder, stage), 'cpu').meta for stage in stages}
     if not _made_of(folder, cards, getattr(model, 'settings', None)):
-        for name in ('README.md','samples.png','nearest.png'): (folder/name).unlink(missing_ok=True)   # of a model before
+        for name in ('README.md','samples.png','nearest.png'): (folder/name).unlink(missing_ok=True)    # were another's
         about = dict(data=full_path(data), stages=cards, n_params=n_params(model), licence=licence) | card
         save(model, folder, max_file=15*2**20, half=fits_half(model), **about)
     if not (folder/'README.md').exists(): write_card(folder)
@@ -507,6 +507,7 @@ def data_facts(
     content = digest_of(ds)
     return facts | (dict(content=content) if content else {})
 
+# %% ../../nbs/recipes/00_stages.ipynb #b860641f
 def _is_close(a, b):
     "Whether two values are the same; mean brightness may differ a little, as versions of libraries read pictures."
     numbers = all(isinstance(value, list) and value and isinstance(value[0], float) for value in (a,b))
@@ -645,6 +646,7 @@ def _check_numbers(arguments):
     for name in ('drop','partial'): real_number(arguments.get(name, 0), name, 0, 1)
     if arguments.get('lr') is not None: real_number(arguments['lr'], 'lr', 0)
 
+# %% ../../nbs/recipes/00_stages.ipynb #7d7db3be
 def _check_size(height, width, multiple):
     "Raises `ValueError` for pictures that the networks cannot divide as often as they need to."
     if height%multiple==0 and width%multiple==0: return
@@ -773,7 +775,7 @@ def validation_and_test(
     "Every second picture, to choose weights by; and the others, for scores. Raises `ValueError` for fewer than two."
     if len(kept)<2:
         raise ValueError(f'{counted(len(kept), "picture")} kept aside; at least two are needed, one to choose '
-                         'weights by and one for scores: put more into the part `test`, or give a larger share (--test)')
+                         'weights by and one for scores: put more into the part `test`, or a larger share (--test)')
     return Part(kept, range(0, len(kept), 2)), Part(kept, range(1, len(kept), 2))
 
 def training_set(
