@@ -519,7 +519,7 @@ def blip_loss(
         captions = as_texts(batch['caption'])
         variants = [_variants(captions, make) for make in (hard_negatives, paraphrases)]
         texts, *variants = _tokens_together(model, captions, *variants)
-        label = torch.ones(len(captions)) if match is None else torch.as_tensor(batch[match]).cpu()
+        label = torch.ones(len(captions)) if match is None else torch.as_tensor(batch[match]).cpu().float()
         label = label.masked_fill(~texts.not_empty.cpu(), -1)
         belong, differ = ((label==value).nonzero().flatten().to(texts.ids.device) for value in (1,0))
         pairs = Pairs(model.image_states(batch['image']), texts)

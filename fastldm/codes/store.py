@@ -7,6 +7,7 @@ __all__ = ['FORMAT', 'codes_fingerprint', 'write_codes', 'CodeDataset']
 
 # %% ../../nbs/codes/01_store.ipynb #27473fa4
 import errno, json, os, struct, zlib
+from functools import partial
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
@@ -164,6 +165,7 @@ def _data_identity(ds):
 
 def _text_identity(text_features):
     "Name and fingerprint of a text encoder: its own, or those of the object whose method it is."
+    while isinstance(text_features, partial): text_features = text_features.func
     owner = getattr(text_features, '__self__', text_features)
     def own(attribute): return getattr(text_features, attribute, None) or getattr(owner, attribute, None)
     name = own('name') or getattr(text_features, '__qualname__', None) or type(text_features).__name__
@@ -171,6 +173,7 @@ def _text_identity(text_features):
     if mark is None and isinstance(owner, nn.Module): mark = fingerprint(owner)
     return dict(name=name, fingerprint=mark() if callable(mark) else mark)
 
+# %% ../../nbs/codes/01_store.ipynb #cb1a5334
 def _compute_features(text_features, captions, shape=None):
     "Text features (n,rows,d) as float16; `ValueError` where they are not what they should be."
     with torch.no_grad(): features = torch.as_tensor(text_features(captions)).detach().float().cpu().half()

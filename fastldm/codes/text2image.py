@@ -10,16 +10,14 @@ import inspect
 import math
 import torch
 import warnings
-from copy import copy
 from pathlib import Path
 from torch import nn
 from fastcore.basics import patch
 from tqdm.auto import tqdm
-from ..core.models import Module, check_choice, fingerprint, n_params, whole_number
+from ..core.models import Module, check_choice, model_digest, n_params, whole_number
 from ..core.rows import digest_of_list, read_rows, write_rows
-from ..diffusion.constraints import PictureConstraint
-from ..diffusion.ldm import (OUTPUTS, LatentDiffusion, argument_hint, check_seed, describe_conditions,
-                                   to_output)
+from ..diffusion.ldm import (OUTPUTS, Constraint, LatentDiffusion, argument_hint, check_seed,
+                                   describe_conditions, to_output)
 from .pixelsnail import sample_codes
 
 # %% ../../nbs/codes/05_text2image.ipynb #dd64cc09
@@ -276,9 +274,7 @@ def _for_candidates(self:TextToImage, how, n, candidates):
     how = how | {name: repeated(how[name]) for name in of_images}
     negative = how.get('negative')
     if isinstance(negative, dict): how['negative'] = {name: repeated(value) for name,value in negative.items()}
-    if isinstance(how.get('constraint'), PictureConstraint):
-        how['constraint'] = copy(how['constraint'])
-        how['constraint'].data = [repeated(rows) if len(rows)==n else rows for rows in how['constraint'].data]
+    if isinstance(how.get('constraint'), Constraint): how['constraint'] = how['constraint'].repeated(n, candidates)
     return how
 
 @patch
@@ -341,6 +337,8 @@ def sample(self:TextToImage,
     if candidates>1 and how.get('latents') is True:
         raise ValueError(f'candidates={candidates} and latents=True: the text encoder chooses among images; '
                          'leave out one of the two')
+    if output_type!='pt' and how.get('latents') is True:
+        raise ValueError(f'output_type={output_type!r} is for pictures: leave it out, or latents=True')
     how = self._for_candidates(how, len(prompts), candidates)
     prompts = [p for p in prompts for _ in range(candidates)]
     seed = check_seed(seed)
@@ -401,7 +399,7 @@ class TextLatents:
 # %% ../../nbs/codes/05_text2image.ipynb #f136ab1b
 def _kept_features(captions, text_encoder, folder, batch_size=1024):
     "Which features each item has, and the features, both in files; encoded where the files are not there."
-    name = f'texts-{fingerprint(text_encoder)}-{digest_of_list(captions)}'
+    name = f'texts-{model_digest(text_encoder)}-{digest_of_list(captions)}'
     rows_file = folder/f'{name}-rows.safetensors'
     texts_file = folder/f'{name}.safetensors'
     if rows_file.exists() and texts_file.exists():

@@ -334,7 +334,8 @@ def cached_text_features(
     captions = as_texts(captions)
     unique = list(dict.fromkeys(captions))
     texts_hash = hashlib.sha256(repr(unique).encode()).hexdigest()[:16]
-    path = Path(folder).expanduser()/f"text-{encoder.name}-{texts_hash}.safetensors"
+    kind = f"{encoder.name}-{getattr(encoder, 'd_text', '')}"              # numbers of the place are more of them
+    path = Path(folder).expanduser()/f"text-{kind}-{texts_hash}.safetensors"
     features = _read_features(path, len(unique))
     if features is None:
         features = encoder.text_features(unique, batch_size).half().cpu()

@@ -13,6 +13,7 @@ import numpy as np, torch, torch.nn.functional as F
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from PIL import Image
 from fastcore.basics import patch
 from torch import nn
@@ -23,7 +24,7 @@ from ..data.images import edges as image_edges, from_image, plain_picture
 from ..diffusion.autoencoder import LatentDataset
 from ..diffusion.cond import Cond
 from ..diffusion.denoiser import Guided, scales, uniform_weight
-from ..diffusion.ldm import Constraint
+from ..diffusion.ldm import Constraint, repeat_rows
 from ..diffusion.schedules import uniform_t
 
 # %% ../../nbs/control/00_adapter.ipynb #91ecafb3
@@ -192,9 +193,10 @@ def check_planes(
     if x.ndim==2 and channels==1: x = x[None,None]
     if x.ndim==3: x = x[None]
     has_shape = x.ndim==4 and x.shape[1]==channels
-    if has_shape and x.is_floating_point() and x.min()>=0 and x.max()<=1: return x
+    if has_shape and x.is_floating_point() and x.numel() and x.min()>=0 and x.max()<=1: return x.float()
     shapes = '(H,W), or (n,1,H,W)' if channels==1 else f'({channels},H,W), or (n,{channels},H,W)'
-    raise ValueError(f'the {name} is {x.dtype} of shape {tuple(x.shape)}, {x.min():.4g} to {x.max():.4g}: '
+    values = f', {x.min():.4g} to {x.max():.4g}' if x.numel() else ''
+    raise ValueError(f'the {name} is {x.dtype} of shape {tuple(x.shape)}{values}: '
                      f'expected floats from 0 to 1 (or booleans), {shapes} with one per sample')
 
 def _check_same_size(picture, region):
@@ -271,6 +273,13 @@ class Control(Constraint):
                              'give both the same `branch`')
         return Control(self.parts+other.parts, self.branch)
 
+    def repeated(self, n, times):
+        "As `Constraint.repeated`."
+        other = copy(self)
+        other.parts = [replace(part, picture=repeat_rows(part.picture, n, times),
+                               region=repeat_rows(part.region, n, times)) for part in self.parts]
+        return other
+
     @property
     def intervals(self): return list(dict.fromkeys(part.interval for part in self.parts))
 
@@ -282,8 +291,10 @@ class Control(Constraint):
         for part in self.parts:
             part.check(ldm, n)
             features = part.features(ldm, n)
-            if part.interval in by_interval: features = [a+b for a,b in zip(by_interval[part.interval], features)]
-            by_interval[part.interval] = features
+            both = zip_longest(by_interval.get(part.interval, []), features, fillvalue=0)   # the middle may be missing
+            by_interval[part.interval] = [a+b for a,b in both]
+        if len({*map(len, by_interval.values())})>1:
+            raise ValueError('adapters for different times give different numbers of maps: expected as many of each')
         return [f for features in by_interval.values() for f in features]
 
 
@@ -682,28 +693,40 @@ class Blended:
     def __init__(self,
         controlled:Controlled, # its features are not masked
         region:torch.Tensor, # (n or 1,1,H,W) in [0,1]
+        mode:str='nearest', # as in `resize_region`
     ):
         self.controlled = controlled
         self.region = region
+        self.mode = mode
         self.schedule = controlled.schedule
 
     def __call__(self, x, t, cond=None):
-        m = resize_region(self.region, x.shape[2:]).to(x)
+        m = resize_region(self.region, x.shape[2:], self.mode).to(x)
         return torch.lerp(self.controlled.base(x, t, cond), self.controlled(x, t, cond), m)
 
+# %% ../../nbs/control/00_adapter.ipynb #7d790797
 class BlendedControl(Control):
     """A control, blended: `BlendedControl(control(adapter, picture, region))`, for `sample(constraint=...)`.
 
     Raises `ValueError` for several controls, as a picture has one inside, and for one that is blended already."""
     def __init__(self,
-        c:Control, # made by `control`
+        c:Control, # made by `control`; its own `mode` is for features, which here are not masked
+        mode:str='nearest', # how the region is resized, as in `resize_region`; 'max' for a thin one
     ):
         if len(c.parts)>1: raise ValueError(f'given {len(c.parts)} controls: expected one')
         if isinstance(c, BlendedControl): raise ValueError('this control is blended already: give what `control` made')
         part, = c.parts
         self.region = part.region
+        self.mode = mode
+        resize_region(part.region, (1,1), mode)                             # an unknown mode raises here
         everywhere = replace(part, region=torch.ones_like(part.region), mask_control=False)
         super().__init__([everywhere], c.branch)
+
+    def repeated(self, n, times):
+        "As `Constraint.repeated`."
+        other = super().repeated(n, times)
+        other.region = repeat_rows(self.region, n, times)
+        return other
 
     def prepare(self, ldm, n):
         region = self.region.to(ldm.device).expand(n, -1, -1, -1)
@@ -711,4 +734,4 @@ class BlendedControl(Control):
 
     def start(self, ldm, denoise, x, ts, data):
         controlled, x, ts = super().start(ldm, denoise, x, ts, data[:-1])
-        return Blended(controlled, data[-1]), x, ts
+        return Blended(controlled, data[-1], self.mode), x, ts

@@ -30,7 +30,7 @@ def warn_unsigned(
 # %% ../../nbs/core/01_show.ipynb #f904ac10
 def _bytes(x, lo):
     "Floats from `lo` to 1 as bytes; `lo` None: -1 where there is a negative value, else 0."
-    if lo is None: lo = -1 if x.min()<0 else 0
+    if lo is None: lo = -1 if (x<0).any() else 0                       # a nan among them is neither
     x = (x.float()-lo)/(1-lo)*255
     return x.round().clamp(0, 255).nan_to_num(0)
 

@@ -94,7 +94,6 @@ def noise_of_batch(
     x:torch.Tensor, # (n,...)
 )->torch.Tensor: # the same shape
     "`torch.randn_like` for the examples of a batch, of which this process may have a share only."
-    if _share is None: return torch.randn_like(x)
     return rows_of_batch(lambda n: torch.randn(n, *x.shape[1:], dtype=x.dtype, device=x.device), len(x))
 
 # %% ../../nbs/core/02_train.ipynb #15397fa6
@@ -655,9 +654,6 @@ def fit(self:Learner,
         if resume: self.load(longer)
         self.model.train()
         try: self.run()
-        except Interrupted:
-            if self.folder: self.save()
-            raise
         finally: self.model.eval()
     return self
 
@@ -665,11 +661,15 @@ def fit(self:Learner,
 @patch
 def run(self:Learner):
     "The steps with all their callbacks. Raises `Interrupted` where a signal came."
-    with suppress(StopTraining):
-        self.call('before_fit')                                        # a run that had stopped early stops here
-        if self.pending: self.call('after_step')                       # of the last step of an interrupted run
-        self.pending = False
-        self.loop()
+    try:
+        with suppress(StopTraining):
+            self.call('before_fit')                                    # a run that had stopped early stops here
+            if self.pending: self.call('after_step')                   # of the last step of an interrupted run
+            self.pending = False
+            self.loop()
+    except Interrupted:
+        if self.folder: self.save()                                    # before `after_fit`, which may change weights
+        raise
     self.call('after_fit')
     if self.asked_to_stop: raise Interrupted(self)
 
@@ -768,10 +768,15 @@ def save(self:Learner):
     state = dict(step=self.step, seconds=self.seconds, settings=self.settings(), log=self.log, pending=self.pending)
     state['scaler'] = self.acc.scaler.state_dict() if self.acc.scaler else None
     state['optimizer'] = {name: value for name, value in moments.items() if not torch.is_tensor(value)}
+    state['groups'] = [_numbers_of_group(group) for group in self.opt.param_groups]
     if self.acc.is_main_process: self.write_checkpoint(state, groups)
     self.acc.wait_for_everyone()
 
 # %% ../../nbs/core/02_train.ipynb #26e6d8ac
+def _numbers_of_group(group):
+    "What some optimisers count in a group of parameters, beside their hyperparameters; the rate follows the schedule."
+    return {name: value for name, value in group.items() if name!='lr' and type(value) in (int,float)}
+
 @patch
 def is_finite(self:Learner)->bool:
     "Whether all weights are."
@@ -891,7 +896,7 @@ def load(self:Learner,
                          "Give the same settings, or another folder")
     self.load_weights(self.model, tensors['model'])
     if self.ema is not None: self.load_weights(self.ema_model, tensors['ema'])
-    self.load_optimizer({**tensors['optimizer'], **state['optimizer']})
+    self.load_optimizer({**tensors['optimizer'], **state['optimizer']}, state.get('groups', ()))
     if self.acc.scaler: self.acc.scaler.load_state_dict(state['scaler'])
     self.step = state['step']
     self.seconds = state['seconds']
@@ -914,6 +919,7 @@ def load_weights(self:Learner,
 @patch
 def load_optimizer(self:Learner,
     moments:dict, # {'0.exp_avg': value}, by number of the parameter
+    groups:list, # of each group of parameters {name: number}; empty in a checkpoint of before
 ):
     "Put the state of the checkpoint into the optimiser."
     state = {}
@@ -922,3 +928,4 @@ def load_optimizer(self:Learner,
         state.setdefault(int(i), {})[name] = value
     for i, named in state.items(): state[i] = self.own_part(named, dict.fromkeys(named, self.params[i]))
     self.opt.load_state_dict(dict(state=state, param_groups=self.opt.state_dict()['param_groups']))
+    for group, kept in zip(self.opt.param_groups, groups): group.update(kept)

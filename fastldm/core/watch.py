@@ -82,7 +82,10 @@ def best_file(self:HeldOutCB, learn):
 
 @patch
 def before_fit(self:HeldOutCB, learn):
-    "Take the best weights of an interrupted run; one that had ended, ends at once."
+    """Take the best weights of an interrupted run; one that had ended, ends at once. Raises `ValueError` for another
+    `HeldOutCB` of the same measure, as both would keep their weights in one file."""
+    same = [cb for cb in learn.cbs if isinstance(cb, HeldOutCB) and cb.column==self.column]
+    if len(same)>1: raise ValueError(f'two HeldOutCBs log {self.column!r}: give one a `measure` of another name')
     is_measured = self.best_step(learn) is not None                      # not where another measure chose so far
     if not (is_measured and learn.folder): return
     before = learn.folder/'best.safetensors'                             # as the file of any measure was once called
@@ -235,7 +238,9 @@ class _ExplodedCB(Callback):
         loss = learn.log[-1]['loss']
         self.mean = self.momentum*self.mean + (1-self.momentum)*loss
         self.smooth.append(self.mean/(1-self.momentum**learn.step))            # as of Adam's moments
-        if self.smooth[-1]>4*min(self.smooth): raise StopTraining
+        least = min(self.smooth)
+        size = least if least>0 else max(map(abs, self.smooth))                # of a loss that can be negative
+        if self.smooth[-1]-least>3*size: raise StopTraining
 
 # %% ../../nbs/core/06_watch.ipynb #3f0f95f5
 def find_lr(
@@ -258,6 +263,7 @@ def find_lr(
     settings['cbs'] = [exploded, *settings.get('cbs', ())]
     learn = Learner(deepcopy(model), data, loss_fn, steps=steps, lr=hi, schedule=rising, log_every=1, **settings)
     try: learn.fit()
-    except FloatingPointError: pass                                            # it exploded in a single step
+    except FloatingPointError:                                                 # it exploded in a single step
+        if not exploded.smooth: raise                                          # the first one: no rate is right
     rows = learn.log[:len(exploded.smooth)]
     return Rates([row['lr'] for row in rows], [row['loss'] for row in rows], exploded.smooth)

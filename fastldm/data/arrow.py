@@ -228,13 +228,14 @@ def write_stream(
 )->list: # of the files
     """Write a stream into WebDataset shards as it arrives. The same call resumes an interrupted one, and one with a
     larger `n` adds to what is there. Raises `ValueError` for a stream that does not say what its columns are, for rows
-    without a picture or a label, and for a folder with shards of another size, or with more rows than `n`."""
+    without a picture or a label, and for a folder with shards of another size or stream, or with more rows than `n`."""
     folder = Path(folder)
     per_shard = whole_number(per_shard, 'per_shard', 1)
     n = None if n is None else whole_number(n, 'n', 1)
     if stream.features is None: raise ValueError('this stream does not know its columns: call its `cast` with them')
     columns = _columns(stream.features)
     counts = _written(folder, per_shard, n)
+    if counts: _check_begins(folder, stream, columns)
     if _is_whole(folder, counts, n): return [folder/name for name in counts]
     if counts and [*counts.values()][-1]<per_shard: counts.popitem()        # the last one is filled up
     with tqdm(desc='shards', initial=len(counts), disable=not progress) as bar:
@@ -279,6 +280,15 @@ def _written(folder, per_shard, n):
         raise ValueError(f'{folder} has {done} rows of the stream already, and n={n} is asked for: give another folder')
     return counts
 
+def _check_begins(folder, stream, columns):
+    "Raises ValueError for shards whose first picture is not that of the stream."
+    datasets = require_package('datasets', 'a set in Arrow or Parquet files')
+    row = next(iter(stream.cast_column(columns['image'], datasets.Image(decode=False))), None)
+    with tarfile.open(folder/'000000.tar') as tar: first = tar.extractfile(tar.next()).read()
+    if row is not None and first!=_file_of(row[columns['image']], 0)[1]:
+        raise ValueError(f'{folder} has shards that begin with another picture than the stream: give another folder')
+
+# %% ../../nbs/data/11_arrow.ipynb #39a8b9fc
 def _is_whole(folder, counts, n):
     "Whether an earlier call wrote all that is asked for."
     if not (folder/'index.json').exists(): return False

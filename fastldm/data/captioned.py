@@ -179,9 +179,9 @@ def check_columns(
 # %% ../../nbs/data/04_captioned.ipynb #03db9b58
 def cell_text(
     value, # of a table
-)->str: # '' for None
+)->str: # '' for None and nan
     "A value of a table as text, in one line."
-    if value is None: return ''
+    if value is None or value!=value: return ''                         # nan, as pandas writes an empty cell
     if isinstance(value, bool): return str(int(value))
     if isinstance(value, float) and value.is_integer(): return str(int(value))
     return ' '.join(str(value).split())

@@ -14,7 +14,7 @@ import numpy as np, torch
 from PIL import Image,ImageDraw
 from fastcore.basics import patch
 from tqdm.auto import tqdm
-from ..core.models import require_package
+from ..core.models import require_package, tensor_digest
 from .faces import PARTS,Described,Faces,cached_tensors,check_attributes,remap,resize_mask
 from .images import DATASETS,check_split,from_image
 from .synthetic import ellipse
@@ -353,7 +353,8 @@ def draw_batch(self:DrawnFaces, idxs)->dict: # image (B,3,H,W), attrs (B,A), mas
 def _all(self:DrawnFaces):
     "{field: bytes} of the whole set, from the file."
     if self._kept is None:
-        key = (_DRAWING,self.split,self.size,self.n,self.seed,self.attributes,self.mask_classes)
+        first = tensor_digest(self.draw_batch(range(min(8, self.n))))       # drawn in another way, it is another file
+        key = (_DRAWING,self.split,self.size,self.n,self.seed,self.attributes,self.mask_classes,first)
         self._kept = cached_tensors(type(self).__name__.lower(), key, self._draw_all)
     return self._kept
 

@@ -686,7 +686,7 @@ def has_one_size(
     name, # of a data set, or a path
 )->bool: # whether it is a public set whose pictures have one size, so that it takes no `size`
     "Whether the size of a set's pictures cannot be chosen."
-    maker = DATASETS.get(dataset_key(name))
+    maker = None if isinstance(name, Path) else DATASETS.get(dataset_key(name))
     if maker is None: return False
     parameters = signature(maker).parameters
     return 'size' not in parameters and not any(p.kind==p.VAR_KEYWORD for p in parameters.values())
@@ -704,10 +704,11 @@ def get_dataset(
     key = dataset_key(name)
     if 'size' in kw and has_one_size(name):
         raise ValueError(f'the pictures of {name} have one size only, so none can be given: leave it out')
-    if key in DATASETS: return DATASETS[key](root=root, split=split, download=download, **kw)
+    is_path = isinstance(name, Path)                                    # of a folder, whatever it is called
+    if key in DATASETS and not is_path: return DATASETS[key](root=root, split=split, download=download, **kw)
     for is_kind,open_set in OPENERS:
         if is_kind(str(name)): return open_set(name, split=split, **kw)
-    if isinstance(name, Path) or os.sep in str(name) or Path(name).is_dir(): return ImageFolder(name, split=split, **kw)
+    if is_path or os.sep in str(name) or Path(name).is_dir(): return ImageFolder(name, split=split, **kw)
     similar = difflib.get_close_matches(key, DATASETS, n=1, cutoff=.5)
     hint = f'did you mean {similar[0]!r}? ' if similar else ''
     raise ValueError(f"no data set {str(name)!r}: {hint}There are {', '.join(DATASETS)}; or give a folder of pictures")

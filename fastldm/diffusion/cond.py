@@ -692,5 +692,6 @@ def by_condition(self:Conditioner,
         if not isinstance(others, dict):
             raise ValueError(f'{name} and {owner[name]} are both given: give a dict of attributes by name, '
                              f'or all of them as {owner[name]}')
+        if name in others: raise ValueError(f'{name} is given twice, also in {owner[name]}: leave one out')
         gathered[owner[name]] = others | {name: values[name]}
     return gathered

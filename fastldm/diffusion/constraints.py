@@ -8,13 +8,14 @@ __all__ = ['least_squares', 'PosteriorDenoiser', 'check_signed_pictures', 'read_
 
 # %% ../../nbs/diffusion/07_constraints.ipynb #dfd6b756
 import numpy as np, torch, torch.nn.functional as F, warnings
+from copy import copy
 from functools import cache
 from PIL import Image
 from ..core.models import real_number, whole_number
 from ..core.show import warn_unsigned
 from ..data.images import from_image
 from .denoiser import scales
-from .ldm import Constraint
+from .ldm import Constraint, repeat_rows
 
 # %% ../../nbs/diffusion/07_constraints.ipynb #4b5af2e1
 @cache
@@ -150,6 +151,12 @@ class PictureConstraint(Constraint):
         *data, # tensors with one row, or one per sample; the pictures, or what was measured of them, come first
     ):
         self.data = data
+
+    def repeated(self, n, times):
+        "As `Constraint.repeated`."
+        other = copy(self)
+        other.data = tuple(repeat_rows(rows, n, times) for rows in self.data)
+        return other
 
     def measure(self, pictures, *data): return pictures # as `data[0]` is
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['path_points', 'with_calls', 'distill_loss', 'make_student', 'GuidedRows', 'record_paths', 'PathDataset',
-           'check_scales', 'save_student', 'load_student']
+           'check_scales', 'save_student', 'remove_student', 'load_student']
 
 # %% ../../nbs/diffusion/09_distill.ipynb #41d97876
 import json, math, torch, warnings, zlib
@@ -267,6 +267,12 @@ def save_student(
     return folder
 
 # %% ../../nbs/diffusion/09_distill.ipynb #a38323ea
+def remove_student(
+    folder, # in which `save_student` may have written
+):
+    "Remove the files of a student."
+    for name in ('student.json','difference.safetensors'): (Path(folder)/name).unlink(missing_ok=True)
+
 def load_student(
     folder, # that `save_student` wrote
     teacher, # the denoiser that it is a student of

@@ -74,6 +74,8 @@ class Inversion(Constraint):
     "Start from the noise that the pictures would have come from; made by `invert`."
     step = 'ddim_step'
     steps = 40
+    has_own_start = True
+
     def __init__(self,
         images:torch.Tensor, # (1 or n,C,H,W) in [-1,1]
         conditions:dict, # {condition: value} of these pictures
@@ -100,7 +102,7 @@ class Inversion(Constraint):
         cond = model.conditioner(dict(zip(self.fields, fields))) if fields else None
         rising = torch.as_tensor(ts).double().flip(0)
         for s,t in zip(rising[:-1], rising[1:]): z = ddim_inverse_step(model, z, s, t, cond, self.rounds)
-        return denoise, z, ts
+        return denoise, z.to(x), ts
 
 def invert(
     images:torch.Tensor, # (C,H,W), or (n,C,H,W) with one per sample, in [-1,1]

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['SAMPLER_NAMES', 'NAMES_ELSEWHERE', 'NOT_HERE', 'OUTPUTS', 'LatentDiffusion', 'describe_conditions', 'argument_hint',
-           'condition_fields', 'Constraint', 'check_seed', 'to_output', 'weights_folders', 'save', 'ModelTable',
-           'available', 'model_folder', 'load', 'push_to_hub']
+           'condition_fields', 'repeat_rows', 'Constraint', 'check_seed', 'to_output', 'weights_folders', 'save',
+           'ModelTable', 'available', 'model_folder', 'load', 'push_to_hub']
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #6eac1fbd
-import inspect, json, os, sys, torch
+import inspect, json, os, sys, torch, warnings
 from difflib import get_close_matches
 from fastcore.basics import patch
 from pathlib import Path
+from torch.nn.utils import parametrize
 from ..core.download import (MODEL_FILES, cache_folder, fetch_published, hub_snapshot, megabytes,
                                    published)
 from ..core.processes import map_parts
@@ -22,7 +23,7 @@ from . import samplers
 from .samplers import check_falling, sample_generators, noise_from, noise_like
 from .cond import LabelEmbedder
 from .denoiser import check_interval, check_order, guide
-from .distill import load_student, save_student, with_calls
+from .distill import load_student, remove_student, save_student, with_calls
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #ece62f57
 SAMPLER_NAMES = { # names elsewhere: the step here
@@ -91,6 +92,8 @@ class LatentDiffusion(Module):
 
     def config(self): # as `Recorded.config`
         "The record as the model is now: `steps`, `step` and `times` can be set after it was built."
+        _sampler(self.step, 'step')                                     # what cannot be loaded again raises now
+        _sampler(self.times, 'times')
         now = dict(steps=self.steps, step=_name_of(self.step), times=_name_of(self.times))
         record = self.__dict__['_record']                               # of a class of your own, perhaps without these
         record.update({name: value for name,value in now.items() if name in record})
@@ -224,7 +227,9 @@ def _step_and_times(ldm, constraint, step, times, steps, calls):
     if times is None: times = getattr(getattr(step, 'func', step), 'times', None) or ldm.times  # `func`: of a `partial`
     if hasattr(times, '__len__') and not isinstance(times, str):
         if steps is not None: raise ValueError(f'steps={steps}: the times say how many there are; leave out `steps`')
-        return step, check_falling(times)
+        times = check_falling(times)
+        if len(times)<2: raise ValueError(f'times={times.tolist()}: expected two or more, from 1 to 0')
+        return step, times
     if steps is None: steps = constraint.steps or ldm.steps
     return step, _sampler(times, 'times')(ldm.denoiser.schedule, whole_number(steps, 'steps', 1))
 
@@ -288,7 +293,12 @@ def add_student(self:LatentDiffusion,
         raise ValueError(f'this student was trained for weights {of}, and the denoiser of this model is '
                          f'{fingerprint(self.denoiser)}: train one for it, with `fastldm_train distil`')
     self.__dict__['_student'] = student                                 # no submodule: not among the model's weights
+    self.__dict__['_student_of'] = _versions(self.denoiser)
     return self
+
+def _versions(module):
+    "Where the weights of a module are, and how often they were changed in place."
+    return [(p.data_ptr(), p._version) for p in module.parameters()]
 
 @patch
 def keep_student_of(self:LatentDiffusion,
@@ -296,7 +306,7 @@ def keep_student_of(self:LatentDiffusion,
 ):
     "Take over the student of another model."
     self.student_folder = other.student_folder
-    if '_student' in other.__dict__: self.__dict__['_student'] = other.__dict__['_student']
+    for name in {'_student','_student_of'} & {*other.__dict__}: self.__dict__[name] = other.__dict__[name]
 
 @patch(as_prop=True)
 def has_student(self:LatentDiffusion):
@@ -305,13 +315,16 @@ def has_student(self:LatentDiffusion):
 
 @patch
 def student(self:LatentDiffusion)->Module: # a `Denoiser` in eval mode
-    "The student, on the device and in the precision of the model. Raises `ValueError` where there is none."
+    """The student, on the device and in the precision of the model. Raises `ValueError` where there is none, or where
+    the model was trained since."""
     if '_student' not in self.__dict__:
         if self.student_folder is None:
             raise ValueError('this model has no student for few calls: leave out `calls`, or train one '
                              'with `fastldm_train distil --model NAME`')
         self.add_student(load_student(self.student_folder, self.denoiser))
-    return self.__dict__['_student'].to(next(self.denoiser.parameters()))
+    student = self.__dict__['_student']
+    if self.__dict__['_student_of']!=_versions(self.denoiser): self.add_student(student)   # raises if it was trained
+    return student.to(next(self.denoiser.parameters()))
 
 @patch
 def nearest_student_scale(self:LatentDiffusion,
@@ -354,14 +367,30 @@ def _model_and_batch(ldm, calls, n, guidance_scale, conditions, negative, interv
     return student, batch, {}                                           # its guidance is in the batch
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #cdcd175e
+def repeat_rows(
+    rows:torch.Tensor, # (n,...), one for each sample; or (1,...) for all
+    n:int, # samples
+    times:int, # candidates for each
+)->torch.Tensor: # (n*times,...); one row stays one
+    "What each of `n` samples has for itself, for all its candidates."
+    return rows.repeat_interleave(times, 0) if len(rows)==n and n>1 else rows
+
 class Constraint:
     """What is known of the pictures beside the conditions: here, nothing.
 
     `LatentDiffusion.sample` calls `prepare` once, then `start` and `finish` for each batch."""
     step = None # name of the step that suits it; None: the model's
     steps = None # number of steps that suits it; None: the model's
+    has_own_start = False # whether it begins elsewhere than at the noise, so that no `latents` can be given
     takes_calls = False # whether it works with a student, in few calls; False: it corrects a picture over many steps
     is_slow = False # whether a drawing takes so long that a terminal should show a bar
+
+    def repeated(self,
+        n:int, # samples that it is for
+        times:int, # candidates for each
+    )->'Constraint': # one that repeats what each sample has for itself
+        "The same for `n*times` samples."
+        return self
 
     def prepare(self,
         ldm, # the `LatentDiffusion` that samples
@@ -432,7 +461,9 @@ def _check_noise(ldm, latents, n):
     "Unit noise that was given as a start; empty where there is none. Raises `ValueError` for another shape."
     if isinstance(latents, bool): return ()
     shape = (n, *ldm.shape)
-    if torch.is_tensor(latents) and latents.is_floating_point() and tuple(latents.shape)==shape: return latents
+    is_noise = torch.is_tensor(latents) and latents.is_floating_point() and tuple(latents.shape)==shape
+    if is_noise and latents.isfinite().all(): return latents
+    if is_noise: raise ValueError('latents are not finite (nan or inf): expected unit noise to start from')
     given = tuple(latents.shape) if torch.is_tensor(latents) else type(latents).__name__
     raise ValueError(f'latents={given}: expected True, to get the latents back, or unit noise to start from, a tensor '
                      f'of shape {shape}')
@@ -490,7 +521,7 @@ def _watched(ldm, watch, step, callback):
     predicted = []
     def keep(x0): predicted[:] = [x0]
     def after(x, t, s):
-        show((ldm.decode(predicted[0].float())+1)/2)
+        with torch.autocast(x.device.type, enabled=False): show((ldm.decode(predicted[0].float())+1)/2)
         if callback is not None: callback(x, t, s)
     return show, samplers.watched(step, keep), after
 
@@ -546,6 +577,10 @@ def sample(self:LatentDiffusion,
     batch = _as_long_as(batch, away, self.denoiser)
     _check_moves_away(away, scales)
     noise = _check_noise(self, latents, n)
+    if len(noise) and constraint.has_own_start:
+        raise ValueError(f'latents are where to start, and so is {type(constraint).__name__}: leave out one of the two')
+    if latents is True and output_type!='pt':
+        raise ValueError(f'output_type={output_type!r} is for pictures: leave it out, or latents=True')
     data = constraint.prepare(self, n)
     show, step, callback = _watched(self, watch, step, callback)
     if progress is None: progress = getattr(constraint, 'is_slow', False) and sys.stderr.isatty()
@@ -559,7 +594,7 @@ def sample(self:LatentDiffusion,
             z = samplers.sample(denoise, x, grid, step, cb=callback, progress=progress and n<=batch_size,
                                 generators=generators)
         return z if latents is True else (constraint.finish(self.decode(z).to(z), *rows)+1)/2
-    return _finished(map_parts(draw, n, batch_size, progress), show, output_type)
+    return _finished(map_parts(draw, n, batch_size, progress), None if latents is True else show, output_type)
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #50b64760
 def weights_folders()->list: # folders with one model each inside
@@ -603,12 +638,22 @@ def save(
     **meta, # anything JSON can hold: data, recipe, seed, metrics, licence; what is on the model's card already is kept
 )->Path: # the folder
     """Write `model.safetensors` (half precision) and `config.json`, each whole or not at all; a student goes into
-    a folder of its own beside them."""
-    card = _kept_card(model) | meta
-    folder = save_model(model, folder, **card)
-    if getattr(model, 'has_student', False):
-        save_student(model.student(), model.denoiser, folder/'student')
+    a folder of its own beside them. Warns where the model was trained since it got its student, which is then left out.
+
+    Raises `ValueError` for a model with a LoRA, with which it could not be loaded."""
+    if any(parametrize.is_parametrized(part) for part in model.modules()):
+        raise ValueError('the model has a LoRA, with which it could not be loaded: call `merge_lora(model)` first')
+    student = _student_to_save(model)
+    folder = save_model(model, folder, **(_kept_card(model) | meta))
+    if student is not None: save_student(student, model.denoiser, folder/'student')
+    else: remove_student(folder/'student')                              # of a model that was here before
     return folder
+
+def _student_to_save(model):
+    "The student of a model; None where it has none that fits."
+    if not getattr(model, 'has_student', False): return None
+    try: return model.student()
+    except ValueError as error: warnings.warn(f'the student is left out: {error}', stacklevel=3)
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #83781291
 class ModelTable(list):

@@ -91,10 +91,15 @@ def merge_lora(
     model:nn.Module, # with adapters
 )->nn.Module: # the same network, without adapters
     "Add all changes to the weights, with their scales; what was trained before the adapters can be trained again."
-    before = model.__dict__.pop('_before_lora', dict(trained=()))
+    records = _take_records(model)
     model = _without_adapters(model, True)
-    for name,p in model.named_parameters(): p.requires_grad_(p.requires_grad or name in before['trained'])
+    for part,before in records:
+        for name,p in part.named_parameters(): p.requires_grad_(p.requires_grad or name in before['trained'])
     return model
+
+def _take_records(model):
+    "(part, what `_before` kept of it) of the model and its parts, which keep it no longer."
+    return [(part, part.__dict__.pop('_before_lora')) for part in model.modules() if '_before_lora' in part.__dict__]
 
 # %% ../../nbs/diffusion/10_lora.ipynb #19ec971e
 @torch.no_grad()
@@ -102,11 +107,12 @@ def remove_lora(
     model:nn.Module, # with adapters
 )->nn.Module: # the same network, as it was before
     "Take all adapters off, and what they brought as a whole; what was trained before can be trained again."
-    before = model.__dict__.pop('_before_lora', dict(trained=(), replaced={}))
+    records = _take_records(model)
     model = _without_adapters(model, False)
-    state = model.state_dict()                                          # tensors of the model itself
-    for name,weight in before['replaced'].items(): state[name].copy_(weight)
-    for name,p in model.named_parameters(): p.requires_grad_(name in before['trained'])
+    for part,before in records:
+        state = part.state_dict()                                       # tensors of the part itself
+        for name,weight in before['replaced'].items(): state[name].copy_(weight)
+        for name,p in part.named_parameters(): p.requires_grad_(name in before['trained'])
     return model
 
 # %% ../../nbs/diffusion/10_lora.ipynb #5190679c
@@ -145,10 +151,14 @@ def save_lora(
     half:bool=True, # numbers in 16 bit
     **meta, # anything JSON can hold
 )->Path: # the file
-    "Write one adapter. Raises `ValueError` for a model that does not have it."
+    "Write one adapter. Raises `ValueError` for a model that does not have it, or no weights that begin so."
     from safetensors.torch import save_file
     check_choice(name, adapters_of(model), 'adapter')
-    chosen = {f'whole/{k}': v for k,v in _plain_state(model).items() if whole and k.startswith(tuple(whole))}
+    whole = (whole,) if isinstance(whole, str) else tuple(whole)
+    for start in whole:
+        if not any(k.startswith(start) for k in _plain_state(model)):
+            raise ValueError(f'whole={start!r}: no weight of this {type(model).__name__} begins so')
+    chosen = {f'whole/{k}': v for k,v in _plain_state(model).items() if whole and k.startswith(whole)}
     about = dict(base=_base_mark(model, {k.removeprefix('whole/') for k in chosen}), **meta)
     for layer,change in _changes(model):
         if change.name==name: chosen |= {f'low_rank/{layer}/A': change.A, f'low_rank/{layer}/B': change.B}
@@ -212,7 +222,7 @@ def load_lora(
         change.A.copy_(A)
         change.B.copy_(B)
         parametrize.register_parametrization(layers[layer_name], 'weight', change)
-    state = model.state_dict()                                          # tensors of the model itself
+    state = _plain_state(model)                                         # tensors of the model itself
     for key,tensor in whole.items():
         before['replaced'].setdefault(key, state[key].clone())
         state[key].copy_(tensor)

@@ -99,6 +99,7 @@ def sample(
     Each call begins a path: what a solver of higher order remembers of earlier steps is forgotten."""
     ts = check_falling(ts)
     if hasattr(step, 'reset'): step.reset()
+    if generators is None: generators = _generators.get()              # those of a `noise_from` around this call
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()), noise_from(generators):
         for t,s in tqdm(list(zip(ts[:-1], ts[1:])), disable=not progress, leave=False):
             x = step(denoise, x, t, s, cond)

@@ -519,7 +519,8 @@ def memorisation(
     if not base>0:
         raise ValueError(f'the unseen pictures are at a distance of {base:g} from the training set, so they are in it: '
                          'give others')
-    space = 'pixels' if net is None else net_name(net)
+    are_features = torch.is_tensor(samples) and samples.ndim==2
+    space = 'pixels' if net is None and not are_features else net_name(net)
     return Score(nearest_neighbours(samples, train, net)[0].mean()/base, f'memorisation_{space}')
 
 # %% ../../nbs/metrics/00_images.ipynb #f8d9ed6f

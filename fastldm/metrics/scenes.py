@@ -126,7 +126,8 @@ def _compare(row, scene, least):
     has_relation = scene.relation is None or _relation(*row['centre'][kinds])==scene.relation
     parts = dict(object=is_there, colour=is_there and has_colours, relation=is_there and has_relation,
                  background=[*BACKGROUNDS][row['background']]==scene.background)
-    only = int((row['area']>=least).sum())==len(kinds)
+    others = [kind for kind in range(len(KINDS)) if kind not in kinds]
+    only = not (row['area'][others]>=least).any()
     return dict(parts, only=only, all=all(parts.values()))
 
 @patch

@@ -198,6 +198,15 @@ def _check_similarity(s, captions):
                          'expected (n,n) numbers, row i belonging to column i')
     if captions is not None and len(captions)!=n: raise ValueError(f'given {len(captions)} captions for {n} rows')
 
+def _weights_of_rows(weights, n):
+    "A number for each row. Raises `ValueError` for another number of them, negative ones, or only zeros."
+    if weights is None: return [1]*n
+    weights = list(map(float, weights))
+    if len(weights)!=n or min(weights)<0 or not math.isfinite(sum(weights)):
+        raise ValueError(f'given {len(weights)} weights for {n} rows: expected a number of at least 0 for each row')
+    if not sum(weights): raise ValueError('all weights are 0: give at least one row a weight above 0')
+    return weights
+
 def _win_probability(n_better, n_equal, n_others, among):
     "Exact probability that the right text is the most similar of `among`, ties broken by a coin."
     not_all_better = math.comb(n_others+1-n_better, among) - math.comb(n_others-n_better-n_equal, among)
@@ -212,7 +221,7 @@ def retrieval(
 )->dict: # accuracy, chance, times_chance, rank (median of the right one among all, from 1), n
     """How often the right one of `among` is the most similar: the exact mean over all choices of the others.
 
-    Raises `ValueError` for another shape, too few texts, or weights that are all 0."""
+    Raises `ValueError` for another shape, too few texts, or weights that are negative, of another number or all 0."""
     among = whole_number(among, 'among', 1)
     s = torch.as_tensor(similarity).double()
     _check_similarity(s, captions)
@@ -230,8 +239,7 @@ def retrieval(
     n_equal = (is_other&(candidates==right)).sum(1).tolist()
     n_others = len(columns)-1
     chances = [_win_probability(better, equal, n_others, among) for better,equal in zip(n_better, n_equal)]
-    weights = [1]*n if weights is None else list(map(float, weights))
-    if not sum(weights): raise ValueError('all weights are 0: give at least one row a weight above 0')
+    weights = _weights_of_rows(weights, n)
     accuracy = float(sum(weight*chance for weight,chance in zip(weights, chances))/sum(weights))
     rank = float(np.median([1+better+equal/2 for better,equal in zip(n_better, n_equal)]))
     return dict(accuracy=accuracy, chance=1/among, times_chance=accuracy*among, rank=rank, n=n)

@@ -153,6 +153,7 @@ def form_of(
         form['text'] = ('text', [])
         form['priors'] = ['diffusion']*bool(denoiser) + ['codes']*bool(arguments.get('priors'))
         form['guidance_scale'] = (arguments.get('diffusion') or {}).get('guidance_scale', 3)
+        form['codes_guidance_scale'] = (arguments.get('codes') or {}).get('guidance_scale', 1.)
     return form
 
 # %% ../../nbs/ui/01_app.ipynb #9f100a6c
@@ -733,6 +734,7 @@ def _words(settings, form):
         values['present'] = [name for name,flag in flags.items() if flag!='0']
         values['absent'] = [name for name,flag in flags.items() if flag=='0']
     if 'calls' in settings: values.setdefault('guidance_scale', 1.)      # of a command that named none
+    if settings.get('prior')=='codes': values.setdefault('guidance_scale', form['codes_guidance_scale'])
     values['others'] = '\n'.join(f'{name}={value}' for name,value in conditions.items())
     return values | _negative_words(settings, form) | dict(new_seed=False)
 
