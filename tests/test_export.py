@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from fastldm import load
-from fastldm.diffusion import (Conditioner, Cosine, Denoiser, Flow, LatentDiffusion, NumberEmbedder, PixelSpace, UNet,
-                               compare_onnx, export_onnx)
+from fastldm.diffusion import (Conditioner, Cosine, Denoiser, Flow, LatentDiffusion, NumberEmbedder, PixelSpace,
+                               TextEmbedder, UNet, compare_onnx, export_onnx)
 
 onnxruntime = pytest.importorskip('onnxruntime')
 pytest.importorskip('onnxscript')
@@ -70,6 +70,26 @@ def test_shipped(name, tmp_path):
         inputs = {key: value.numpy() for key,value in dict(x=x, t=t, **fields).items()}
         found, = session.run(None, inputs)
         assert np.abs(found-expected.numpy()).max()<1e-4*max(1, expected.abs().max())
+
+@pytest.mark.slow
+def test_a_text_of_any_length(tmp_path):
+    "The graph had two rows of a text, as no text has, and took no other."
+    torch.manual_seed(0)
+    conditioner = Conditioner(text=TextEmbedder(12, 16, 16))
+    net = UNet(1, (8,16), d_emb=16, d_context=16, attention=(False,True))
+    for p in net.parameters(): p.data += .05*torch.randn_like(p)
+    ldm = LatentDiffusion(PixelSpace(), Denoiser(net, Cosine(), conditioner), (1,8,8)).eval()
+    folder = export_onnx(ldm, tmp_path)
+    session = onnxruntime.InferenceSession(folder/'denoiser.onnx')
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([.3,.8]).double()
+    def of_graph(text): return session.run(None, dict(x=x.numpy(), t=t.numpy(), text=text.numpy()))[0]
+    for rows in (3, 4, 17):
+        text = torch.randn(2, rows, 12)
+        with torch.no_grad(): expected = ldm.denoiser(x, t, conditioner(dict(text=text))).numpy()
+        assert np.abs(of_graph(text)-expected).max()<1e-4
+    null = torch.tensor(json.loads((folder/'model.json').read_text())['conditions']['text']['null'])
+    with torch.no_grad(): expected = ldm.denoiser(x, t, conditioner(dict(text=conditioner.embedders['text'].empty(2))))
+    assert np.abs(of_graph(null.expand(2, -1, -1))-expected.numpy()).max()<1e-4
 
 class Moody(PixelSpace):
     "Its picture depends on a value, by a branch in Python."

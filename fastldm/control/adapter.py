@@ -283,20 +283,21 @@ class Control(Constraint):
     @property
     def intervals(self): return list(dict.fromkeys(part.interval for part in self.parts))
 
-    def prepare(self, ldm, n):
-        """The features of each interval, one list after the other.
+# %% ../../nbs/control/00_adapter.ipynb #68b7587e
+@patch
+def prepare(self:Control, ldm, n):
+    """The features of each interval, one list after the other.
 
-        Raises `ValueError` where they do not fit the model or `n`."""
-        by_interval = {}
-        for part in self.parts:
-            part.check(ldm, n)
-            features = part.features(ldm, n)
-            both = zip_longest(by_interval.get(part.interval, []), features, fillvalue=0)   # the middle may be missing
-            by_interval[part.interval] = [a+b for a,b in both]
-        if len({*map(len, by_interval.values())})>1:
-            raise ValueError('adapters for different times give different numbers of maps: expected as many of each')
-        return [f for features in by_interval.values() for f in features]
-
+    Raises `ValueError` where they do not fit the model or `n`."""
+    by_interval = {}
+    for part in self.parts:
+        part.check(ldm, n)
+        features = part.features(ldm, n)
+        both = zip_longest(by_interval.get(part.interval, []), features, fillvalue=0)   # the middle may be missing
+        by_interval[part.interval] = [a+b for a,b in both]
+    if len({*map(len, by_interval.values())})>1:
+        raise ValueError('adapters for different times give different numbers of maps: expected as many of each')
+    return [f for features in by_interval.values() for f in features]
 
 # %% ../../nbs/control/00_adapter.ipynb #ea505ebb
 @patch

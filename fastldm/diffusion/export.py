@@ -11,6 +11,7 @@ from torch import nn
 from pathlib import Path
 from ..core.models import check_folder, fingerprint, json_text, require_package, whole_number, write_atomic
 from . import samplers
+from .cond import TextEmbedder
 from .ldm import LatentDiffusion
 
 # %% ../../nbs/diffusion/11_export.ipynb #f0079194
@@ -39,13 +40,15 @@ def _embedders(ldm):
     return {} if conditioner is None else dict(conditioner.embedders.items())
 
 def _example(ldm, n, seed=0, given=False):
-    "Inputs of the denoiser, with nothing given, or with classes, attributes and masks: {name: tensor}."
+    "Inputs of the denoiser, with nothing given, or with classes, attributes, masks and texts: {name: tensor}."
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, *ldm.shape, generator=generator)
     t = torch.linspace(.9, .1, n).double()
     conditions = {}
     for name,embedder in _embedders(ldm).items():
         empty = embedder.empty(n)
+        if isinstance(embedder, TextEmbedder):                         # rows for several tokens: their number is open
+            empty = torch.randn(n, 6, empty.shape[2], generator=generator) if given else empty.repeat(1, 2, 1)
         n_classes = getattr(embedder, 'n_classes', 2)                  # attributes are on or off
         is_whole = not empty.is_floating_point()
         conditions[name] = torch.randint(n_classes, empty.shape, generator=generator) if given and is_whole else empty
@@ -66,6 +69,8 @@ def _write_graph(module, inputs, output, file):
     "Write a module as a graph whose inputs and outputs have names, and a batch of any size."
     batch = torch.export.Dim('batch')
     shapes = [{0: batch} for _ in inputs]
+    for shape,value in zip(shapes, inputs.values()):
+        if value.ndim==3 and value.is_floating_point(): shape[1] = torch.export.Dim('rows', min=3)      # of a text
     if len(inputs)>2: shapes = [*shapes[:2], tuple(shapes[2:])]            # the `*fields`
     with warnings.catch_warnings(), torch.no_grad(), write_atomic(file) as path:
         warnings.simplefilter('ignore')
@@ -77,9 +82,10 @@ def _settings(ldm, steps):
     schedule = ldm.denoiser.schedule
     times = getattr(samplers, ldm.times)(schedule, whole_number(steps, 'steps', 1)).cpu()
     α, σ = schedule(times)
+    nothing = _example(ldm, 1)
     conditions = {}
     for name,embedder in _embedders(ldm).items():
-        null = embedder.empty(1)[0]
+        null = nothing[name][0]
         conditions[name] = dict(shape=list(null.shape), dtype=str(null.dtype).removeprefix('torch.'),
                                 expects=embedder.expects, null=None if null.isnan().any() else null)  # JSON has no NaN
     return dict(shape=list(ldm.shape), conditions=conditions, times=times, alphas=α, sigmas=σ, opset=OPSET,

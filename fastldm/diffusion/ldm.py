@@ -308,6 +308,7 @@ def keep_student_of(self:LatentDiffusion,
     self.student_folder = other.student_folder
     for name in {'_student','_student_of'} & {*other.__dict__}: self.__dict__[name] = other.__dict__[name]
 
+# %% ../../nbs/diffusion/06_ldm.ipynb #c7d39af8
 @patch(as_prop=True)
 def has_student(self:LatentDiffusion):
     "Whether `sample` takes `calls`."
@@ -457,9 +458,14 @@ def _noise(ldm, t, generators, given=()):
     with noise_from(generators): return σ.to(dtype)*noise_like(empty)
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #a43bd5b0
-def _check_noise(ldm, latents, n):
-    "Unit noise that was given as a start; empty where there is none. Raises `ValueError` for another shape."
+def _check_noise(ldm, latents, n, constraint, output_type):
+    """Unit noise that was given as a start; empty where there is none. Raises `ValueError` for another shape, beside a
+    constraint that begins elsewhere, and for latents in a form of pictures."""
+    if latents is True and output_type!='pt':
+        raise ValueError(f'output_type={output_type!r} is for pictures: leave it out, or latents=True')
     if isinstance(latents, bool): return ()
+    if constraint.has_own_start:
+        raise ValueError(f'latents are where to start, and so is {type(constraint).__name__}: leave out one of the two')
     shape = (n, *ldm.shape)
     is_noise = torch.is_tensor(latents) and latents.is_floating_point() and tuple(latents.shape)==shape
     if is_noise and latents.isfinite().all(): return latents
@@ -514,6 +520,7 @@ def _viewer(watch):
     if callable(watch): return watch
     raise ValueError(f'watch={watch!r}: expected True, to see the pictures in a notebook, or a function')
 
+# %% ../../nbs/diffusion/06_ldm.ipynb #a081764f
 def _watched(ldm, watch, step, callback):
     "What shows pictures, with a step and a callback that do the same, and show the pictures that each step predicts."
     show = _viewer(watch)
@@ -576,11 +583,7 @@ def sample(self:LatentDiffusion,
     model, batch, scales = _model_and_batch(self, calls, n, guidance_scale, conditions, away, interval, order)
     batch = _as_long_as(batch, away, self.denoiser)
     _check_moves_away(away, scales)
-    noise = _check_noise(self, latents, n)
-    if len(noise) and constraint.has_own_start:
-        raise ValueError(f'latents are where to start, and so is {type(constraint).__name__}: leave out one of the two')
-    if latents is True and output_type!='pt':
-        raise ValueError(f'output_type={output_type!r} is for pictures: leave it out, or latents=True')
+    noise = _check_noise(self, latents, n, constraint, output_type)
     data = constraint.prepare(self, n)
     show, step, callback = _watched(self, watch, step, callback)
     if progress is None: progress = getattr(constraint, 'is_slow', False) and sys.stderr.isatty()
