@@ -15,8 +15,8 @@ from fastldm.codes.store import _text_identity
 from fastldm.codes.text2image import TextLatents
 from fastldm.codes.text_encoder import SPECIAL, cached_text_features
 from fastldm.control import BlendedControl, Control, control
-from fastldm.core import (Callback, FeatureDistance, HeldOutCB, Interrupted, Learner, StopTraining, find_lr, image_grid,
-                          noise_of_batch, set_seed)
+from fastldm.core import (Callback, FeatureDistance, HeldOutCB, Interrupted, Learner, Module, StopTraining, find_lr,
+                          image_grid, noise_of_batch, set_seed)
 from fastldm.core.train import read_checkpoint
 from fastldm.data import (Captioned, Digits, DrawnFaces, ImageFolder, Part, SyntheticScenes, get_dataset, write_shards,
                           write_stream)
@@ -24,6 +24,7 @@ from fastldm.diffusion import (LatentDiffusion, add_lora, ddpm_step, inpaint, in
                                remove_lora, sample, sample_generators, save, save_lora)
 from fastldm.diffusion.ldm import model_folder
 from fastldm.metrics import memorisation, retrieval
+from fastldm.recipes.stages import full_path, picture_set
 from fastldm.ui.app import _words, form_of
 
 # ---- the learner
@@ -117,6 +118,8 @@ def test_a_folder_that_is_called_like_a_set(tmp_path, monkeypatch):
     Image.new('RGB', (8,8)).save(tmp_path/'scenes'/'0.png')
     monkeypatch.chdir(tmp_path)
     assert isinstance(get_dataset(Path('scenes')), ImageFolder)
+    assert full_path(Path('scenes'))==str(tmp_path/'scenes') and full_path('scenes')=='scenes'
+    assert isinstance(picture_set(Path('scenes'), size=8), ImageFolder)
     assert isinstance(get_dataset('scenes'), SyntheticScenes)
 
 def test_an_empty_cell_of_pandas_is_no_caption(tmp_path):
@@ -158,6 +161,11 @@ def test_a_stream_does_not_take_the_shards_of_another(tmp_path):
     assert len(write_stream(stream(9), tmp_path/'own', n=4, per_shard=2, progress=False))==len(own)+1
     with pytest.raises(ValueError, match='begin with another picture'):
         write_stream(stream(100), tmp_path/'own', n=4, per_shard=2, progress=False)
+    class Unreachable:
+        "A stream of the same columns, offline."
+        features = stream(9).features
+        def cast_column(self, *args): raise ConnectionError('no network')
+    assert len(write_stream(Unreachable(), tmp_path/'own', n=4, per_shard=2, progress=False))==len(own)+1
 
 # ---- texts
 
@@ -244,7 +252,7 @@ def test_a_control_of_other_floats(scenes, adapter, sketch, dtype):
     with pytest.raises(ValueError, match='expected floats from 0 to 1'): control(adapter, torch.zeros(0, 1, 64, 64))
 
 def test_candidates_with_a_control_or_a_picture_for_each(scenes, adapter, sketch):
-    "The best of two for each of two prompts, each with a sketch of its own, is the same as one after the other."
+    "Two for each of two prompts, each with a sketch of its own; one control for two prompts was refused."
     sketches = torch.stack([sketch, sketch.roll(9, -1)])
     prompts = ['a red house', 'a blue bird']
     both = scenes.sample(prompts, steps=2, seed=0, candidates=2, constraint=control(adapter, sketches))
@@ -343,6 +351,38 @@ def test_a_student_of_weights_that_were_changed_since(clothes, tmp_path):
     assert not load(tmp_path/'m').has_student
     before.sample(1, label=3, calls=1)
 
+def test_a_student_of_rounded_weights_that_were_changed(clothes, tmp_path):
+    "In 16 bit the fingerprint is another one anyway, so it cannot tell."
+    clothes.bfloat16().sample(1, label=3, calls=1)
+    save(clothes, tmp_path/'m')
+    assert load(tmp_path/'m').has_student
+    with torch.no_grad():
+        for p in clothes.denoiser.parameters(): p.mul_(1.5)
+    with pytest.raises(ValueError, match='was trained since'): clothes.sample(1, label=3, calls=1)
+    with pytest.warns(UserWarning, match='left out'): save(clothes, tmp_path/'m')
+    assert not load(tmp_path/'m').has_student
+
+def test_few_calls_in_inference_mode():
+    with torch.inference_mode(): drawn = load('fashion', 'cpu').sample(1, label=3, calls=1, seed=0)
+    assert torch.equal(drawn, load('fashion', 'cpu').sample(1, label=3, calls=1, seed=0))
+
+def test_a_callback_that_samples_does_not_change_the_pictures(clothes):
+    inner = []
+    def also(x, t, s): inner.append(sample(clothes.denoiser, torch.zeros(3,8,7,7), torch.tensor([1.,.5,0.]), ddpm_step))
+    how = dict(label=3, steps=3, step='ddpm_step', seed=0)
+    assert torch.equal(clothes.sample(2, **how, callback=also), clothes.sample(2, **how)) and len(inner)==3
+
+def test_other_parametrisations_are_saved(tmp_path):
+    "Weight norm is no LoRA."
+    save(Normed(), tmp_path/'m')
+    assert torch.equal(load(tmp_path/'m').layer.weight, load(tmp_path/'m').layer.weight)
+
+class Normed(Module):
+    "A layer whose weight is normalised."
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+
 def test_a_model_with_a_lora_is_not_saved(clothes, tmp_path):
     clothes.sample(1, label=3, calls=1)
     add_lora(clothes.denoiser, 2)
@@ -374,6 +414,13 @@ def test_whole_layers_beside_a_low_rank(clothes, tmp_path):
     ldm = LatentDiffusion(clothes.autoencoder, other, clothes.shape)
     remove_lora(ldm)                                                    # the record is the network's, a level below
     assert all(torch.equal(tensor, original[name]) for name,tensor in other.state_dict().items())
+
+def test_low_ranks_on_two_levels_are_undone_from_the_last():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    add_lora(model, 1, 'outer')
+    add_lora(model[0], 1, 'inner')
+    remove_lora(model)
+    assert all(p.requires_grad for p in model.parameters())
 
 def test_to_remove_no_lora_freezes_nothing():
     network = nn.Linear(2, 2)

@@ -173,7 +173,7 @@ def test_a_film_shows_all_pictures_in_each_frame(tmp_path, mnist):
     with Image.open(tmp_path/'many.gif') as film, Image.open(tmp_path/'many.png') as grid: assert film.size==grid.size
     film = Film(tmp_path/'film.gif')
     mnist.sample(6, batch_size=4, steps=2, watch=film)
-    with pytest.raises(ValueError, match='in batches of 2 to 6'): film.save()
+    with pytest.raises(ValueError, match='the frames have 2 to 6 pictures'): film.save()
     assert not (tmp_path/'film.gif').exists()
 
 def test_more_of_the_same(tmp_path):

@@ -334,7 +334,7 @@ def cached_text_features(
     captions = as_texts(captions)
     unique = list(dict.fromkeys(captions))
     texts_hash = hashlib.sha256(repr(unique).encode()).hexdigest()[:16]
-    kind = f"{encoder.name}-{getattr(encoder, 'd_text', '')}"              # numbers of the place are more of them
+    kind = f"{encoder.name}-{getattr(encoder, 'd_text', '')}"     # `n_place` changes the width, not the weights
     path = Path(folder).expanduser()/f"text-{kind}-{texts_hash}.safetensors"
     features = _read_features(path, len(unique))
     if features is None:

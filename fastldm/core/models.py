@@ -228,7 +228,7 @@ def model_digest(
 )->str: # 16 hexadecimal digits
     "A digest of a model's weights and of its record: two models with one digest compute the same."
     try: record = config_fingerprint(model.config())
-    except (AttributeError,ValueError): record = type(model).__qualname__       # no record, or JSON cannot hold it
+    except (AttributeError,TypeError,ValueError): record = type(model).__qualname__     # none, or none for JSON
     return tensor_digest(fingerprint(model), record)
 
 # %% ../../nbs/core/00_models.ipynb #5069183d

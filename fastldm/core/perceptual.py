@@ -26,8 +26,6 @@ class Perceptual(nn.Module):
     eps = 1e-10
     weights = None # one (1,c,1,1) tensor a layer; None: all are 1
 
-    def train(self, mode=True): return super().train(False)    # a distance stays as it is, also inside of a model
-
     def check(self, x):
         "Raises `ValueError` for what is not a batch of pictures; warns where they seem to be in [0,1]."
         if not (torch.is_tensor(x) and x.is_floating_point() and x.dim()==4 and x.shape[1] in (1, 3)):
@@ -112,8 +110,8 @@ class FeatureDistance(Perceptual):
         super().__init__()
         kind = type(net).__name__
         if not layers and not hasattr(net, 'features_list'):
-            names = ', '.join(name for name, _ in net.named_children())
-            raise ValueError(f"{kind} has no `features_list(x)`: name the `layers` to compare, of {names}")
+            raise ValueError(f"{kind} has no `features_list(x)`: name the `layers` to compare, of "
+                             + ', '.join(name for name, _ in net.named_children()))
         self.net = deepcopy(net).eval().requires_grad_(False)
         self.layers = layers
         self.channels = channels or getattr(net, 'c_in', 3)
@@ -121,6 +119,8 @@ class FeatureDistance(Perceptual):
         self.name = f"feature distance ({kind} {fingerprint(net)[:8]})"
         self.seen = []                                         # outputs of the layers, in the order of the pass
         for layer in layers: self.net.get_submodule(layer).register_forward_hook(self.keep)
+
+    def train(self, mode=True): return super().train(False)    # it stays as it is, also inside of a model
 
     def keep(self, module, inputs, output): self.seen.append(output.clone())        # the next may work in place
 
@@ -173,6 +173,7 @@ class LPIPS(Perceptual):
         _load_trunk(self.net.net, file)
         self.eval().requires_grad_(False)
 
+    def train(self, mode=True): return super().train(False)    # its dropout is for fitting the weights of the layers
     def forward(self, a, b): return self.net(self.prepare(a), self.prepare(b)).flatten()
 
 # %% ../../nbs/core/03_perceptual.ipynb #ce5bd1d5

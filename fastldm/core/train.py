@@ -774,7 +774,7 @@ def save(self:Learner):
 
 # %% ../../nbs/core/02_train.ipynb #26e6d8ac
 def _numbers_of_group(group):
-    "What some optimisers count in a group of parameters, beside their hyperparameters; the rate follows the schedule."
+    "The numbers in a group of parameters, which some optimisers count up; not the rate, which follows the schedule."
     return {name: value for name, value in group.items() if name!='lr' and type(value) in (int,float)}
 
 @patch

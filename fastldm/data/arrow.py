@@ -235,8 +235,9 @@ def write_stream(
     if stream.features is None: raise ValueError('this stream does not know its columns: call its `cast` with them')
     columns = _columns(stream.features)
     counts = _written(folder, per_shard, n)
-    if counts: _check_begins(folder, stream, columns)
-    if _is_whole(folder, counts, n): return [folder/name for name in counts]
+    is_whole = _is_whole(folder, counts, n)
+    if counts: _check_begins(folder, stream, columns, is_whole)
+    if is_whole: return [folder/name for name in counts]
     if counts and [*counts.values()][-1]<per_shard: counts.popitem()        # the last one is filled up
     with tqdm(desc='shards', initial=len(counts), disable=not progress) as bar:
         for name,written in _write_shards(stream, folder, columns, counts, n, per_shard):
@@ -280,10 +281,14 @@ def _written(folder, per_shard, n):
         raise ValueError(f'{folder} has {done} rows of the stream already, and n={n} is asked for: give another folder')
     return counts
 
-def _check_begins(folder, stream, columns):
-    "Raises ValueError for shards whose first picture is not that of the stream."
+# %% ../../nbs/data/11_arrow.ipynb #23f40b1f
+def _check_begins(folder, stream, columns, is_whole):
+    "Raises ValueError for shards whose first picture is not that of the stream, which may be out of reach if whole."
     datasets = require_package('datasets', 'a set in Arrow or Parquet files')
-    row = next(iter(stream.cast_column(columns['image'], datasets.Image(decode=False))), None)
+    try: row = next(iter(stream.cast_column(columns['image'], datasets.Image(decode=False))), None)
+    except OSError:
+        if not is_whole: raise
+        return
     with tarfile.open(folder/'000000.tar') as tar: first = tar.extractfile(tar.next()).read()
     if row is not None and first!=_file_of(row[columns['image']], 0)[1]:
         raise ValueError(f'{folder} has shards that begin with another picture than the stream: give another folder')

@@ -181,7 +181,7 @@ def cell_text(
     value, # of a table
 )->str: # '' for None and nan
     "A value of a table as text, in one line."
-    if value is None or value!=value: return ''                         # nan, as pandas writes an empty cell
+    if value is None or isinstance(value, float) and value!=value: return ''   # pandas writes nan into an empty cell
     if isinstance(value, bool): return str(int(value))
     if isinstance(value, float) and value.is_integer(): return str(int(value))
     return ' '.join(str(value).split())

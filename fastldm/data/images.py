@@ -678,7 +678,8 @@ def is_opened(
 def dataset_key(
     name, # of a data set, or a path
 )->str: # the key in `DATASETS`, if it is the name of a set
-    "The name of a set in one spelling: 'Fashion-MNIST' and 'fashion_mnist' are `fashion`."
+    "The name of a set in one spelling: 'Fashion-MNIST' and 'fashion_mnist' are `fashion`; a `Path` is none."
+    if isinstance(name, Path): return ''                                # of a folder, whatever it is called
     key = str(name).lower().replace('-','').replace('_','')
     return 'fashion' if key=='fashionmnist' else key
 
@@ -686,7 +687,7 @@ def has_one_size(
     name, # of a data set, or a path
 )->bool: # whether it is a public set whose pictures have one size, so that it takes no `size`
     "Whether the size of a set's pictures cannot be chosen."
-    maker = None if isinstance(name, Path) else DATASETS.get(dataset_key(name))
+    maker = DATASETS.get(dataset_key(name))
     if maker is None: return False
     parameters = signature(maker).parameters
     return 'size' not in parameters and not any(p.kind==p.VAR_KEYWORD for p in parameters.values())
@@ -704,11 +705,10 @@ def get_dataset(
     key = dataset_key(name)
     if 'size' in kw and has_one_size(name):
         raise ValueError(f'the pictures of {name} have one size only, so none can be given: leave it out')
-    is_path = isinstance(name, Path)                                    # of a folder, whatever it is called
-    if key in DATASETS and not is_path: return DATASETS[key](root=root, split=split, download=download, **kw)
+    if key in DATASETS: return DATASETS[key](root=root, split=split, download=download, **kw)
     for is_kind,open_set in OPENERS:
         if is_kind(str(name)): return open_set(name, split=split, **kw)
-    if is_path or os.sep in str(name) or Path(name).is_dir(): return ImageFolder(name, split=split, **kw)
+    if isinstance(name, Path) or os.sep in str(name) or Path(name).is_dir(): return ImageFolder(name, split=split, **kw)
     similar = difflib.get_close_matches(key, DATASETS, n=1, cutoff=.5)
     hint = f'did you mean {similar[0]!r}? ' if similar else ''
     raise ValueError(f"no data set {str(name)!r}: {hint}There are {', '.join(DATASETS)}; or give a folder of pictures")

@@ -12,7 +12,6 @@ import inspect, json, os, sys, torch, warnings
 from difflib import get_close_matches
 from fastcore.basics import patch
 from pathlib import Path
-from torch.nn.utils import parametrize
 from ..core.download import (MODEL_FILES, cache_folder, fetch_published, hub_snapshot, megabytes,
                                    published)
 from ..core.processes import map_parts
@@ -24,6 +23,7 @@ from .samplers import check_falling, sample_generators, noise_from, noise_like
 from .cond import LabelEmbedder
 from .denoiser import check_interval, check_order, guide
 from .distill import load_student, remove_student, save_student, with_calls
+from .lora import adapters_of
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #ece62f57
 SAMPLER_NAMES = { # names elsewhere: the step here
@@ -287,8 +287,7 @@ def add_student(self:LatentDiffusion,
 )->LatentDiffusion: # the model
     "Give the model a student for `sample(calls=...)`; `save` writes it too. Raises `ValueError` for another model's."
     of = getattr(student, 'meta', {}).get('teacher_fingerprint')
-    is_coarse = next(self.denoiser.parameters()).dtype not in (torch.float,torch.double)       # weights are rounded
-    is_other = not is_coarse and of!=fingerprint(self.denoiser)
+    is_other = not _is_coarse(self.denoiser) and of!=fingerprint(self.denoiser)
     if of is None or is_other:
         raise ValueError(f'this student was trained for weights {of}, and the denoiser of this model is '
                          f'{fingerprint(self.denoiser)}: train one for it, with `fastldm_train distil`')
@@ -298,7 +297,11 @@ def add_student(self:LatentDiffusion,
 
 def _versions(module):
     "Where the weights of a module are, and how often they were changed in place."
-    return [(p.data_ptr(), p._version) for p in module.parameters()]
+    return [(p.data_ptr(), None if p.is_inference() else p._version) for p in module.parameters()]
+
+def _is_coarse(module):
+    "Whether the weights are rounded, so that their fingerprint is another one."
+    return next(module.parameters()).dtype not in (torch.float,torch.double)
 
 @patch
 def keep_student_of(self:LatentDiffusion,
@@ -317,14 +320,19 @@ def has_student(self:LatentDiffusion):
 @patch
 def student(self:LatentDiffusion)->Module: # a `Denoiser` in eval mode
     """The student, on the device and in the precision of the model. Raises `ValueError` where there is none, or where
-    the model was trained since."""
+    the model was trained since (what changes weights through `p.data` is not seen)."""
     if '_student' not in self.__dict__:
         if self.student_folder is None:
             raise ValueError('this model has no student for few calls: leave out `calls`, or train one '
                              'with `fastldm_train distil --model NAME`')
         self.add_student(load_student(self.student_folder, self.denoiser))
     student = self.__dict__['_student']
-    if self.__dict__['_student_of']!=_versions(self.denoiser): self.add_student(student)   # raises if it was trained
+    was, now = self.__dict__['_student_of'], _versions(self.denoiser)
+    is_trained = [changes for _,changes in was]!=[changes for _,changes in now]
+    if is_trained and _is_coarse(self.denoiser):                        # its fingerprint is another one anyway
+        raise ValueError('this model was trained since it got its student: train one for it, with '
+                         '`fastldm_train distil`')
+    if was!=now: self.add_student(student)                              # raises if the weights are other ones
     return student.to(next(self.denoiser.parameters()))
 
 @patch
@@ -464,7 +472,7 @@ def _check_noise(ldm, latents, n, constraint, output_type):
     if latents is True and output_type!='pt':
         raise ValueError(f'output_type={output_type!r} is for pictures: leave it out, or latents=True')
     if isinstance(latents, bool): return ()
-    if constraint.has_own_start:
+    if getattr(constraint, 'has_own_start', False):
         raise ValueError(f'latents are where to start, and so is {type(constraint).__name__}: leave out one of the two')
     shape = (n, *ldm.shape)
     is_noise = torch.is_tensor(latents) and latents.is_floating_point() and tuple(latents.shape)==shape
@@ -644,7 +652,7 @@ def save(
     a folder of its own beside them. Warns where the model was trained since it got its student, which is then left out.
 
     Raises `ValueError` for a model with a LoRA, with which it could not be loaded."""
-    if any(parametrize.is_parametrized(part) for part in model.modules()):
+    if adapters_of(model):
         raise ValueError('the model has a LoRA, with which it could not be loaded: call `merge_lora(model)` first')
     student = _student_to_save(model)
     folder = save_model(model, folder, **(_kept_card(model) | meta))

@@ -6,7 +6,7 @@
 __all__ = ['LowRank', 'add_lora', 'adapters_of', 'merge_lora', 'remove_lora', 'scale_lora', 'save_lora', 'read_lora', 'load_lora']
 
 # %% ../../nbs/diffusion/10_lora.ipynb #26108882
-import json, math, re, torch
+import itertools, json, math, re, torch
 from pathlib import Path
 from torch import nn
 from torch.nn.utils import parametrize
@@ -44,10 +44,12 @@ def _changes(model):
     return [(name, change) for name,layer in _layers(model).items() if parametrize.is_parametrized(layer, 'weight')
             for change in layer.parametrizations.weight if isinstance(change, LowRank)]
 
+_ORDER = itertools.count()
+
 def _before(model):
     "What `remove_lora` puts back: names of the weights that were trained, and {name: weight} that a file replaced."
     trained = [name for name,p in model.named_parameters() if p.requires_grad]
-    return model.__dict__.setdefault('_before_lora', dict(trained=trained, replaced={}))
+    return model.__dict__.setdefault('_before_lora', dict(trained=trained, replaced={}, order=next(_ORDER)))
 
 def add_lora(
     model:nn.Module, # a trained network; its weights are frozen
@@ -98,8 +100,9 @@ def merge_lora(
     return model
 
 def _take_records(model):
-    "(part, what `_before` kept of it) of the model and its parts, which keep it no longer."
-    return [(part, part.__dict__.pop('_before_lora')) for part in model.modules() if '_before_lora' in part.__dict__]
+    "(part, what `_before` kept of it) of the model and its parts, which keep it no longer; the latest is undone first."
+    found = [(part, part.__dict__.pop('_before_lora')) for part in model.modules() if '_before_lora' in part.__dict__]
+    return sorted(found, key=lambda record: -record[1]['order'])
 
 # %% ../../nbs/diffusion/10_lora.ipynb #19ec971e
 @torch.no_grad()

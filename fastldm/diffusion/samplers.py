@@ -91,7 +91,7 @@ def sample(
     cond=None, # passed to the denoiser
     cb=None, # called as `cb(x, t, s)` with the result of each step
     progress:bool=False, # show a bar
-    generators:list=None, # one per sample, for the noise that the step asks for
+    generators:list=None, # one per sample, for the noise of the step; None: those of a `noise_from` around the call
     grad:bool=False, # let gradients pass through all steps, which takes the memory of all of them
 )->torch.Tensor: # `x` at the last time
     """Take one step after the other. Raises `ValueError` for times that do not fall, or are not from 1 to 0.
@@ -99,11 +99,12 @@ def sample(
     Each call begins a path: what a solver of higher order remembers of earlier steps is forgotten."""
     ts = check_falling(ts)
     if hasattr(step, 'reset'): step.reset()
-    if generators is None: generators = _generators.get()              # those of a `noise_from` around this call
+    if generators is None: generators = _generators.get()
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()), noise_from(generators):
         for t,s in tqdm(list(zip(ts[:-1], ts[1:])), disable=not progress, leave=False):
             x = step(denoise, x, t, s, cond)
-            if cb: cb(x, t, s)
+            with noise_from(None):                                      # what is called here may sample, too
+                if cb: cb(x, t, s)
     return x
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #12695520

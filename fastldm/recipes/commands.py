@@ -290,7 +290,8 @@ def quick_options(
         n_stages = len(parameter.default) if isinstance(parameter.default, (list,tuple)) else 1
         is_training = name.endswith('steps') and name!='path_steps'      # of paths they are no training
         if is_training: options[name] = 20 if n_stages==1 else [20]*n_stages
-        if name=='autoencoder' and parameter.default: options[name] = parameter.default | dict(steps=20)
+        is_stage = name=='autoencoder' and isinstance(parameter.default, dict)
+        if is_stage: options[name] = parameter.default | dict(steps=20)
         if name.endswith('epochs'): options[name] = 1
         if name=='n' and isinstance(parameter.default, int): options[name] = min(parameter.default, 500)
     return options
@@ -305,12 +306,13 @@ def _train(train, out, deadline, **options):
         sys.exit(f'train: {deadline.minutes:g} minutes are over: {_one_line(stop)}')
     except KeyboardInterrupt:
         sys.exit(f'train: interrupted between two stages: run the same command to resume with what is saved in {out}')
-    print(f'done, in {out}', *_what_was_done(model), *_what_next(model, out), sep='\n')
+    done = _what_was_done(model, train is RECIPES['distil'])
+    print(f'done, in {out}', *done, *_what_next(model, out), sep='\n')
 
 # %% ../../nbs/recipes/06_commands.ipynb #195c5439
-def _what_was_done(model):
-    "A line for each stage of a trained model, as its card has it; or for its student, which is trained last."
-    card = model.student().meta if getattr(model, 'has_student', False) else getattr(model, 'meta', {})
+def _what_was_done(model, is_student=False):
+    "A line for each stage of a trained model, as its card has it; or one for its student, where that was trained."
+    card = model.student().meta if is_student else getattr(model, 'meta', {})
     stages = card.get('stages') or {card.get('stage', 'model'): card}
     lines = [f"trained on {card['n_pictures']:,} pictures"] if 'n_pictures' in card else []
     if card.get('n_validation'):

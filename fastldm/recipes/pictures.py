@@ -329,8 +329,8 @@ class Film:
         Raises `ValueError` where the pictures were drawn in several batches."""
         counts = {len(frame) for frame in self.frames}
         if len(counts)>1:
-            raise ValueError(f'the pictures were drawn in batches of {min(counts)} to {max(counts)}: each frame of a '
-                             'film shows all of them, so draw them in one batch (batch_size)')
+            raise ValueError(f'the frames have {min(counts)} to {max(counts)} pictures, which were drawn in several '
+                             'batches: each frame of a film shows all, so draw them in one batch (batch_size)')
         step = math.ceil(len(self.frames)/self.most)
         chosen = self.frames[::-1][::step][::-1]                        # the last frame is among them
         grids = [np.asarray(enlarged_grid(frame, ncol)) for frame in chosen]

@@ -428,7 +428,7 @@ def full_path(
     name, # of a data set or a model, or the path of one
 )->str: # a path that leads there from any folder; a name as it is
     "The name or path that a card records for a data set or a model."
-    is_name = dataset_key(name) in DATASETS or str(name) in available('')
+    is_name = dataset_key(name) in DATASETS or not isinstance(name, Path) and str(name) in available('')
     return str(name) if is_name or not Path(name).exists() else str(Path(name).resolve())
 
 # %% ../../nbs/recipes/00_stages.ipynb #190e4b39
@@ -559,7 +559,9 @@ _FACTS = ('pictures','shape','classes','brightness','content')       # of data: 
 
 def _differences(was, asked):
     "Names of what is not the same, of both that have it."
-    different = [name for name in asked if name in was and not _is_close(was[name], asked[name])]
+    unknown = ('PosixPath','WindowsPath')                               # any path, as runs once wrote it
+    known = [name for name in asked if name in was and was[name] not in unknown]
+    different = [name for name in known if not _is_close(was[name], asked[name])]
     facts = [name for name in _FACTS if name in was and name in asked]
     of_data = [name for name in facts if name in different]
     if facts and not of_data: return [name for name in different if name!='data']        # it is in another place
@@ -633,6 +635,8 @@ def _check_numbers(arguments):
     precision = arguments.get('precision')
     if precision not in (None,'bf16','fp16'):
         raise ValueError(f"precision={precision!r}: expected None, 'bf16' or 'fp16'")
+    if precision=='fp16' and not torch.cuda.is_available():
+        raise ValueError("precision='fp16' needs a GPU: give 'bf16' or None")
     arguments = arguments | (arguments.get('network') or {})
     for name,value in arguments.items():
         is_per_level = name in ('channels','ae_channels','prior_channels')
