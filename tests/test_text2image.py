@@ -233,8 +233,9 @@ def test_candidates_are_what_the_text_encoder_finds_best(trained):
 def test_each_prompt_its_image(trained, prior):
     "A text changes its own image, and no other."
     model = copy.deepcopy(trained[0])
-    for part in (model.denoiser,*model.priors):                         # at the start the last layers are 0
-        for p in part.parameters(): p.data += .02*torch.randn_like(p)
+    torch.manual_seed(0)
+    for part in (model.denoiser,*model.priors):                         # at the start the last layers are 0, and a
+        for p in part.parameters(): p.data += .1*torch.randn_like(p)    # small change of latents leaves their codes
     def sample(middle):
         return model.sample(['a red square',middle,'a green square'], seed=2, prior=prior, guidance_scale=4.)
     changed = (sample('a red square')-sample('a blue square')).abs().amax((1,2,3))

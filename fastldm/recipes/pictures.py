@@ -214,8 +214,8 @@ def options_of(
         if not is_sampled or not options.get(name): options.pop(name, None)
     negative = settings.get('negative', {}) | _open_masks(settings.get('negative_masks', {}))
     if negative: options['negative'] = negative
-    conditions = settings.get('conditions', {}) | _open_masks(settings.get('more_masks', {}))
-    if 'mask' in settings: conditions[settings['mask_name']] = packed_file(settings['mask'])
+    masks = {settings['mask_name']: settings['mask']} if 'mask' in settings else {}
+    conditions = settings.get('conditions', {}) | _open_masks(masks | settings.get('more_masks', {}))
     if method is None:
         if 'prior' in options: options['prompt'] = conditions.pop('text', '')
         return options | (dict(condition=conditions) if conditions else {})
