@@ -297,7 +297,7 @@ def add_student(self:LatentDiffusion,
 
 def _versions(module):
     "Where the weights of a module are, and how often they were changed in place."
-    return [(p.data_ptr(), None if p.is_inference() else p._version) for p in module.parameters()]
+    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in module.parameters()]
 
 def _is_coarse(module):
     "Whether the weights are rounded, so that their fingerprint is another one."
@@ -328,7 +328,7 @@ def student(self:LatentDiffusion)->Module: # a `Denoiser` in eval mode
         self.add_student(load_student(self.student_folder, self.denoiser))
     student = self.__dict__['_student']
     was, now = self.__dict__['_student_of'], _versions(self.denoiser)
-    is_trained = [changes for _,changes in was]!=[changes for _,changes in now]
+    is_trained = any(later>earlier for (_,earlier),(_,later) in zip(was, now))      # a copy counts anew, from 0
     if is_trained and _is_coarse(self.denoiser):                        # its fingerprint is another one anyway
         raise ValueError('this model was trained since it got its student: train one for it, with '
                          '`fastldm_train distil`')
