@@ -306,7 +306,7 @@ def _train(train, out, deadline, **options):
         sys.exit(f'train: {deadline.minutes:g} minutes are over: {_one_line(stop)}')
     except KeyboardInterrupt:
         sys.exit(f'train: interrupted between two stages: run the same command to resume with what is saved in {out}')
-    done = _what_was_done(model, train is RECIPES['distil'])
+    done = _what_was_done(model, train is RECIPES.get('distil'))
     print(f'done, in {out}', *done, *_what_next(model, out), sep='\n')
 
 # %% ../../nbs/recipes/06_commands.ipynb #195c5439

@@ -212,10 +212,10 @@ def options_of(
     options = {name: settings[name] for name in NUMBERS if settings.get(name) is not None}
     for name in ('steps','step'):
         if not is_sampled or not options.get(name): options.pop(name, None)
-    negative = settings.get('negative', {}) | _open_masks(settings.get('negative_masks', {}))
+    negative = settings.get('negative', {}) | _mask_files(settings.get('negative_masks', {}))
     if negative: options['negative'] = negative
     masks = {settings['mask_name']: settings['mask']} if 'mask' in settings else {}
-    conditions = settings.get('conditions', {}) | _open_masks(masks | settings.get('more_masks', {}))
+    conditions = settings.get('conditions', {}) | _mask_files(masks | settings.get('more_masks', {}))
     if method is None:
         if 'prior' in options: options['prompt'] = conditions.pop('text', '')
         return options | (dict(condition=conditions) if conditions else {})
@@ -227,7 +227,7 @@ def options_of(
     return options | (dict(condition=conditions) if conditions else {})
 
 # %% ../../nbs/recipes/13_pictures.ipynb #9366812f
-def _open_masks(masks): return {name: packed_file(mask) for name,mask in masks.items()}
+def _mask_files(masks): return {name: packed_file(mask) for name,mask in masks.items()}
 
 def constraint_of(
     settings:dict, # of a drawing
