@@ -106,6 +106,37 @@ def test_an_interrupted_recipe_goes_on(tmp_path, capsys, monkeypatch):
     assert (tmp_path/'b'/'autoencoder'/'model.safetensors').stat().st_mtime_ns==first
     assert torch.equal(resumed.sample(2, label=3, steps=2, seed=0), undisturbed.sample(2, label=3, steps=2, seed=0))
 
+@pytest.mark.slow
+@pytest.mark.parametrize('part', ['middle','denoiser'])
+def test_an_interrupted_course_goes_on(part, tmp_path, capsys, monkeypatch):
+    """Killed in either part of the denoiser's training: the model is that of a run without a break, whose last part
+    began where the first ended."""
+    from fastldm.recipes import label_ldm
+    class Interrupt(Callback):
+        def after_step(self, learn):
+            if learn.step==2 and learn.checkpoint.parts[-3]==part: raise KeyboardInterrupt
+    monkeypatch.setitem(DATASETS, 'few', lambda root=None, split='train', download=True: Digits(split=split))
+    monkeypatch.setattr(SaveCB, 'after_step', lambda self, learn: learn.save())       # a checkpoint every step
+    tiny = dict(c_latent=2, ae_channels=(8,8), ae_steps=3, channels=(8,8), steps=6, middle=.5, progress=False)
+    with pytest.raises(KeyboardInterrupt): label_ldm('few', tmp_path/'b', cbs=[Interrupt()], **tiny)
+    resumed = label_ldm('few', tmp_path/'b', **tiny)
+    undisturbed = label_ldm('few', tmp_path/'a', **tiny)
+    assert f'{part}: resuming from step 1 of 3' in capsys.readouterr().out
+    assert fingerprint(resumed.denoiser)==fingerprint(undisturbed.denoiser)
+    assert set(resumed.meta['stages'])=={'autoencoder','middle','denoiser'}
+    still = label_ldm('few', tmp_path/'c', lr=0., **tiny)                              # the last part changes nothing
+    first = load_model(tmp_path/'c'/'middle', 'cpu')
+    assert all(torch.equal(value, first.state_dict()[name]) for name,value in still.denoiser.state_dict().items())
+
+def test_a_course_of_two_parts_is_not_made_longer(tmp_path, monkeypatch):
+    "More steps would belong to both parts, the first of which is over: refused before anything is written down."
+    from fastldm.recipes import label_ldm
+    monkeypatch.setitem(DATASETS, 'few', lambda root=None, split='train', download=True: Digits(split=split))
+    tiny = dict(c_latent=2, ae_channels=(8,8), ae_steps=2, channels=(8,8), middle=.5, progress=False)
+    label_ldm('few', tmp_path/'a', steps=2, **tiny)
+    with pytest.raises(ValueError, match='middle_steps was 1, is 2'): label_ldm('few', tmp_path/'a', steps=4, **tiny)
+    label_ldm('few', tmp_path/'a', steps=2, **tiny)
+
 def test_a_stage_under_its_former_name(tmp_path):
     "The text encoder of an earlier run, in the folder `reader`, is found."
     from fastldm.recipes import train_text_encoder

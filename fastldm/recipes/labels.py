@@ -19,7 +19,7 @@ from ..diffusion.autoencoder import LatentDataset, PixelSpace, TutorialAutoencod
 from ..diffusion.cond import Conditioner, LabelEmbedder, VectorEmbedder
 from ..diffusion.denoiser import Denoiser, diffusion_loss, edm_weight
 from ..diffusion.ldm import LatentDiffusion, available, load
-from ..diffusion.schedules import VE, Cosine, uniform_t
+from ..diffusion.schedules import VE, Cosine, logit_normal_t, uniform_t
 from ..diffusion.unet import TutorialUNet, UNet
 from ..metrics.images import Evaluator, PhotoEvaluator, Reference, evaluator_loss, fid, label_accuracy
 from .stages import (begin, calls_begin, embedders_of, finish, licence_line, picture_set, recipe,
@@ -90,6 +90,8 @@ def label_ldm(
     channels=(64,128), # of the U-Net
     n_blocks:int=1, # residual blocks per level
     steps:int=20000, # of the denoiser's training
+    middle:float=0., # share of these that comes first and draws more times from the middle, below 1
+    middle_lr:float=3e-3, # highest learning rate of that share
     batch_size:int=64, # pictures per step, at most
     lr:float=1e-3, # highest learning rate of the denoiser
     drop:float=.1, # rate at which the label is left out in training
@@ -106,8 +108,10 @@ def label_ldm(
     "Train a latent diffusion on pictures, with or without labels. Raises what the data set raises, before work starts."
     arguments = dict(locals())
     pictures = picture_set(data, root, size=size)
-    folder = begin(folder, label_ldm, arguments, pictures, multiple=2**len(ae_channels),
-                   stages=['autoencoder','denoiser'])
+    first_steps = _first_steps(steps, middle)
+    stages = ['autoencoder','middle','denoiser'] if first_steps else ['autoencoder','denoiser']
+    folder = begin(folder, label_ldm, arguments, pictures, multiple=2**len(ae_channels), stages=stages,
+                   middle_steps=first_steps)
     ds = Augmented(pictures, copies, seed, mirror=mirror) if copies>1 else pictures
     training = dict(seed=seed, precision=precision, progress=progress, batch_size=batch_size)
     set_seed(seed)
@@ -115,16 +119,25 @@ def label_ldm(
     ae = train_autoencoder(ds, folder, c_latent=c_latent, channels=ae_channels, steps=ae_steps, **training)
     latents = LatentDataset(ds, ae, cache=folder/'cache', progress=progress)
     shape = tuple(latents[0]['latent'].shape)
-    scores = score_cb(data, ae, shape, max(1, steps//8))
-    loss_fn = partial(diffusion_loss, weight=weight, sample_t=sample_t)
     def draw(denoiser): return _draw_labels(LatentDiffusion(ae, denoiser, shape), ds)
-    denoiser = train_denoiser(latents, folder, denoiser, loss_fn, steps, lr=lr, draw=draw, cbs=[*cbs, *scores],
-                              **training)
+    def train(stage, denoiser, times, steps, lr):
+        loss_fn = partial(diffusion_loss, weight=weight, sample_t=times)
+        scores = score_cb(data, ae, shape, max(1, steps//8))
+        return train_denoiser(latents, folder, denoiser, loss_fn, steps, lr=lr, stage=stage, longer=not first_steps,
+                              draw=draw, cbs=[*cbs, *scores], **training)
+    if first_steps: denoiser = train('middle', denoiser, logit_normal_t, first_steps, middle_lr)
+    denoiser = train('denoiser', denoiser, sample_t, steps-first_steps, lr)
     about = dict(n_pictures=len(pictures), views=copies) if copies>1 else {}
-    return _finish_labels(folder, LatentDiffusion(ae, denoiser, shape), data, ds, licence_line(pictures), seed=seed,
-                          **about | (card or {}))
+    return _finish_labels(folder, LatentDiffusion(ae, denoiser, shape), data, ds, licence_line(pictures), stages,
+                          seed=seed, **about | (card or {}))
 
 # %% ../../nbs/recipes/01_labels.ipynb #58057355
+def _first_steps(steps, share):
+    "Of so many steps, those on times from the middle. Raises `ValueError` where none would be left after them."
+    first = round(real_number(share, 'middle', 0, 1)*whole_number(steps, 'steps', 1))
+    if first<steps: return first
+    raise ValueError(f'middle={share} of {steps} steps leaves none for the times near 0 and 1: give a smaller share')
+
 def _finish_labels(folder, ldm, data, ds, licence, stages=('autoencoder','denoiser'), **card):
     "Save the model, with pictures by label."
     about = dict(n_pictures=len(ds), classes=_classes(ds)) | card
@@ -323,8 +336,8 @@ def photo_evaluator(
 
 # %% ../../nbs/recipes/01_labels.ipynb #c67598dc
 recipe('digits', label_ldm, 'digits', c_latent=4, ae_channels=(32,48), ae_steps=1000, channels=(32,64), steps=3000)
-recipe('mnist', label_ldm, 'mnist', c_latent=4, ae_steps=6000, steps=14000)
-recipe('fashion', label_ldm, 'fashion', c_latent=8, ae_steps=5000, steps=20000)
+recipe('mnist', label_ldm, 'mnist', c_latent=4, ae_steps=6000, steps=38000, middle=.8)
+recipe('fashion', label_ldm, 'fashion', c_latent=8, ae_steps=5000, steps=68000, middle=.88)
 recipe('flowers', label_ldm, 'flowers5', size=64, c_latent=8, ae_steps=8000, steps=12000, drop=.2, copies=4)
 recipe('mnist_tutorial', tutorial_ldm, 'mnist')
 recipe('fashion_tutorial', tutorial_ldm, 'fashion', ae_epochs=5, ae_batch_size=128, epochs=5)

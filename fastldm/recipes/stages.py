@@ -227,11 +227,13 @@ def reconstructions(
 # %% ../../nbs/recipes/00_stages.ipynb #6c14ab18
 def train_denoiser(
     latents, # a `LatentDataset`
-    folder, # of the whole model; the stage is in `folder/denoiser`
+    folder, # of the whole model; the stage has a folder of its own there
     model, # a `Denoiser`
     loss_fn=diffusion_loss, # of the denoiser
     steps:int=20000, # of the optimiser
     seed:int=0, # as in `train_stage`
+    stage:str='denoiser', # name of the stage
+    longer:bool=True, # as in `train_stage`
     **learner, # for the `Learner`
 )->torch.nn.Module: # the trained denoiser
     """Second stage; the scores that a callback logged on the way go on its card. Raises `ValueError` as
@@ -240,8 +242,8 @@ def train_denoiser(
         scores = [row for row in learn.log if 'fid' in row]
         return dict(history=[{k: v for k,v in row.items() if k not in ('lr','grad_norm')} for row in scores])
     settings = dict(lr=1e-3, warmup=min(500, steps//10), ema=.999) | learner
-    return train_stage(stage_folder(folder, 'denoiser'), lambda: model, latents, loss_fn, seed=seed,
-                       card=history, longer=True, steps=steps, **settings)
+    return train_stage(stage_folder(folder, stage), lambda: model, latents, loss_fn, seed=seed,
+                       card=history, longer=longer, steps=steps, **settings)
 
 # %% ../../nbs/recipes/00_stages.ipynb #f115f39f
 _TASKS = dict( # class of a model: the task by which the hub lists it
@@ -647,8 +649,9 @@ def _check_numbers(arguments):
         if is_count and value is not None:
             for number in numbers: whole_number(number, name, 1)
     whole_number(arguments.get('seed', 0), 'seed')
-    for name in ('drop','partial'): real_number(arguments.get(name, 0), name, 0, 1)
-    if arguments.get('lr') is not None: real_number(arguments['lr'], 'lr', 0)
+    for name in ('drop','partial','middle'): real_number(arguments.get(name, 0), name, 0, 1)
+    for name in ('lr','middle_lr'):
+        if arguments.get(name) is not None: real_number(arguments[name], name, 0)
 
 # %% ../../nbs/recipes/00_stages.ipynb #7d7db3be
 def _check_size(height, width, multiple):
