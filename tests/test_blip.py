@@ -207,9 +207,16 @@ def test_losses_against_plain_formulas(blip):
     close(out['loss'], out['itc']+out['lm'], eps=1e-5)
 
 def test_equal_captions_are_no_mistake(blip):
+    pairs = ['a ship','two flowers','A  SHIP','a yellow sun']              # the first and the third say the same
+    out = blip_loss()(blip, dict(image=x, caption=pairs))
+    shared = torch.tensor([[.5,0,.5,0],[0,1,0,0],[.5,0,.5,0],[0,0,0,1]])
+    def contrast(logits, right): return (F.cross_entropy(logits, right)+F.cross_entropy(logits.T, right))/2
+    close(out['itc'], contrast(blip.similarity(x, pairs)/.07, shared), eps=1e-4)
+    logits = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))          # of texts whose features differ
+    close(contrastive_loss(logits, shared>0), contrast(logits, shared), eps=1e-5)
+    assert abs(contrast(logits, shared)-contrastive_loss(logits))>.05
     same = ['a ship','a ship','A  SHIP','a ship']
     out = blip_loss()(blip, dict(image=x, caption=same))
-    close(out['itc'], math.log(4), eps=2.)
     yes = blip.match(x, same)
     close(out['itm'], -yes.log().mean(), eps=1e-4)                  # no wrong text to draw
     eq(sample_hard_negatives(torch.zeros(4,4), torch.ones(4,4).bool()), torch.full((4,),-1))

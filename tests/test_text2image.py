@@ -478,6 +478,8 @@ def test_eval_command(trained, tmp_path):
     fails("unknown setting 'step'", eval_cli, d/'run', step='DPMSolver2M', prior='codes')
     fails('n=0', eval_cli, d/'run', n=0)
     eval_cli(str(d/'run'), n=2, prior='diffusion', steps=2, card=True)
-    assert json.loads((d/'run'/'config.json').read_text())['metrics']['prior']=='diffusion'
+    card = json.loads((d/'run'/'config.json').read_text())
+    assert card['metrics']['prior']=='diffusion'
+    assert '`fastldm_eval --n 2 --steps 2 --prior diffusion --seed 0`' in card['metrics_of']
     assert '| metric: psnr |' in (d/'run'/'README.md').read_text()
     assert load(d/'run').sample('a red square', seed=0).equal(model.sample('a red square', seed=0))

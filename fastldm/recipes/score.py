@@ -10,6 +10,7 @@ import argparse
 import fastldm
 import json
 import shutil
+import time
 from fastcore.basics import patch
 from fastcore.script import Param, store_true
 from functools import partial
@@ -173,9 +174,17 @@ def eval_cli(
     if out:
         with write_atomic(out) as f: f.write_text(json.dumps(scores, indent=1)+'\n')
         shutil.rmtree(parts, ignore_errors=True)
-    if card: write_card(_record_of(model).parent, metrics=scores)
+    if card: write_card(_record_of(model).parent, metrics=scores, metrics_of=_how_scored(options))
 
 # %% ../../nbs/recipes/19_score.ipynb #f3fbdbd7
+def _how_scored(options):
+    "For the card: with which options, by which version, and when."
+    told = ' '.join(f'--{name} {_as_typed(value)}' for name,value in options.items())
+    version = f'fastldm {fastldm.__version__}, {time.strftime("%Y-%m-%d")}'
+    return f"`fastldm_eval {told}`, other settings the model's own ({version})"
+
+def _as_typed(value): return ','.join(map(str, value)) if isinstance(value, (list,tuple)) else value
+
 def _record_of(model):
     "The config.json of a model that was loaded by name; `FileNotFoundError` for one that was fetched from the hub."
     for folder in (*weights_folders(), Path()):
