@@ -94,12 +94,15 @@ _printed = set()
 
 def _print_provenance(about, make):
     "When and where kept numbers were measured, unless the same was printed before."
-    if about is None: return                                            # of before there was provenance
-    line = f"kept since {about['date']}, on {about['processor']}, {about['threads']} thread{'s'*(about['threads']!=1)}"
-    source = source_hash(make)
-    if about['source'] and source and about['source']!=source: line += ' (by a function that was edited since)'
+    line = 'kept, undated' if about is None else _kept_since(about, source_hash(make))
     if line not in _printed: print(line)
     _printed.add(line)
+
+def _kept_since(about, source):
+    "Date, processor and threads, and whether the function is still the one that measured."
+    line = f"kept since {about['date']}, on {about['processor']}, {about['threads']} thread{'s'*(about['threads']!=1)}"
+    was_edited = about['source'] and source and about['source']!=source
+    return f'{line} (by a function that was edited since)' if was_edited else line
 
 def _miss_message(name, row, settings):
     "Why the numbers that are kept do not serve."
@@ -206,7 +209,7 @@ def missing_packages(
 def figures_cli(
     names:Param('figures to draw (default: all)', str, nargs='*'), # figures to draw
     train:store_true=False, # train the models first, into runs/ (hours), and draw with those
-    fresh:store_true=False, # measure everything anew (about an hour), also what was kept in figures/measured.json
+    fresh:store_true=False, # measure anew what is kept in figures/measured.json (a day of one core; what is finished in runs/ is used)
 ):
     "Draw the figures from the shipped weights."
     from tqdm import tqdm
