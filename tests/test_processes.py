@@ -10,7 +10,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 from fastldm.codes import Blip, PixelSNAIL, blip_loss, pixelsnail_loss
 from fastldm.control import ControlAdapter, control_loss, random_region
 import fastldm.core.processes as processes
-from fastldm.core import (Callback, Learner, ShardedLearner, StopTraining, process_share, read_checkpoint,
+from fastldm.core import (Callback, HeldOutCB, Learner, ShardedLearner, StopTraining, process_share, read_checkpoint,
                           rows_of_batch, set_seed)
 from fastldm.core.processes import map_parts, shared_work
 from fastldm.core.rows import write_rows
@@ -95,8 +95,20 @@ def student():
     teacher, _, _ = denoiser()
     return make_student(teacher), Paths(), distill_loss
 
+def one_token():
+    "Attention to one token, whose queries get no gradient."
+    _, latents, _ = denoiser()
+    conditioner = Conditioner(drop=0., label=LabelEmbedder(10, 16, token=True))
+    net = UNet(2, (16,), 1, d_emb=32, attention=['cross'], d_context=16)
+    return Denoiser(net, Cosine(), conditioner), latents, diffusion_loss
+
 STAGES = dict(autoencoder=autoencoder, denoiser=denoiser, prior=prior, text_encoder=text_encoder, adapter=adapter,
-              student=student, divided=denoiser)
+              student=student, divided=denoiser, one_token=one_token)
+
+def falls_on_average(learn, data, n):
+    "A measure that falls as the mean of all processes, and rises in the last of them."
+    rank, world = process_share()
+    return learn.step*(4*rank-2*(world-1)-1)
 
 def check_share_of_weights(learn):
     "Each process has its part of the weights, of their average and of the optimiser's state."
@@ -115,6 +127,7 @@ def train(*folders, until=None):
         set_seed(0)
         model, data, loss_fn = build()
         cbs = [] if until is None else [StopAt(until)]
+        if name=='one_token': cbs += [HeldOutCB(data, every=1, patience=2, measure=falls_on_average)]
         learner = partial(ShardedLearner, blocks=[ResBlock]) if name=='divided' else Learner
         learn = learner(model, data, loss_fn, steps=8, batch_size=16, ema=.9, log_every=1, warmup=3, cbs=cbs,
                         folder=Path(folder)/name, progress=False)

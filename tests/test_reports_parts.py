@@ -14,17 +14,19 @@ from fastldm.codes import WordVectors
 from fastldm.codes.store import _text_identity
 from fastldm.codes.text2image import TextLatents
 from fastldm.codes.text_encoder import SPECIAL, cached_text_features
-from fastldm.control import BlendedControl, Control, control
+from fastldm.control import BlendedControl, Control, ControlData, control
 from fastldm.core import (Callback, FeatureDistance, HeldOutCB, Interrupted, Learner, Module, StopTraining, find_lr,
-                          image_grid, noise_of_batch, set_seed)
+                          fingerprint, image_grid, noise_of_batch, set_seed)
 from fastldm.core.train import read_checkpoint
 from fastldm.data import (Captioned, Digits, DrawnFaces, ImageFolder, Part, SyntheticScenes, get_dataset, write_shards,
                           write_stream)
-from fastldm.diffusion import (LatentDiffusion, add_lora, ddpm_step, inpaint, invert, load_lora, merge_lora, noise_from,
+from fastldm.diffusion import (Autoencoder, LatentDiffusion, add_lora, ddpm_step, inpaint, invert, load_lora, merge_lora, noise_from,
                                remove_lora, sample, sample_generators, save, save_lora)
 from fastldm.diffusion.ldm import model_folder
 from fastldm.metrics import memorisation, retrieval
-from fastldm.recipes.stages import full_path, picture_set
+from fastldm.recipes.pictures import settings_of
+from fastldm.recipes.score import _about_evaluation
+from fastldm.recipes.stages import _batch_size_for, full_path, picture_set
 from fastldm.ui.app import _words, form_of
 
 # ---- the learner
@@ -264,6 +266,44 @@ def test_candidates_with_a_control_or_a_picture_for_each(scenes, adapter, sketch
     assert len(repeated.parts[0].region)==1
     pictures = inpaint(torch.zeros(2,3,64,64), torch.ones(64,64)).repeated(2, 3)
     assert len(pictures.data[0])==6
+
+def test_an_adapter_is_trained_on_all_classes_of_a_folder():
+    "Of fewer pictures than a sorted set has, some are of each class."
+    digits = Digits()
+    in_order = Part(digits, digits.label.argsort().tolist())
+    some = ControlData(in_order, Autoencoder(c_in=1, c_latent=2, channels=(8,)).eval(), ['edges'], ['label'], n=40,
+                       progress=False)
+    assert len(some)==40 and sorted({*some.latents.fields['label'].tolist()})==[*range(10)]
+    few = torch.tensor([0,9,39])
+    chosen = torch.tensor([i*len(in_order)//40 for i in few.tolist()])
+    assert some.__getitems__(few.tolist())['label'].tolist()==in_order.__getitems__(chosen.tolist())['label'].tolist()
+
+def test_a_picture_names_the_adapter_that_controlled_it(scenes, adapter, sketch):
+    "By the fingerprint of its weights, as another of the same name draws another picture."
+    options = dict(prompt='a red house', n=1, constraint=control(adapter, sketch[0], torch.ones(64,64)))
+    before = settings_of(scenes, 'scenes', options, 'mine')
+    assert before['adapter_fingerprint']==fingerprint(adapter)
+    other = deepcopy(adapter)
+    with torch.no_grad(): next(other.parameters()).add_(1.)
+    after = settings_of(scenes, 'scenes', options | dict(constraint=control(other, sketch[0])), 'mine')
+    assert after['adapter_fingerprint']!=before['adapter_fingerprint']
+    assert 'adapter_fingerprint' not in settings_of(scenes, 'scenes', dict(prompt='a red house', n=1))
+
+def test_a_part_of_an_evaluation_is_of_one_student(clothes):
+    "Parts of an interrupted evaluation in few calls belong to the student that drew them."
+    about = _about_evaluation(clothes, dict(calls=2))['model']
+    assert about['student_fingerprint']==fingerprint(clothes.student())
+    assert 'student_fingerprint' not in _about_evaluation(clothes, dict(steps=2))['model']
+
+@pytest.mark.parametrize('n, processes, expected', [(50,1,50), (50,4,48), (640,4,64), (3,1,3)])
+def test_a_batch_that_the_processes_can_share(n, processes, expected, monkeypatch):
+    "Of fewer pictures than a batch has."
+    monkeypatch.setenv('WORLD_SIZE', str(processes))
+    assert _batch_size_for(range(n), 64)==expected
+
+def test_more_processes_than_pictures(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '4')
+    with pytest.raises(ValueError, match='3 examples for 4 processes: start fewer'): _batch_size_for(range(3), 64)
 
 def test_adapters_with_and_without_a_middle_add_up():
     "The last map of the longer list was dropped."

@@ -17,7 +17,7 @@ from itertools import zip_longest
 from PIL import Image
 from fastcore.basics import patch
 from torch import nn
-from ..core.models import Module, check_choice, evaluating, fingerprint, real_number
+from ..core.models import Module, check_choice, evaluating, fingerprint, real_number, spread_indices
 from ..core.train import noise_of_batch, rows_of_batch
 from ..data.faces import read_mask
 from ..data.images import edges as image_edges, from_image, plain_picture
@@ -629,13 +629,13 @@ class _WithControl:
         self.ds = ds
         self.kinds = kinds
         self.fields = ('image','caption',*fields)
-        self.n = min(n or len(ds), len(ds))
+        self.rows = spread_indices(len(ds), n or len(ds))                       # of a folder, from all classes
         self.n_classes = len(getattr(ds, 'mask_classes', ()))
 
-    def __len__(self): return self.n
+    def __len__(self): return len(self.rows)
 
     def __getitems__(self, idxs):
-        batch = self.ds.__getitems__(idxs)
+        batch = self.ds.__getitems__([self.rows[int(i)] for i in idxs])
         kept = {field: batch[field] for field in self.fields if field in batch}
         control = picture_control(self.kinds, batch, self.n_classes)
         return dict(kept, control=(control*255).round().byte())

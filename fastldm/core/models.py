@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['RENAMED_CLASSES', 'RENAMED_ARGUMENTS', 'RENAMED_WEIGHTS', 'PICKLES', 'EXTRAS', 'Recorded', 'Module', 'upgrade_record',
-           'upgrade_weights', 'from_config', 'write_atomic', 'Busy', 'json_text', 'fingerprint', 'config_fingerprint',
-           'n_params', 'tensor_digest', 'model_digest', 'fits_half', 'check_folder', 'save_model', 'check_weights',
-           'default_device', 'check_device', 'load_model', 'check_saveable', 'evaluating', 'inference', 'fetch_batch',
-           'spread_indices', 'cover_indices', 'set_seed', 'should_run', 'install_line', 'require_package',
-           'check_choice', 'check_flags', 'whole_number', 'counted', 'real_number']
+           'upgrade_weights', 'from_config', 'write_atomic', 'clear_unfinished', 'Busy', 'json_text', 'fingerprint',
+           'config_fingerprint', 'n_params', 'tensor_digest', 'model_digest', 'fits_half', 'check_folder', 'save_model',
+           'check_weights', 'default_device', 'check_device', 'load_model', 'check_saveable', 'evaluating', 'inference',
+           'fetch_batch', 'spread_indices', 'cover_indices', 'set_seed', 'should_run', 'install_line',
+           'require_package', 'check_choice', 'check_flags', 'whole_number', 'counted', 'real_number']
 
 # %% ../../nbs/core/00_models.ipynb #c0a18586
-import difflib, hashlib, importlib, inspect, json, math, os, pkgutil, random, sys
-from contextlib import ExitStack, contextmanager
+import difflib, hashlib, importlib, inspect, json, math, os, pkgutil, random, sys, time
+from contextlib import ExitStack, contextmanager, suppress
 from functools import wraps
+from glob import escape
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
@@ -157,6 +158,16 @@ def write_atomic(
         temporary.chmod(mode)
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
+
+def clear_unfinished(
+    path, # a file that `write_atomic` will write
+    seconds:float=3600., # since they were last written to: another process may be at it
+)->None:
+    "Delete what processes that were killed while they wrote a file have left of it."
+    path = Path(path)
+    for file in path.parent.glob(f'.{escape(path.stem)}-*-*{escape(path.suffix)}'):
+        with suppress(FileNotFoundError):                      # another process clears, too
+            if time.time()-file.stat().st_mtime>seconds: file.unlink()
 
 # %% ../../nbs/core/00_models.ipynb #cd734841
 class Busy(RuntimeError): "Another process uses the folder."

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from fastcore.basics import patch
 from safetensors import safe_open
-from .models import whole_number, write_atomic
+from .models import clear_unfinished, whole_number, write_atomic
 
 # %% ../../nbs/core/07_rows.ipynb #8290284b
 class Texts(Sequence):
@@ -177,6 +177,7 @@ def row_writer(
     n:int, # rows
 ):
     "Gives a `RowWriter`, which raises `ValueError` for batches that do not fit. After an error no file is left."
+    clear_unfinished(path)
     with write_atomic(path) as temporary, open(temporary, 'wb+') as file:
         writer = RowWriter(file, n)
         yield writer

@@ -369,12 +369,15 @@ class _LossOf(nn.Module):
 @patch
 def accelerator(self:Learner):
     "A fresh `Accelerator`, on whatever devices and processes there are."
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
     AcceleratorState._reset_state() # it refuses a second precision in one process
     shares_cpu = int(os.environ.get('WORLD_SIZE', 1))>1 and not torch.accelerator.is_available()
     on_cpu = os.environ.get('FASTLDM_DEVICE')=='cpu' or shares_cpu      # else Accelerate's choice: CUDA, MPS, ...
-    return Accelerator(cpu=on_cpu, mixed_precision=self.precision or 'no', gradient_accumulation_steps=self.accumulate)
+    # attention to a single token has no use for its queries, which then get no gradient
+    together = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(cpu=on_cpu, mixed_precision=self.precision or 'no', gradient_accumulation_steps=self.accumulate,
+                       kwargs_handlers=[together])
 
 @patch
 def setup(self:Learner):
@@ -617,6 +620,14 @@ def in_any_process(self:Learner,
     "Whether a flag is true in at least one process."
     if self.acc.num_processes==1: return flag
     return self.acc.reduce(torch.tensor(float(flag), device=self.acc.device), 'sum').item()>0
+
+@patch
+def mean_of_processes(self:Learner,
+    number:float, # of this process
+)->float: # the same in all
+    "The mean of a number over all processes."
+    if self.acc.num_processes==1: return number
+    return self.acc.reduce(torch.tensor(float(number), device=self.acc.device), 'mean').item()
 
 # %% ../../nbs/core/02_train.ipynb #6bf94a2b
 @contextmanager

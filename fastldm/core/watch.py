@@ -62,7 +62,8 @@ class HeldOutCB(Callback):
 
     def after_step(self, learn):
         if not is_due(learn, self.every): return
-        with learn.interruptible(): measured = self.measure(learn, self.data, self.n)
+        seed_by(learn.seed, 'measure', learn.step)         # the same in all processes
+        with learn.interruptible(): measured = learn.mean_of_processes(self.measure(learn, self.data, self.n))
         learn.model.train()
         learn.record(**{self.column: measured})
         if self.best_step(learn)==learn.step: self.keep(learn)
@@ -108,6 +109,7 @@ def keep(self:HeldOutCB, learn):
     "Remember the averaged weights, in a file too where the learner has a folder."
     self.best = {name: value.detach().cpu().clone() for name, value in learn.ema_model.state_dict().items()}
     if not learn.folder or not learn.acc.is_main_process: return
+    clear_unfinished(self.best_file(learn))
     with write_atomic(self.best_file(learn)) as file: save_file(self.best, file)
 
 @patch

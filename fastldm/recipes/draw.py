@@ -380,9 +380,9 @@ def sample_cli(
     if condition: options['condition'] = _named(condition, '--condition', 'ink=1,0,0')
     if negative: options['negative'] = _named(negative, '--negative', 'label=5')
     past = {} if like is None else read_settings(like)
+    if control or region or adapter: past = {k: v for k,v in past.items() if k not in constraint_settings(past)}
     name, net = _load_for(model, past, like)
     options = _with_names(options, words_left('sample'), net)
-    if control or region or adapter: past = {k: v for k,v in past.items() if k not in constraint_settings(past)}
     if control and adapter is None: adapter = adapter_of(name)
     constraint = constraint_of(past) or control_from_files(net, control, region, adapter)
     options = open_masks(net, _as_before(past, net, options | given(constraint=constraint)))

@@ -161,7 +161,6 @@ def settings_of(
     "What makes the pictures of a call of `sample_command`."
     import fastldm
     settings = dict(model=str(name), tab='new', version=fastldm.__version__)
-    settings |= weights_of(model, 'calls' in options)
     parameters = signature(model.sample_command).parameters
     settings |= {k: parameters[k].default for k in ('n','seed') if k in parameters}
     settings |= {k: v for k,v in options.items() if k in NUMBERS}
@@ -175,7 +174,9 @@ def settings_of(
         if 'mask' in settings: settings.setdefault('more_masks', {})[condition] = mask
         else: settings |= dict(tab='mask', mask_name=condition, mask=mask)
     settings |= _negative_settings(options.get('negative') or {})
-    return settings | (constraint or _control_of(options.get('constraint'), adapter))
+    control = options.get('constraint')
+    weights = weights_of(model, 'calls' in options, control.parts[0].adapter if isinstance(control, Control) else None)
+    return settings | (constraint or _control_of(control, adapter)) | weights
 
 # %% ../../nbs/recipes/13_pictures.ipynb #161dda8e
 def _names_of(options):
@@ -255,20 +256,26 @@ def constraint_settings(
     settings:dict, # of a drawing
 )->dict: # those of them that `constraint_of` reads
     "What a sketch or a picture adds to the settings."
-    names = ('tab','adapter','control','sketch','region','picture','hole','factor','strength')
+    names = ('tab','adapter','adapter_fingerprint','control','sketch','region','picture','hole','factor','strength')
     return {} if settings.get('tab') in (None,'new','mask') else {k: settings[k] for k in names if k in settings}
 
 # %% ../../nbs/recipes/13_pictures.ipynb #57ec3fee
-_WEIGHTS = dict(fingerprint='weights', student_fingerprint='a student of weights') # setting: what it is of
+_WEIGHTS = dict( # setting: what it is of
+    fingerprint='weights',
+    student_fingerprint='a student of weights',
+    adapter_fingerprint='an adapter of weights',
+)
 
 def weights_of(
     model, # that draws
     in_few_calls:bool=False, # by its student
+    adapter=None, # that controls it, if one does
 )->dict: # for the settings of a picture
     "Fingerprints of the weights that draw."
     found = dict(fingerprint=getattr(model, 'meta', {}).get('fingerprint') or fingerprint(model))
     is_student = in_few_calls and getattr(model, 'has_student', False)
     if is_student: found['student_fingerprint'] = fingerprint(diffusion_of(model).student())
+    if adapter is not None: found['adapter_fingerprint'] = fingerprint(adapter)
     return found
 
 def check_same_weights(
@@ -277,9 +284,10 @@ def check_same_weights(
     path, # of the picture, for the message
     chosen:str=None, # the model, where the user named it: then another one is fine, and a line says so
 ):
-    "Raises `ValueError` for other weights than those that drew a picture, of the model or of its student."
+    "Raises `ValueError` for other weights than those that drew a picture, of the model, its student or its adapter."
     name = settings.get('model', 'a model that it does not name')
-    now = weights_of(model, 'student_fingerprint' in settings)
+    adapter = load(settings['adapter']) if 'adapter_fingerprint' in settings else None
+    now = weights_of(model, 'student_fingerprint' in settings, adapter)
     changed = [what for what in now if now[what]!=settings.get(what)]
     if not changed: return
     what = changed[0]

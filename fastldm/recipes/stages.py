@@ -26,6 +26,7 @@ from pathlib import Path
 from ..core.models import (check_folder, check_saveable, counted, fetch_batch, fingerprint, fits_half, json_text,
                                  load_model, n_params, real_number, save_model, set_seed, spread_indices,
                                  whole_number, write_atomic)
+from ..core.processes import process_share
 from ..core.show import image_grid, labelled_grid, write_picture
 from ..core.train import Callback, Learner, name_of, steps_asked
 from ..core.watch import HeldOutCB, TrackCB
@@ -94,6 +95,7 @@ def train_stage(
     differ from those of the checkpoint, for more steps of a finished stage without `longer`, and for a model that could
     not be saved."""
     folder = Path(folder)
+    batch_size = _batch_size_for(data, batch_size)
     learner = learner | _COMMON['learner']
     watch = _watching(folder, learner['steps'], draw, held_out, patience)
     again = _ends_before(folder, learner['steps']) if longer else _check_not_longer(folder, learner['steps'])
@@ -104,7 +106,7 @@ def train_stage(
         model = build()
         check_saveable(model)
         if prepare is not None: model = prepare(model)
-        learn = Learner(model, data, loss_fn, folder=folder/'run', seed=seed, batch_size=min(batch_size, len(data)),
+        learn = Learner(model, data, loss_fn, folder=folder/'run', seed=seed, batch_size=batch_size,
                         cbs=[*cbs, *watch, *_COMMON['cbs'], ResumeCB(folder.name)], **learner)
         learn.fit(resume=learn.checkpoint.exists(), longer=longer)
         model = learn.ema_model.eval()
@@ -116,6 +118,14 @@ def train_stage(
     return run_stage(folder, make, again=again)
 
 # %% ../../nbs/recipes/00_stages.ipynb #b13c5beb
+def _batch_size_for(data, most):
+    "As many examples as there are, at most; of fewer, as many as the processes can share."
+    n = len(data)
+    _, n_processes = process_share()
+    if n>=most: return most
+    if n<n_processes: raise ValueError(f'{n} examples for {n_processes} processes: start fewer processes')
+    return n-n%n_processes
+
 def _watching(folder, steps, draw, held_out, patience):
     "The callbacks of a stage that look how far it is. `ValueError` for a patience without anything to measure."
     if patience is not None: patience = whole_number(patience, 'patience', 1)

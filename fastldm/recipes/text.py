@@ -18,6 +18,7 @@ from ..codes.text2image import CodeLatents, TextLatents, TextToImage
 from ..codes.text_encoder import MiniLM, TextEncoder
 from ..codes.vqvae import VQVAE, vqvae_loss
 from ..core.models import set_seed, spread_indices, whole_number
+from ..core.processes import once_for_all
 from ..core.watch import HeldOutCB
 from ..data.augment import Augmented, Balanced
 from ..data.synthetic import SyntheticScenes, paraphrase, near_miss
@@ -293,7 +294,8 @@ def _for_each_level(value, name, n_levels):
 
 def _stored_codes(ds, vqvae, text_encoder, folder, progress):
     "The codes of a set in LMDB, with the features of its captions."
-    path = write_codes(ds, vqvae, Path(folder)/f'codes_{ds.split}', text_encoder.text_features, progress=progress)
+    path = Path(folder)/f'codes_{ds.split}'
+    once_for_all(lambda: write_codes(ds, vqvae, path, text_encoder.text_features, progress=progress))
     return CodeDataset(path, vqvae)
 
 def _sixteen(captions): return [captions[i] for i in spread_indices(len(captions), 16)]

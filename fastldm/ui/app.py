@@ -814,7 +814,9 @@ def drawing(self:Page,
     import fastldm
     settings = self.settings(values, tab)
     pictures = draw_settings(settings, self.load, show)
-    made_by = weights_of(self.load(settings['model']), 'calls' in settings) | dict(version=fastldm.__version__)
+    adapter = self.load(settings['adapter']) if 'adapter' in settings else None
+    weights = weights_of(self.load(settings['model']), 'calls' in settings, adapter)
+    made_by = weights | dict(version=fastldm.__version__)
     folder = Path(tempfile.mkdtemp(dir=self.folder, prefix=''))
     return write_picture(grid_of(pictures), folder/f"{Path(settings['model']).name}.png", settings | made_by), settings
 
