@@ -1,5 +1,6 @@
 "Symptoms of single parts: a distance, a learner, a cache, a score or a control that was quietly not what it said."
 import json
+import warnings
 from contextlib import suppress
 from copy import deepcopy
 from functools import partial
@@ -16,7 +17,8 @@ from fastldm.codes.text2image import TextLatents
 from fastldm.codes.text_encoder import SPECIAL, cached_text_features
 from fastldm.control import BlendedControl, Control, ControlData, control
 from fastldm.core import (Callback, FeatureDistance, HeldOutCB, Interrupted, Learner, Module, StopTraining, find_lr,
-                          fingerprint, image_grid, noise_of_batch, set_seed)
+                          fingerprint, image_grid, noise_of_batch, read_settings, set_seed, write_picture)
+from fastldm.core.rows import read_rows, write_rows
 from fastldm.core.train import read_checkpoint
 from fastldm.data import (Captioned, Digits, DrawnFaces, ImageFolder, Part, SyntheticScenes, get_dataset, write_shards,
                           write_stream)
@@ -24,7 +26,7 @@ from fastldm.diffusion import (Autoencoder, LatentDiffusion, add_lora, ddpm_step
                                remove_lora, sample, sample_generators, save, save_lora)
 from fastldm.diffusion.ldm import model_folder
 from fastldm.metrics import memorisation, retrieval
-from fastldm.recipes.pictures import settings_of
+from fastldm.recipes.pictures import check_same_weights, settings_of
 from fastldm.recipes.score import _about_evaluation
 from fastldm.recipes.stages import _batch_size_for, full_path, picture_set
 from fastldm.ui.app import _words, form_of
@@ -288,6 +290,35 @@ def test_a_picture_names_the_adapter_that_controlled_it(scenes, adapter, sketch)
     after = settings_of(scenes, 'scenes', options | dict(constraint=control(other, sketch[0])), 'mine')
     assert after['adapter_fingerprint']!=before['adapter_fingerprint']
     assert 'adapter_fingerprint' not in settings_of(scenes, 'scenes', dict(prompt='a red house', n=1))
+
+def test_a_picture_of_other_settings_of_its_model_is_not_drawn_again(scenes, monkeypatch):
+    "The weights are the same, the model's own interval of guidance is not."
+    settings = settings_of(scenes, 'scenes', dict(prompt='a red house', n=1))
+    check_same_weights(settings, scenes, 'a.png')
+    own = deepcopy(scenes.settings)
+    own['diffusion']['interval'] = [0.,.6]
+    monkeypatch.setattr(scenes, 'settings', own)
+    with pytest.raises(ValueError, match='drawn by scenes with settings of its own'):
+        check_same_weights(settings, scenes, 'a.png')
+    del settings['own_settings']                                        # a picture from before they were recorded
+    check_same_weights(settings, scenes, 'a.png')
+
+def test_half_characters_are_kept(tmp_path):
+    "As a shell passes bytes that are no UTF-8: in the settings of a picture, and in a file of rows."
+    prompt = 'apple \udcff'
+    write_picture(Image.new('L', (4,4)), tmp_path/'a.png', dict(prompt=prompt, of='Äpfel'))
+    assert read_settings(tmp_path/'a.png')==dict(prompt=prompt, of='Äpfel')
+    write_rows(tmp_path/'a.safetensors', 2, [dict(caption=[prompt,'Äpfel'])])
+    assert [*read_rows(tmp_path/'a.safetensors')['caption']]==[prompt,'Äpfel']
+
+def test_a_word_without_a_known_piece_is_named():
+    "Beside words that are known; signs between words are no words."
+    encoder = load('emoji').text_encoder
+    with pytest.warns(UserWarning, match="'🚒' in '🚒 on the road' mean nothing to this model"):
+        encoder.text_features(['a cat', '🚒 on the road'])
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        encoder.text_features(['a woman’s hat', 'a cat, a dog!'])
 
 def test_a_part_of_an_evaluation_is_of_one_student(clothes):
     "Parts of an interrupted evaluation in few calls belong to the student that drew them."

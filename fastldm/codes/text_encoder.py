@@ -12,6 +12,7 @@ from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import category
 import torch, torch.nn.functional as F
 from fastcore.basics import patch
 from ..core.models import Module, fingerprint, inference, install_line, require_package, write_atomic
@@ -153,7 +154,25 @@ def _understood(self:TextEncoder, captions, tokens):
     if len(lost):
         warnings.warn(f"{len(lost)} of {len(captions)} texts have no known word and mean nothing to this model, "
                       f"which knows {len(self.vocab):,} word pieces; one is {captions[lost[0,0]][:60]!r}")
+    has_unknown = ((tokens.ids==self.ids['[UNK]']).any(1) & understood).nonzero().flatten().tolist()
+    self._warn_of_unknown([captions[row] for row in has_unknown])
     return understood
+
+@patch
+def _warn_of_unknown(self:TextEncoder, captions, most=1000):
+    "Warn of the first text, of so many, that has a word without a known piece; signs that divide words do not count."
+    for caption in captions[:most]:
+        words = [word for word in self._unknown_words(caption) if any(not category(c).startswith('P') for c in word)]
+        if not words: continue
+        warnings.warn(f"{', '.join(map(repr, words))} in {caption[:60]!r} mean nothing to this model, and are left out")
+        return
+
+@patch
+def _unknown_words(self:TextEncoder, caption):
+    "The parts of a text that are no known pieces."
+    found = self.tokenizer.encode(caption, add_special_tokens=False)
+    parts = zip(found.ids, found.offsets)
+    return [caption[start:end] for piece,(start,end) in parts if piece==self.ids['[UNK]']]
 
 @patch
 @inference

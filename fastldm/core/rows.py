@@ -41,7 +41,8 @@ class Texts(Sequence):
 
 def _encoded(items):
     "The items of a list as bytes, each with a line break behind it, and the length of each."
-    pieces = [json.dumps(item, ensure_ascii=False).encode()+b'\n' for item in items]   # so that [1,23] is not [12,3]
+    lines = [json.dumps(item, ensure_ascii=False)+'\n' for item in items]              # so that [1,23] is not [12,3]
+    pieces = [line.encode('utf-8', 'backslashreplace') for line in lines]              # half characters, too
     return b''.join(pieces), [len(piece) for piece in pieces]
 
 # %% ../../nbs/core/07_rows.ipynb #859017b2

@@ -87,7 +87,8 @@ def write_picture(
 ):
     "Write a picture that carries its settings; gives back `path`."
     text = PngInfo()
-    text.add_itxt('fastldm', json.dumps(settings, ensure_ascii=False), zip=True)
+    written = json.dumps(settings, ensure_ascii=False).encode('utf-8', 'backslashreplace')    # half characters, too
+    text.add_itxt('fastldm', written.decode(), zip=True)
     if hasattr(path, 'write'):
         picture.save(path, 'PNG', pnginfo=text)
         return path

@@ -9,6 +9,7 @@ __all__ = ['NUMBERS', 'CONDITIONS', 'pack', 'packed_file', 'unpack', 'say_fitted
            'find_ffmpeg']
 
 # %% ../../nbs/recipes/13_pictures.ipynb #14824f0e
+import json
 import math
 import numpy as np
 import shutil
@@ -23,7 +24,7 @@ from shlex import quote
 
 # %% ../../nbs/recipes/13_pictures.ipynb #e3040a44
 from ..control.adapter import Control, control, read_control, read_region
-from ..core.models import fingerprint, require_package, write_atomic
+from ..core.models import fingerprint, json_text, require_package, write_atomic
 from ..data.faces import read_mask, resize_mask
 from ..data.images import centre_square, fit_to, from_image
 from ..diffusion.cond import MaskEmbedder
@@ -264,6 +265,7 @@ _WEIGHTS = dict( # setting: what it is of
     fingerprint='weights',
     student_fingerprint='a student of weights',
     adapter_fingerprint='an adapter of weights',
+    own_settings='settings of its own',
 )
 
 def weights_of(
@@ -271,11 +273,12 @@ def weights_of(
     in_few_calls:bool=False, # by its student
     adapter=None, # that controls it, if one does
 )->dict: # for the settings of a picture
-    "Fingerprints of the weights that draw."
+    "Fingerprints of the weights that draw, and the model's own settings of sampling, where it has some."
     found = dict(fingerprint=getattr(model, 'meta', {}).get('fingerprint') or fingerprint(model))
     is_student = in_few_calls and getattr(model, 'has_student', False)
     if is_student: found['student_fingerprint'] = fingerprint(diffusion_of(model).student())
     if adapter is not None: found['adapter_fingerprint'] = fingerprint(adapter)
+    if getattr(model, 'settings', None): found['own_settings'] = json.loads(json_text(model.settings))
     return found
 
 def check_same_weights(
@@ -284,11 +287,12 @@ def check_same_weights(
     path, # of the picture, for the message
     chosen:str=None, # the model, where the user named it: then another one is fine, and a line says so
 ):
-    "Raises `ValueError` for other weights than those that drew a picture, of the model, its student or its adapter."
+    "Raises `ValueError` for other weights, of the model, its student or its adapter, than those that drew a picture."
     name = settings.get('model', 'a model that it does not name')
     adapter = load(settings['adapter']) if 'adapter_fingerprint' in settings else None
     now = weights_of(model, 'student_fingerprint' in settings, adapter)
-    changed = [what for what in now if now[what]!=settings.get(what)]
+    is_marked = {what: what in settings or what=='fingerprint' for what in now}      # earlier pictures have few marks
+    changed = [what for what in now if is_marked[what] and now[what]!=settings.get(what)]
     if not changed: return
     what = changed[0]
     differ = f"{path} was drawn by {name} with {_WEIGHTS[what]} {settings.get(what)}"
