@@ -31,7 +31,8 @@ from .evaluate import (evaluate_conditions, evaluate_control, evaluate_faces, ev
                                       reconstruction_texts)
 from .many import DrawnPictures, is_drawing
 from .pictures import weights_of
-from .stages import comparable_set, embedders_of, full_path, trained_for, training_set, write_card
+from .stages import (check_same_classes, comparable_set, embedders_of, full_path, trained_for, training_set,
+                                    write_card)
 
 # %% ../../nbs/recipes/19_score.ipynb #f658ddbe
 def _about_evaluation(net, options):
@@ -95,6 +96,7 @@ def _parts_of(ldm, data, root):
     is_own = full_path(data)==ldm.meta.get('data')                            # that the model was trained on
     def part(split): return training_set(ldm, split, side, root) if is_own else comparable_set(data, root, split, side)
     train = part('train')
+    check_same_classes(train, ldm)
     try: return train, part('test')
     except FileNotFoundError: return train, None
 

@@ -7,8 +7,8 @@ __all__ = ['RENAMED_STAGES', 'RECIPES', 'run_stage', 'every_stage', 'train_stage
            'train_autoencoder', 'reconstructions', 'train_denoiser', 'card_metadata', 'with_article', 'card_rows',
            'write_card', 'licence_line', 'enlarged_grid', 'save_grid', 'save_data_page', 'PicturesCB', 'full_path',
            'trained_for', 'finish', 'digest_of', 'data_facts', 'check_free', 'check_same_run', 'begin', 'picture_set',
-           'comparable_set', 'captioned_set', 'reading_options', 'validation_and_test', 'training_set', 'diffusion_of',
-           'embedders_of', 'calls_begin', 'recipe']
+           'comparable_set', 'captioned_set', 'reading_options', 'validation_and_test', 'check_same_classes',
+           'training_set', 'diffusion_of', 'embedders_of', 'calls_begin', 'recipe']
 
 # %% ../../nbs/recipes/00_stages.ipynb #cc247f72
 import json
@@ -795,6 +795,22 @@ def validation_and_test(
                          'weights by and one for scores: put more into the part `test`, or a larger share (--test)')
     return Part(kept, range(0, len(kept), 2)), Part(kept, range(1, len(kept), 2))
 
+def check_same_classes(
+    ds, # a set of pictures
+    model, # that may be conditioned on their labels
+)->None:
+    "Raises `ValueError` where the labels of a set number other classes than a latent diffusion has learned."
+    if not isinstance(model, LatentDiffusion): return
+    columns = getattr(ds, 'conditions', {})
+    found = {name: facts['classes'] for name,facts in columns.items() if 'classes' in facts}
+    found.setdefault('label', list(getattr(ds, 'classes', None) or []))
+    for name,embedder in embedders_of(model).items():
+        of_card = model.meta.get('classes') if name=='label' else None
+        known = list(getattr(embedder, 'names', ()) or of_card or [])
+        if not known or not found.get(name) or known==found[name]: continue
+        raise ValueError(f'the model has learned the classes {", ".join(known[:10])}, and the set has '
+                         f'{", ".join(found[name][:10])}, so their numbers mean other things: give a set with the same')
+
 def training_set(
     model, # whose card names its set
     split:str='train', # or 'test'
@@ -802,10 +818,12 @@ def training_set(
     root=None, # where a public set is looked for first
     n:int=None, # pictures, of a set that draws as many as it is asked for
 ): # the data set
-    "The set that a model was trained on; of its part `test`, what chose no weights. Raises what the set raises."
+    """The set that a model was trained on; of its part `test`, what chose no weights. Raises what the set raises, and
+    `ValueError` where its classes are others today."""
     card = getattr(model, 'meta', {})
     if card.get('data') is None: raise ValueError('the card of this model does not say what it was trained on')
     ds = _set_of_card(model, split, size, root, n)
+    check_same_classes(ds, model)
     return validation_and_test(ds)[1] if split=='test' and card.get('n_validation') else ds
 
 # %% ../../nbs/recipes/00_stages.ipynb #8114e12e
