@@ -1,10 +1,14 @@
 "Symptoms of pictures of one's own: a folder that changed, a path, a mask or a name that was quietly taken for another."
+import errno
+from inspect import signature
 import pytest
 import torch
 from PIL import Image
 from fastldm import load
-from fastldm.recipes import eval_cli, own_ldm, train_cli
-from fastldm.recipes.stages import check_same_classes, training_set
+from fastldm.core import write_atomic
+from fastldm.data import PictureTable
+from fastldm.recipes import eval_cli, own_ldm, own_pictures, sample_cli, train_cli
+from fastldm.recipes.stages import check_free, check_same_classes, full_path, picture_set, training_set
 
 TINY = dict(size=16, steps=2, ae_steps=2, ae_channels=(8,8), channels=(8,8), c_latent=2, progress=False)
 
@@ -44,3 +48,83 @@ def test_another_set_with_other_classes(pets, tmp_path):
     with pytest.raises(SystemExit, match='and the set has dog,'): eval_cli(str(pets/'model'), data=str(dogs), n=4, steps=2)
     same = own_ldm(pictures(tmp_path/'same', cat=2, dog=2), tmp_path/'other', **TINY)
     check_same_classes(training_set(same, size=16), model)
+
+# ---- a table
+
+def table(folder, header, rows):
+    "A table beside twenty pictures, with a cell of its own for each."
+    pictures(folder, all=20)
+    lines = [f'file,{header}', *(f'all/{i}.png,{cell}' for i,cell in enumerate(rows))]
+    (folder/'table.csv').write_text('\n'.join(lines)+'\n')
+    return folder
+
+def masks(folder, suffix, values=(0,1), missing=None):
+    "A mask for each of twenty pictures, and their names; one may not be there."
+    (folder/'seg').mkdir(parents=True)
+    for i in range(20):
+        if i==missing: continue
+        mask = torch.tensor(values, dtype=torch.uint8).repeat_interleave(8).repeat(16,1)
+        Image.fromarray(mask.numpy()).save(folder/'seg'/f'{i}{suffix}')
+    return [f'seg/{i}{suffix}' for i in range(20)]
+
+@pytest.mark.parametrize('given, says', [
+    (dict(suffix='.png', missing=8), r'row 9 \(all/8.png\): seg is .seg/8.png.; there is no such file'),
+    (dict(suffix='.jpg'), 'is a JPEG, whose pixels are not exact: save the mask as PNG'),
+    (dict(suffix='.png', values=(0,255)), 'it is black and white: save it with the ids 0 and 1'),
+])
+def test_a_column_of_masks_is_no_text(tmp_path, given, says):
+    "One name that was misspelt made sentences of all, and the pixels of a JPEG are others than those that were saved."
+    folder = table(tmp_path, 'seg', masks(tmp_path, **given))
+    with pytest.raises(ValueError, match=says): PictureTable(folder, 'seg', size=16)
+
+def test_names_of_files_that_are_elsewhere(tmp_path):
+    folder = table(tmp_path, 'seg', [f'other/{i}.png' for i in range(20)])
+    with pytest.raises(ValueError, match='names of files that are not there, such as other/0.png'):
+        PictureTable(folder, 'seg', size=16)
+
+@pytest.mark.parametrize('name', ['latent','region','adapter','like'])
+def test_a_column_that_is_called_as_something_of_the_library(tmp_path, name):
+    "A column `latent` took the place of the latents, after the autoencoder had been trained."
+    folder = table(tmp_path, name, [('a','b')[i%2] for i in range(20)])
+    with pytest.raises(ValueError, match=f"'{name}' is a name that the library uses itself: rename the column"):
+        picture_set(folder, size=16, conditions=name)
+
+# ---- paths
+
+def test_a_home_folder(tmp_path, monkeypatch):
+    "A path that begins with a tilde is the same place: a tenth is kept aside, and no model goes into the data."
+    monkeypatch.setenv('HOME', str(tmp_path))
+    pictures(tmp_path/'many', cat=120, dog=120)
+    assert own_pictures('~/many', size=16).share==own_pictures(tmp_path/'many', size=16).share==.1
+    with pytest.raises(ValueError, match='the folder of the data'): check_free(tmp_path/'many'/'model', '~/many')
+    assert full_path('~/many')==str(tmp_path/'many')
+
+# ---- what was interrupted
+
+def test_a_training_that_has_not_ended(tmp_path):
+    (tmp_path/'run').mkdir()
+    (tmp_path/'run'/'recipe.json').write_text('{}')
+    with pytest.raises(FileNotFoundError, match='has not ended; repeat its command to go on'): load(tmp_path/'run')
+
+@pytest.mark.parametrize('error', [OSError(errno.ENOSPC, 'No space left on device'),
+                                   RuntimeError('Error while serializing: I/O error: ... (os error 28)')])
+def test_a_full_disk_is_said_to_be_full(tmp_path, error):
+    "With the file, and what to do; nothing is left."
+    with pytest.raises(OSError, match='note.txt could not be written .*: make room on the disk, and repeat'):
+        with write_atomic(tmp_path/'note.txt'): raise error
+    assert not [*tmp_path.iterdir()]
+
+def test_drawn_files_after_an_interruption(tmp_path, monkeypatch, capsys):
+    "The command says how many there are, and how to draw the others."
+    ldm = load('mnist')
+    draws = []
+    sample = type(ldm).sample_command
+    def once(self, *args, **options):
+        draws.append(options)
+        if len(draws)>1: raise KeyboardInterrupt
+        return sample(self, *args, **options)
+    once.__signature__ = signature(sample)
+    monkeypatch.setattr(type(ldm), 'sample_command', once)
+    with pytest.raises((KeyboardInterrupt,SystemExit)):
+        sample_cli('mnist', n=600, steps=1, first=10, out=str(tmp_path/'many'))
+    assert '256 of 600 pictures are in' in (said := capsys.readouterr().out) and '--first 266 --n 344' in said

@@ -11,7 +11,7 @@ __all__ = ['RENAMED_CLASSES', 'RENAMED_ARGUMENTS', 'RENAMED_WEIGHTS', 'PICKLES',
            'require_package', 'check_choice', 'check_flags', 'whole_number', 'counted', 'real_number']
 
 # %% ../../nbs/core/00_models.ipynb #c0a18586
-import difflib, hashlib, importlib, inspect, json, math, os, pkgutil, random, sys, time
+import difflib, errno, hashlib, importlib, inspect, json, math, os, pkgutil, random, sys, time
 from contextlib import ExitStack, contextmanager, suppress
 from functools import wraps
 from glob import escape
@@ -147,7 +147,8 @@ def from_config(
 def write_atomic(
     path, # the file that will exist, whole, when the block has ended
 ):
-    "Gives a temporary path beside `path`, renamed at the end; after an error `path` is as it was."
+    """Gives a temporary path beside `path`, renamed at the end; after an error `path` is as it was. Raises `OSError`,
+    which says what to do, where the disk is full."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.stem}-{os.getpid()}-{os.urandom(4).hex()}{path.suffix}')
@@ -157,7 +158,15 @@ def write_atomic(
         yield temporary
         temporary.chmod(mode)
         os.replace(temporary, path)
+    except Exception as error:
+        if not _is_of_a_full_disk(error): raise
+        raise OSError(f"{path} could not be written ({error}): make room on the disk, and repeat the command") from error
     finally: temporary.unlink(missing_ok=True)
+
+def _is_of_a_full_disk(error):
+    "Whether an error says that there is no room for a file, or no right to more; safetensors gives it as text."
+    numbers = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+    return getattr(error, 'errno', None) in numbers or any(f'(os error {number})' in str(error) for number in numbers)
 
 def clear_unfinished(
     path, # a file that `write_atomic` will write
@@ -339,9 +348,12 @@ def _check_files(folder):
         for file in (folder, *folder.glob('*')):
             if file.suffix in PICKLES: raise _no_pickle(file)
     for file in (folder, config, weights):
-        if not file.exists():
-            raise FileNotFoundError(f"{file} does not exist; a saved model is a folder with config.json and "
-                                    "model.safetensors, as `save_model` writes")
+        if file.exists(): continue
+        if (folder/'recipe.json').exists():
+            raise FileNotFoundError(f"{file} does not exist: the training in {folder} has not ended; repeat its command "
+                                    "to go on")
+        raise FileNotFoundError(f"{file} does not exist; a saved model is a folder with config.json and "
+                                "model.safetensors, as `save_model` writes")
 
 # %% ../../nbs/core/00_models.ipynb #939f3c4d
 def _read_info(file):

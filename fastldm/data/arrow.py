@@ -15,9 +15,11 @@ import numpy as np, torch
 from PIL import Image
 from fastcore.basics import patch
 from tqdm.auto import tqdm
-from ..core.models import real_number,require_package,tensor_digest,whole_number,write_atomic
-from .images import IMAGE_SUFFIXES,OPENERS,Pictures,check_split,files_digest,hash01,open_image,plain_picture
-from .shards import add_file,write_index
+from ..core.models import (clear_unfinished,real_number,require_package,tensor_digest,whole_number,
+                                 write_atomic)
+from .images import (IMAGE_SUFFIXES,OPENERS,Pictures,check_split,files_digest,hash01,open_image,
+                                 part_in_name,plain_picture)
+from .shards import CheckedHeader,add_file,write_index
 
 # %% ../../nbs/data/11_arrow.ipynb #05a326dd
 _CAPTIONS = 'caption','captions','text','prompt','description' # names of a column of texts, the likeliest first
@@ -44,14 +46,23 @@ def _raw_picture(value):
     return io.BytesIO(value['bytes']) if value['bytes'] else open(value['path'], 'rb')
 
 # %% ../../nbs/data/11_arrow.ipynb #fb55afff
+def _part_of_file(file, folder):
+    "The part that a file belongs to: that of the folder it is in, or of its name; None where neither says it."
+    *folders,name = file.relative_to(folder).parts
+    named = [name for name in folders if name in ('train','test','validation','val','valid')]
+    return part_in_name(named[0] if named else name)
+
 def _files_of_split(folder, suffix, split):
-    "The files of a part: those named after it, or in a folder of its name; all for training where none is named so."
-    files = sorted(folder.rglob(f'*{suffix}'))
-    def is_part(file, part): return file.name.startswith(part) or part in file.relative_to(folder).parts[:-1]
-    named = [file for file in files if is_part(file, 'test') or is_part(file, 'validation') or is_part(file, 'train')]
-    if not named and split=='train': return files
-    parts = ('train',) if split=='train' else ('test','validation')
-    return next((found for part in parts if (found := [file for file in files if is_part(file, part)])), [])
+    """The files of a part: those named after it, or in a folder of its name; all for training where none is named so.
+    Warns of files that say nothing beside some that are named."""
+    files = {}
+    for file in sorted(folder.rglob(f'*{suffix}')): files.setdefault(_part_of_file(file, folder), []).append(file)
+    if split=='test': return files.get('test') or files.get('val', [])
+    unnamed = files.pop(None, [])
+    if not files: return unnamed
+    if unnamed: warnings.warn(f'{unnamed[0]} is left out ({len(unnamed)} in all): its name does not say whether it is '
+                              'for training or for testing, as others do: put such a word into each name, or into none')
+    return files.get('train', [])
 
 # %% ../../nbs/data/11_arrow.ipynb #f8cccb64
 def _open_table(path, split):
@@ -202,6 +213,7 @@ def _label_text(row, columns, i):
 # %% ../../nbs/data/11_arrow.ipynb #569f4d62
 def _write_rows(file, rows, columns, first):
     "Write rows of a stream into a shard, the files of pictures as they are; the number of them."
+    clear_unfinished(file)
     with write_atomic(file) as temporary, tarfile.open(temporary, 'w') as tar:
         n = n_labels = 0
         for i,row in enumerate(rows, first):
@@ -227,8 +239,9 @@ def write_stream(
     progress:bool=True, # show a bar
 )->list: # of the files
     """Write a stream into WebDataset shards as it arrives. The same call resumes an interrupted one, and one with a
-    larger `n` adds to what is there. Raises `ValueError` for a stream that does not say what its columns are, for rows
-    without a picture or a label, and for a folder with shards of another size or stream, or with more rows than `n`."""
+    larger `n` adds to what is there; until a call has ended, the folder is not read as a set. Raises `ValueError` for a
+    stream that does not say what its columns are, for rows without a picture or a label, for damaged shards, and for a
+    folder with shards of another size or stream, or with more rows than `n`."""
     folder = Path(folder)
     per_shard = whole_number(per_shard, 'per_shard', 1)
     n = None if n is None else whole_number(n, 'n', 1)
@@ -239,12 +252,13 @@ def write_stream(
     if counts: _check_begins(folder, stream, columns, is_whole)
     if is_whole: return [folder/name for name in counts]
     if counts and [*counts.values()][-1]<per_shard: counts.popitem()        # the last one is filled up
+    (folder/'index.json').unlink(missing_ok=True)                           # what it counts is about to change
+    _write_state(folder, is_whole=False, has_ended=False)
     with tqdm(desc='shards', initial=len(counts), disable=not progress) as bar:
         for name,written in _write_shards(stream, folder, columns, counts, n, per_shard):
             counts[name] = written
             bar.update()
-    has_ended = n is None or sum(counts.values())<n
-    with write_atomic(folder/'stream.json') as file: file.write_text(json.dumps(dict(has_ended=has_ended)))
+    _write_state(folder, is_whole=True, has_ended=n is None or sum(counts.values())<n)
     write_index(folder, counts, getattr(stream.features.get(columns.get('label')), 'names', ()))
     return [folder/name for name in counts]
 
@@ -263,9 +277,17 @@ def _write_shards(stream, folder, columns, counts, n, per_shard):
         yield file.name, written
 
 # %% ../../nbs/data/11_arrow.ipynb #6263dcd8
+def _write_state(folder, **state):
+    "Write stream.json: whether the last call was finished, `is_whole`, and whether the stream was, `has_ended`."
+    with write_atomic(folder/'stream.json') as file: file.write_text(json.dumps(state))
+
 def _n_pictures(file):
-    "How many keys a shard has, by its table of contents."
-    with tarfile.open(file) as tar: return len({Path(name).name.partition('.')[0] for name in tar.getnames()})
+    "How many keys a shard has, by its table of contents. Raises ValueError for a damaged one."
+    try:
+        with tarfile.open(file, tarinfo=CheckedHeader) as tar: names = tar.getnames()
+    except tarfile.TarError as e:
+        raise ValueError(f'{file} is damaged ({e}): delete it and those after it, and repeat the call') from e
+    return len({Path(name).name.partition('.')[0] for name in names})
 
 def _written(folder, per_shard, n):
     "{name: pictures} of the shards that are there. Raises ValueError where no shard could follow on them."

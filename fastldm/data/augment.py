@@ -8,7 +8,7 @@ __all__ = ['Augmented', 'Balanced']
 # %% ../../nbs/data/02_augment.ipynb #4e5361ee
 import math, torch, torch.nn.functional as F, warnings
 from fastcore.basics import patch
-from .images import Pictures,licence_of
+from .images import Pictures,licence_of,shuffle_rows
 
 # %% ../../nbs/data/02_augment.ipynb #baa95b64
 def _affine(params, flip, turn, zoom, move):
@@ -130,6 +130,9 @@ class Balanced:
         self.row = torch.searchsorted(share, place).clamp(max=len(ids)-1)
 
     def __len__(self): return len(self.row)
+    def order(self, generator)->torch.Tensor: # every index once
+        "A random order: of shards one that reads each of them once in a pass."
+        return shuffle_rows(self.ds, self.row, generator)
     def __getitems__(self, idxs)->dict: # as the set gives it
         "A batch at once."
         return self.ds.__getitems__(self.row[list(idxs)].tolist())

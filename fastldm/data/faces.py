@@ -75,12 +75,14 @@ def resize_mask(
 def read_mask(
     path, # a picture whose pixels are class ids: grey, or with a palette
 )->torch.Tensor: # (H,W) uint8
-    "A mask from a file. Raises ValueError for a file that cannot be read, or that has colours."
+    "A mask from a file. Raises ValueError for a file that cannot be read, that has colours, or is a JPEG."
     try:
         im = Image.open(path)
         im.load()
     except OSError as e:
         raise ValueError(f"{path} cannot be read as a mask ({e}): give a PNG file whose pixels are class ids") from e
+    if im.format in ('JPEG','MPO'):
+        raise ValueError(f"{path} is a JPEG, whose pixels are not exact: save the mask as PNG")
     if im.mode not in ('L','P','1'):
         raise ValueError(f"{path} is a picture in {im.mode}: the pixels of a mask are class ids, one number each "
                          "(grey, or with a palette), in a format without loss")

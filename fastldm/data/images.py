@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'DATASETS', 'OPENERS', 'upright', 'plain_picture', 'from_image', 'to_uint8', 'to_image',
-           'EmptySplit', 'check_split', 'escape_text', 'check_labels', 'Pictures', 'licence_of', 'Part', 'collate',
-           'dataloader', 'Digits', 'open_image', 'centre_square', 'fit_to', 'open_zip', 'ZippedFile', 'find_pictures',
-           'size_and_checksum', 'group_rows', 'hash01', 'no_part', 'ImageFolder', 'find_damaged', 'first_few',
-           'check_skip', 'files_digest', 'is_opened', 'dataset_key', 'has_one_size', 'get_dataset', 'edges']
+           'EmptySplit', 'check_split', 'escape_text', 'check_labels', 'Pictures', 'licence_of', 'shuffle_rows', 'Part',
+           'collate', 'dataloader', 'Digits', 'open_image', 'centre_square', 'fit_to', 'open_zip', 'ZippedFile',
+           'find_pictures', 'part_in_name', 'size_and_checksum', 'group_rows', 'hash01', 'no_part', 'ImageFolder',
+           'find_damaged', 'first_few', 'check_skip', 'files_digest', 'is_opened', 'dataset_key', 'has_one_size',
+           'get_dataset', 'edges']
 
 # %% ../../nbs/data/00_images.ipynb #9dfeb8dc
 import difflib,hashlib,io,math,os,re,warnings,zipfile,zlib
@@ -243,6 +244,16 @@ def licence_of(
     licences = dict.fromkeys(getattr(ds, 'licence', Pictures.licence) for ds in sets)
     return ', and '.join(licences)
 
+# %% ../../nbs/data/00_images.ipynb #1c86a288
+def shuffle_rows(
+    ds, # any data set
+    rows, # indices of it: some of them, or some several times
+    generator:torch.Generator, # draws the order
+)->torch.Tensor: # the places in `rows`, each once
+    "A random order of some rows: by the set's own `order_of`, where it has one, else any order."
+    if hasattr(ds, 'order_of'): return ds.order_of(rows, generator)
+    return torch.randperm(len(rows), generator=generator)
+
 # %% ../../nbs/data/00_images.ipynb #1f5f8794
 class Part(Pictures):
     "Some of the pictures of a set."
@@ -265,6 +276,17 @@ class Part(Pictures):
     def __len__(self): return len(self.indices)
     def pixels(self, idxs): return self.ds.pixels([self.indices[i] for i in idxs])
     def __getitems__(self, idxs): return self.ds.__getitems__([self.indices[int(i)] for i in idxs])
+
+# %% ../../nbs/data/00_images.ipynb #5b1b7c0b
+@patch
+def order(self:Part, generator)->torch.Tensor: # every index once
+    "A random order of the part."
+    return shuffle_rows(self.ds, self.indices, generator)
+
+@patch
+def order_of(self:Part, rows, generator)->torch.Tensor: # the places in `rows`, each once
+    "A random order of some of its rows."
+    return shuffle_rows(self.ds, [self.indices[int(i)] for i in rows], generator)
 
 # %% ../../nbs/data/00_images.ipynb #b956c2de
 def collate(
@@ -456,6 +478,18 @@ def _labels(names, train, folder):
         raise ValueError(f"{folder} has folders that {train} does not have ({', '.join(unknown[:5])}): "
                          "both need the same folders, one per class")
     return [classes.index(name) for name in names],classes
+
+# %% ../../nbs/data/00_images.ipynb #29c636b2
+_PART_WORDS = dict(train='train', training='train', trainval='train', test='test', testing='test', eval='test',
+                   evaluation='test', val='val', valid='val', validation='val', dev='val')
+
+def part_in_name(
+    name:str, # of a file
+)->str: # 'train', 'val' or 'test'; None where the name does not say it
+    "The part of a set that a file belongs to, by the first word of its name that stands for one."
+    words = re.findall(r'[^\W\d_]+', Path(name).stem.lower())
+    words = [word.removesuffix('set').removesuffix('data') for word in words]       # of `trainset`, `testdata`
+    return next((_PART_WORDS[word] for word in words if word in _PART_WORDS), None)
 
 # %% ../../nbs/data/00_images.ipynb #328b5d66
 def size_and_checksum(

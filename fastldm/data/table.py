@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from ..core.models import check_choice,tensor_digest
 from .captioned import PictureRows,cell_text,find_source,read_table,split_column,split_rows
 from .faces import read_mask,resize_mask,split_words,word_ids
-from .images import ImageFolder,centre_square,check_split,escape_text,upright
+from .images import IMAGE_SUFFIXES,ImageFolder,centre_square,check_split,escape_text,upright
 
 # %% ../../nbs/data/10_table.ipynb #1485fdba
 CONDITION_KINDS = dict( # kind of condition: what its cells hold
@@ -203,6 +203,7 @@ def _mask(column, i):
     try: mask = read_mask(file if isinstance(file, Path) else file.open())
     except ValueError as error: column.reject(i, str(error))
     _check_shape(column, i, mask)
+    if {*mask.unique().tolist()}=={0,255}: column.reject(i, "it is black and white: save it with the ids 0 and 1")
     if mask.max()>=MAX_CLASSES: column.reject(i, f"it has the class {mask.max()}; classes go from 0 to {MAX_CLASSES-1}")
     return resize_mask(centre_square(mask)[None], column.size)[0]
 
@@ -235,7 +236,10 @@ def choose_kind(
     if all(re.fullmatch(r'-?\d+,\d+', text.strip()) for text in given):
         column.reject_all(f"has numbers with a comma, such as {given[0]}: write them with a point, as "
                           f"{given[0].replace(',', '.')}, or say what they are, as in {column.name}:label")
-    if all(text.lower().endswith('.png') and column.find(text) for text in given): return 'mask'
+    if all(Path(text).suffix.lower() in IMAGE_SUFFIXES for text in given):
+        missing = [text for text in given if not column.find(text)]
+        if 2*len(missing)<len(given): return 'mask'                     # which names those that are missing
+        column.reject_all(f"has names of files that are not there, such as {missing[0]}: put them beside the table")
     is_short = all(len(split_words(text))<4 for text in given)
     return 'label' if is_short and len({*given})<=max(2, len(given)//3) else 'text'
 

@@ -411,7 +411,12 @@ def _draw_into(out, model, method, options, settings, per_shard=None, share=(0,1
         where = dict(n=n, first=begin+first)
         return method(**options | {k: v for k,v in where.items() if k in parameters})[0]
     def about(i): return settings | (dict(n=1, first=begin+i) if 'first' in parameters else {})
-    return draw_files(draw, n, out, part, about)
+    try: return draw_files(draw, n, out, part, about)
+    except KeyboardInterrupt:
+        done = len([*Path(out).glob('*.png')])
+        if done: print(f'{done:,} of {n:,} pictures are in {out}; the others: --first {begin+done} --n {n-done}, and '
+                       'another --out')
+        raise
 
 # %% ../../nbs/recipes/18_draw.ipynb #d36cb2ab
 def _share_of(device, per_shard, out):

@@ -62,7 +62,7 @@ def own_pictures(
 # %% ../../nbs/recipes/16_own.ipynb #55983673
 def _warn_of_unused(data):
     "Warn of a table, or of texts, beside the pictures of a folder: without `conditions` they are not used."
-    folder = Path(data)
+    folder = Path(data).expanduser()
     if dataset_key(data) in DATASETS or not folder.is_dir(): return
     tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in ('.csv','.tsv','.jsonl'))
     texts = {path.stem for path in folder.rglob('*.txt')} & {Path(path).stem for path in find_pictures(folder)}
@@ -75,11 +75,12 @@ def _warn_of_unused(data):
 
 def _share_of(data, conditions):
     "The share that is kept aside where none was asked for."
-    is_folder = Path(data).is_dir() and dataset_key(data) not in DATASETS
+    folder = Path(data).expanduser()
+    is_folder = folder.is_dir() and dataset_key(data) not in DATASETS
     if conditions is not None or not is_folder: return 0.                        # it has a split of its own, or none
-    return .1 if len(find_pictures(Path(data)))>=KEPT_FROM and not _is_divided(data) else 0.
+    return .1 if len(find_pictures(folder))>=KEPT_FROM and not _is_divided(folder) else 0.
 
-def _is_divided(data): return any(entry.name.lower()=='test' for entry in Path(data).iterdir())
+def _is_divided(folder): return any(entry.name.lower()=='test' for entry in folder.iterdir())
 
 def _has_test_part(part):
     "Whether the set has a part for testing. Raises `ValueError` where there is one that cannot be read."

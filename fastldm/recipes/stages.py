@@ -441,7 +441,8 @@ def full_path(
 )->str: # a path that leads there from any folder; a name as it is
     "The name or path that a card records for a data set or a model."
     is_name = dataset_key(name) in DATASETS or not isinstance(name, Path) and str(name) in available('')
-    return str(name) if is_name or not Path(name).exists() else str(Path(name).resolve())
+    path = Path(name).expanduser()
+    return str(name) if is_name or not path.exists() else str(path.resolve())
 
 # %% ../../nbs/recipes/00_stages.ipynb #190e4b39
 def trained_for(
@@ -543,8 +544,8 @@ def check_free(
 )->Path: # the folder
     "Raises `ValueError` for a folder that has something else in it, or that is within the data."
     folder = check_folder(folder)
-    if isinstance(data, (str,Path)) and Path(data).is_dir():
-        place = Path(data).resolve()
+    place = Path(data).expanduser().resolve() if isinstance(data, (str,Path)) else None
+    if place is not None and place.is_dir():
         if place in (folder.resolve(), *folder.resolve().parents):
             raise ValueError(f'{folder} is in {data}, the folder of the data, where it would be taken for data: '
                              'give another folder for the model (--out)')
@@ -725,16 +726,20 @@ def comparable_set(
                      'another set (--data)')
 
 # %% ../../nbs/recipes/00_stages.ipynb #58108d67
+_USED = ( # as fields of a batch, and as options of `fastldm_sample`
+    'latent','std','control','region','noise','adapter','animate','condition','device','like','module','negative','out',
+    'per_shard')
+
 def _tabled(data, split, size, test, conditions, skip):
     "A folder with a table. Raises `ValueError` for the name of a set, and for conditions that `sample` could not take."
     if dataset_key(data) in DATASETS:
         raise ValueError(f'{data} has no table: conditions are columns beside pictures of your own')
     options = {name: value for name,value in dict(size=size, test=test, skip=skip).items() if value}
     ds = PictureTable(data, conditions, split, **options)
-    taken = {*signature(LatentDiffusion.sample).parameters, 'model', 'batch', 'drop', 'drop_all', 'device', 'augment'}
+    taken = {*signature(LatentDiffusion.sample).parameters, 'model', 'batch', 'drop', 'drop_all', 'augment', *_USED}
     for name in ds.conditions:
         if name in taken:
-            raise ValueError(f'{ds.table}: `sample` has an argument {name!r} of its own: rename the column')
+            raise ValueError(f'{ds.table}: {name!r} is a name that the library uses itself: rename the column')
     return ds
 
 # %% ../../nbs/recipes/00_stages.ipynb #e1ef5bab
