@@ -191,7 +191,7 @@ def test_codes_of_another_size(here):
 def test_codes_refuses_before_work(here):
     assert 'codes are made by a VQVAE' in line(codes_cli, 'scenes', 'mnist', 'c')
     said = line(codes_cli, 'scenes', 'scenes', 'c', text_encoder='mnist')
-    assert 'expected a model with a method `text_features`' in said
+    assert "reads no texts: expected 'minilm', 'word_vectors'" in said
     assert 'batch_size=0' in line(codes_cli, 'scenes', 'scenes', 'c', batch_size=0)
     assert 'workers=-1' in line(codes_cli, 'scenes', 'scenes', 'c', workers=-1)
     assert not Path('c').exists()

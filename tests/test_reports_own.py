@@ -17,8 +17,9 @@ def pictures(folder, **counts):
     for k,(name,n) in enumerate(counts.items()):
         (folder/name).mkdir(parents=True, exist_ok=True)
         for i in range(n):
-            noise = torch.randint(0, 255, (16,16,3), dtype=torch.uint8, generator=torch.Generator().manual_seed(100*k+i))
-            Image.fromarray(noise.numpy()).save(folder/name/f'{i}.png')
+            generator = torch.Generator().manual_seed(100*k+i)
+            noise = torch.randint(0, 255, (16,16,3), generator=generator)
+            Image.fromarray(noise.byte().numpy()).save(folder/name/f'{i}.png')
     return folder
 
 # ---- a folder that changed
@@ -45,7 +46,8 @@ def test_another_set_with_other_classes(pets, tmp_path):
     "Where a set has the same classes, it serves."
     model = load(pets/'model')
     dogs = pictures(tmp_path/'dogs', dog=4)
-    with pytest.raises(SystemExit, match='and the set has dog,'): eval_cli(str(pets/'model'), data=str(dogs), n=4, steps=2)
+    with pytest.raises(SystemExit, match='and the set has dog,'):
+        eval_cli(str(pets/'model'), data=str(dogs), n=4, steps=2)
     same = own_ldm(pictures(tmp_path/'same', cat=2, dog=2), tmp_path/'other', **TINY)
     check_same_classes(training_set(same, size=16), model)
 

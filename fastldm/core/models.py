@@ -160,7 +160,8 @@ def write_atomic(
         os.replace(temporary, path)
     except Exception as error:
         if not _is_of_a_full_disk(error): raise
-        raise OSError(f"{path} could not be written ({error}): make room on the disk, and repeat the command") from error
+        advice = 'make room on the disk, and repeat the command'
+        raise OSError(f"{path} could not be written ({error}): {advice}") from error
     finally: temporary.unlink(missing_ok=True)
 
 def _is_of_a_full_disk(error):
@@ -350,8 +351,8 @@ def _check_files(folder):
     for file in (folder, config, weights):
         if file.exists(): continue
         if (folder/'recipe.json').exists():
-            raise FileNotFoundError(f"{file} does not exist: the training in {folder} has not ended; repeat its command "
-                                    "to go on")
+            raise FileNotFoundError(f"{file} does not exist: the training in {folder} has not ended; repeat its "
+                                    "command to go on")
         raise FileNotFoundError(f"{file} does not exist; a saved model is a folder with config.json and "
                                 "model.safetensors, as `save_model` writes")
 

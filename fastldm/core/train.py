@@ -621,6 +621,7 @@ def in_any_process(self:Learner,
     if self.acc.num_processes==1: return flag
     return self.acc.reduce(torch.tensor(float(flag), device=self.acc.device), 'sum').item()>0
 
+# %% ../../nbs/core/02_train.ipynb #22426487
 @patch
 def mean_of_processes(self:Learner,
     number:float, # of this process

@@ -413,10 +413,15 @@ def _draw_into(out, model, method, options, settings, per_shard=None, share=(0,1
     def about(i): return settings | (dict(n=1, first=begin+i) if 'first' in parameters else {})
     try: return draw_files(draw, n, out, part, about)
     except KeyboardInterrupt:
-        done = len([*Path(out).glob('*.png')])
-        if done: print(f'{done:,} of {n:,} pictures are in {out}; the others: --first {begin+done} --n {n-done}, and '
-                       'another --out')
+        _say_what_is_left(out, n, begin)
         raise
+
+# %% ../../nbs/recipes/18_draw.ipynb #42dfffe4
+def _say_what_is_left(out, n, begin):
+    "After an interruption: how many pictures there are, and how to draw the others."
+    done = len([*Path(out).glob('*.png')])
+    if not done: return
+    print(f'{done:,} of {n:,} pictures are in {out}; the others: --first {begin+done} --n {n-done}, and another --out')
 
 # %% ../../nbs/recipes/18_draw.ipynb #d36cb2ab
 def _share_of(device, per_shard, out):

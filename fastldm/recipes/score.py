@@ -31,14 +31,14 @@ from .evaluate import (evaluate_conditions, evaluate_control, evaluate_faces, ev
                                       reconstruction_texts)
 from .many import DrawnPictures, is_drawing
 from .pictures import weights_of
-from .stages import (check_same_classes, comparable_set, embedders_of, full_path, trained_for, training_set,
-                                    write_card)
+from .stages import (check_same_classes, comparable_set, embedders_of, full_path, trained_for,
+                                    training_set, write_card)
 
 # %% ../../nbs/recipes/19_score.ipynb #f658ddbe
 def _about_evaluation(net, options):
     "What the parts of an evaluation depend on."
     if isinstance(net, DrawnPictures): weights = net.meta
-    elif isinstance(net, ControlAdapter): weights = dict(adapter=fingerprint(net), base=fingerprint(load(net.meta['base'])))
+    elif isinstance(net, ControlAdapter): weights = [fingerprint(net), fingerprint(load(net.meta['base']))]
     else: weights = weights_of(net, options.get('calls') is not None)
     return dict(model=weights, version=fastldm.__version__, **options)
 

@@ -126,6 +126,7 @@ def _batch_size_for(data, most):
     if n<n_processes: raise ValueError(f'{n} examples for {n_processes} processes: start fewer processes')
     return n-n%n_processes
 
+# %% ../../nbs/recipes/00_stages.ipynb #eafdbb76
 def _watching(folder, steps, draw, held_out, patience):
     "The callbacks of a stage that look how far it is. `ValueError` for a patience without anything to measure."
     if patience is not None: patience = whole_number(patience, 'patience', 1)
