@@ -1,12 +1,13 @@
 "Symptoms of pictures of one's own: a folder that changed, a path, a mask or a name that was quietly taken for another."
 import errno
+import warnings
 from inspect import signature
 import pytest
 import torch
 from PIL import Image
 from fastldm import load
 from fastldm.core import write_atomic
-from fastldm.data import PictureTable
+from fastldm.data import Captioned, ImageFolder, PictureTable, get_dataset
 from fastldm.recipes import eval_cli, own_ldm, own_pictures, sample_cli, train_cli
 from fastldm.recipes.stages import check_free, check_same_classes, full_path, picture_set, training_set
 
@@ -130,3 +131,63 @@ def test_drawn_files_after_an_interruption(tmp_path, monkeypatch, capsys):
     with pytest.raises((KeyboardInterrupt,SystemExit)):
         sample_cli('mnist', n=600, steps=1, first=10, out=str(tmp_path/'many'))
     assert '256 of 600 pictures are in' in (said := capsys.readouterr().out) and '--first 266 --n 344' in said
+
+# ---- folders
+
+def says(action):
+    "The warnings of an action, in one text."
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter('always')
+        action()
+    return ' '.join(str(warning.message) for warning in found)
+
+def test_folders_that_look_like_something_else(tmp_path):
+    "One class with folders in it, parts under other names, and pictures beside their masks; usual folders say nothing."
+    pictures(tmp_path/'zip'/'animals', cat=2, dog=2)
+    assert f"give {tmp_path/'zip'/'animals'}" in says(lambda: ImageFolder(tmp_path/'zip', size=16))
+    pictures(tmp_path/'kaggle', training_set=2, test_set=2)
+    assert 'test_set, training_set are taken for classes' in says(lambda: ImageFolder(tmp_path/'kaggle', size=16))
+    pictures(tmp_path/'seg', images=2, masks=2)
+    assert 'images, masks are taken for classes' in says(lambda: ImageFolder(tmp_path/'seg', size=16))
+    pictures(tmp_path/'usual', cat=2, dog=2, test_bench=1)
+    assert not says(lambda: ImageFolder(tmp_path/'usual', size=16))
+
+def test_pictures_in_other_formats(tmp_path):
+    "What browsers save is read; what is not read is counted."
+    pictures(tmp_path, cat=2)
+    (tmp_path/'cat'/'0.png').rename(tmp_path/'cat'/'0.jfif')
+    for i in range(3): (tmp_path/'cat'/f'{i}.HEIC').write_bytes(b'...')
+    found = says(lambda: ImageFolder(tmp_path, size=16))
+    assert '(3 .heic): save them as PNG or JPEG' in found
+    assert len(ImageFolder(tmp_path, size=16))==2
+
+def test_a_folder_that_is_called_like_a_public_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(pictures(tmp_path, all=1))
+    pictures(tmp_path/'digits', zero=2)
+    assert 'write ./digits for that' in says(lambda: get_dataset('digits'))
+    assert len(get_dataset('./digits', size=16))==2
+
+def test_twelve_bits_in_sixteen(tmp_path):
+    "A picture that would be nearly black."
+    Image.fromarray(torch.arange(0, 4096, 16).view(16,16).numpy().astype('uint16')).save(tmp_path/'a.png')
+    assert 'if it has 12 bits, multiply it by 16' in says(lambda: ImageFolder(tmp_path, size=16))
+
+def test_classes_that_are_all_kept_aside(tmp_path):
+    "Of a folder and of a column: they could be asked for, and had never been seen."
+    folder = pictures(tmp_path/'rare', cat=220, **{f'rare{i:02d}': 1 for i in range(60)})
+    found = says(lambda: own_pictures(folder, size=16))
+    kept = {name for name,n in zip(own_pictures(folder, size=16).train.classes,
+                                   own_pictures(folder, size=16).train.label.bincount(minlength=61)) if not n}
+    assert kept and all(name in found for name in kept) and 'give --test 0' in found
+    (tmp_path/'all').mkdir()
+    for i in range(4): Image.new('RGB', (16,16), (60*i,0,0)).save(tmp_path/'all'/f'{i}.png')
+    wood = ['oak,train', 'pine,train', 'zebra,test', 'oak,test']
+    rows = ['file,wood,split', *(f'all/{i}.png,{row}' for i,row in enumerate(wood))]
+    (tmp_path/'table.csv').write_text('\n'.join(rows)+'\n')
+    found = says(lambda: own_pictures(tmp_path/'table.csv', size=16, conditions='wood:label'))
+    assert 'wood zebra: no picture for training' in found
+
+def test_pictures_without_a_text(tmp_path):
+    folder = pictures(tmp_path, all=5)
+    for i in range(3): (folder/'all'/f'{i}.txt').write_text('a picture')
+    assert '2 of 5 pictures' in says(lambda: Captioned(folder/'all', size=16, test=0.))

@@ -7,7 +7,7 @@ __all__ = ['read_text', 'read_table', 'find_source', 'check_columns', 'cell_text
            'Captioned', 'shuffled_pictures', 'Together']
 
 # %% ../../nbs/data/04_captioned.ipynb #7ae64c13
-import csv,io,json,os,posixpath,re,unicodedata,zipfile,zlib
+import csv,io,json,os,posixpath,re,unicodedata,warnings,zipfile,zlib
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -305,6 +305,10 @@ def read_rows(self:Captioned, table, find, image=None, caption=None)->list: # of
 def read_folder(self:Captioned, folder)->list: # of dicts
     "Rows of pictures that have a text file of the same name, a caption a line."
     files = _texts(folder)
+    n_pictures = len(find_pictures(folder)) if folder.is_dir() else 0
+    if 0<len(files)<n_pictures:
+        warnings.warn(f"{n_pictures-len(files)} of {n_pictures} pictures in {folder} have no text beside them, and are "
+                      "left out", stacklevel=3)
     if not files:
         raise FileNotFoundError(f"{folder} has no table of captions (captions.csv or captions.jsonl, with the columns "
                                 "file and caption), nor a .txt file beside each picture")

@@ -50,7 +50,11 @@ def upright(
 # %% ../../nbs/data/00_images.ipynb #378e4d84
 def _white_level(im, values):
     "The value of white in a picture of 16 or 32 bits."
-    if im.mode.startswith('I;16') or im.format in ('PNG','PPM'): return 65535
+    if im.mode.startswith('I;16') or im.format in ('PNG','PPM'):
+        if 255<values.max()<4096:
+            warnings.warn('a picture of 16 bits has no value above 4,095 and is nearly black: if it has 12 bits, '
+                          'multiply it by 16')
+        return 65535
     lowest,highest = values.min(),values.max()
     levels = (1,255) if im.mode=='F' else (255,65535)
     for white in levels:
@@ -329,7 +333,7 @@ class Digits(Pictures):
         super().__init__(to_uint8(x, lo=0.), label, '0123456789')
 
 # %% ../../nbs/data/00_images.ipynb #34c4eb16
-IMAGE_SUFFIXES = '.jpg','.jpeg','.png','.webp','.bmp','.gif','.tif','.tiff','.ppm','.pgm' # the likeliest first
+IMAGE_SUFFIXES = '.jpg','.jpeg','.png','.webp','.bmp','.gif','.tif','.tiff','.ppm','.pgm','.jfif','.jpe' # likeliest first
 
 def open_image(
     path, # a picture file, one in a zip file (`ZippedFile`), or an open binary file
@@ -573,6 +577,30 @@ def _divided(root, parts, test):
                          "leave out `test`")
     return dict(parts, test=parts['train']) if 'train' in parts else parts
 
+# %% ../../nbs/data/00_images.ipynb #0da0dad6
+_UNREAD = '.heic','.heif','.avif','.jp2','.tga','.psd','.dng','.cr2','.nef','.svg' # pictures that are not read
+
+def _warn_of_unread(folder, files):
+    "Warn of pictures in other formats than those that are read."
+    left_out = Counter(f.suffix.lower() for f in files if f.suffix.lower() in _UNREAD)
+    if not left_out: return
+    counts = ', '.join(f'{n} {suffix}' for suffix,n in left_out.items())
+    warnings.warn(f'{folder} has pictures that are not read ({counts}): save them as PNG or JPEG', stacklevel=4)
+
+def _warn_of_classes(folder, files, classes):
+    "Warn of folders that are taken for classes, and look like something else."
+    if len(classes)==1:
+        deeper = {f.relative_to(folder).parts[1] for f in files if len(f.relative_to(folder).parts)>2}
+        if len(deeper)<2: return
+        warnings.warn(f'all pictures are of one class, {classes[0]}: if the folders in it are the classes '
+                      f'({", ".join(sorted(deeper)[:3])}), give {folder/classes[0]}', stacklevel=4)
+    parts = [name for name in classes if part_in_name(name)]
+    of_masks = [name for name in classes if name.lower() in ('image','images','mask','masks','annotations')]
+    for names,what in ((parts,'parts of a set, which are called train, val and test'),
+                       (of_masks,'pictures and their masks, which need a table (--conditions)')):
+        if len(names)<2: continue
+        warnings.warn(f'{", ".join(names)} are taken for classes: they look like {what}', stacklevel=4)
+
 # %% ../../nbs/data/00_images.ipynb #6fd020b4
 class ImageFolder(Pictures):
     "Any folder of pictures: one folder per class, or flat and without labels."
@@ -594,11 +622,14 @@ class ImageFolder(Pictures):
         if split not in parts: raise no_part(root, split)
         train = parts.get('train')
         folder = parts[split]
-        files = find_pictures(folder)
+        found = [*_walk(folder)]
+        files = sorted(f for f in found if _is_picture(f.name))
+        _warn_of_unread(folder, found)
         if not files:
             raise FileNotFoundError(f"{folder} has no pictures ({' '.join(IMAGE_SUFFIXES)}) in it or below it; "
                                     "put them there, one folder per class or all in one")
         label,classes = _labels(_class_names(files, folder), train, folder)
+        _warn_of_classes(folder, files, classes)
         good = self.choose_readable(files, skip)
         if test and split!='val': good = _part_by_hash(good, folder, split, test)
         if label and len(good)<len(files): label = [l for f,l in zip(files,label) if f in good]
@@ -739,7 +770,10 @@ def get_dataset(
     key = dataset_key(name)
     if 'size' in kw and has_one_size(name):
         raise ValueError(f'the pictures of {name} have one size only, so none can be given: leave it out')
-    if key in DATASETS: return DATASETS[key](root=root, split=split, download=download, **kw)
+    if key in DATASETS:
+        if os.sep not in str(name) and Path(name).is_dir() and _layout(Path(name)):
+            warnings.warn(f'{name} is a set of the library, which is taken, and a folder here: write ./{name} for that')
+        return DATASETS[key](root=root, split=split, download=download, **kw)
     for is_kind,open_set in OPENERS:
         if is_kind(str(name)): return open_set(name, split=split, **kw)
     if isinstance(name, Path) or os.sep in str(name) or Path(name).is_dir(): return ImageFolder(name, split=split, **kw)

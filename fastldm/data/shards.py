@@ -140,7 +140,9 @@ def _captions_of(self:Shards, i):
     "The captions of a shard."
     left_out = self.damaged.get(i, ())
     entries = {key:parts for key,parts in _read_tar(self.urls[i]).items() if key not in left_out}
-    return [_caption(file) for file in _files_of(self.urls[i], entries, ['txt'])]
+    files = _files_of(self.urls[i], entries, ['txt'])
+    if files: return [_caption(file) for file in files]
+    raise ValueError(f'{self.urls[i]} has no captions (.txt), and other shards have some: give sets of one kind')
 
 # %% ../../nbs/data/03_shards.ipynb #a900b781
 def _open(url):

@@ -56,6 +56,7 @@ def own_pictures(
     part = partial(picture_set, data, root, size=size, conditions=conditions, skip=skip)
     if test is None: test = _share_of(data, conditions)
     train = part(split='train', test=test)
+    _warn_of_empty_classes(train)
     if test==0 and not _has_test_part(part): return OwnPictures(train, None, None, 0.)
     return OwnPictures(train, *validation_and_test(part(split='test', test=test)), test)
 
@@ -72,6 +73,24 @@ def _warn_of_unused(data):
     elif texts:
         warnings.warn(f'{folder} has texts beside its pictures ({len(texts)}), which are not used: '
                       '`fastldm_train captioned` trains on texts')
+
+def _counts_of_classes(ds):
+    "{class: its pictures} of a set with labels; empty for one without."
+    classes = list(getattr(ds, 'classes', None) or [])
+    labels = getattr(ds, 'label', None)
+    if not classes or labels is None: return {}
+    return dict(zip(classes, torch.as_tensor(labels).bincount(minlength=len(classes)).tolist()))
+
+def _warn_of_empty_classes(train):
+    "Warn of classes, of labels and of columns, whose pictures were all kept aside."
+    empty = [name for name,n in _counts_of_classes(train).items() if not n]
+    for column,facts in getattr(train, 'conditions', {}).items():
+        classes = facts.get('classes', []) if facts['kind']=='label' else []
+        numbers = {*train.fields[column].flatten().tolist()}
+        empty += [f'{column} {name}' for number,name in enumerate(classes) if number not in numbers]
+    if empty:
+        warnings.warn(f'{", ".join(empty[:10])}: no picture for training, as all are kept aside: add some, leave these '
+                      'classes out, or give --test 0')
 
 def _share_of(data, conditions):
     "The share that is kept aside where none was asked for."
@@ -215,7 +234,9 @@ def own_ldm(
 
 # %% ../../nbs/recipes/16_own.ipynb #e5306c21
 def _introduce(ds, folder, progress):
-    "Print what the conditions are, and write a page of pictures."
+    "Print what the classes and conditions are, and write a page of pictures."
+    counts = _counts_of_classes(ds)
+    if progress and counts: print('classes:', ', '.join(f'{name} {n}' for name,n in counts.items()))
     print_conditions(ds, progress)
     save_data_page(ds, folder, progress)
 
