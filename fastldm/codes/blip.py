@@ -38,7 +38,8 @@ class _ConvStem(nn.Sequential):
 class Blip(TextEncoder):
     """BLIP (Li et al. 2022), with transformers' layers.
     `Blip.small` makes one to train, `Blip.from_pretrained` reads published weights.
-    Raises `ValueError` for sizes that do not fit, `ImportError` where transformers is not installed."""
+    Raises `ValueError` for sizes that do not fit, or a `max_len` that the network has no places for, `ImportError`
+    where transformers is not installed."""
     def __init__(self,
         vocab:list, # word pieces, those of `SPECIAL` among them
         vision:dict, # fields of transformers' `BlipVisionConfig`
@@ -55,12 +56,12 @@ class Blip(TextEncoder):
         T = require_transformers()
         layers = import_module('transformers.models.blip.modeling_blip')
         _check_parts(encoder, decoder, d_proj, text['hidden_size'])
-        super().__init__(vocab, max_len)
+        super().__init__(vocab, max_len, text.get('max_position_embeddings'))
         self.d_text = text['hidden_size']
         self.size = vision['image_size']
         store_attr('d_proj,encoder,decoder,match_token')
-        words = dict(vocab_size=len(self.vocab), **self._token_ids())
-        config = T.BlipTextConfig(**text, **words, encoder_hidden_size=vision['hidden_size'])
+        config = T.BlipTextConfig(**text, **self._token_ids(), vocab_size=len(self.vocab),
+                                  encoder_hidden_size=vision['hidden_size'])
         self.vision_model = layers.BlipVisionModel(T.BlipVisionConfig(**vision))
         if stem: self.vision_model.embeddings.patch_embedding = _ConvStem(vision['hidden_size'], vision['patch_size'])
         if encoder:
@@ -71,6 +72,7 @@ class Blip(TextEncoder):
             self.log_temperature = nn.Parameter(torch.tensor(math.log(.07)))
         if decoder: self.text_decoder = layers.BlipTextLMHeadModel(config)
         self._share_and_save_once()
+        self._use_masks_of_states()
         self.register_buffer('mean', torch.tensor(mean, dtype=torch.float).view(1,3,1,1), persistent=False)
         self.register_buffer('std', torch.tensor(std, dtype=torch.float).view(1,3,1,1), persistent=False)
 
@@ -131,6 +133,20 @@ def _share_and_save_once(self:Blip):
     self.aliases = _aliases(self)
     self.register_state_dict_post_hook(_drop_aliases)
     self.register_load_state_dict_pre_hook(_restore_aliases)
+
+def _pass_mask_on(attention, args, kwargs):
+    "The mask of what a cross-attention looks at, under the name by which the layer of transformers 5 reads it."
+    is_cross_attention = kwargs.get('encoder_hidden_states') is not None
+    if is_cross_attention and kwargs.get('encoder_attention_mask') is None:
+        kwargs['encoder_attention_mask'] = kwargs.get('attention_mask')
+    return args, kwargs
+
+@patch
+def _use_masks_of_states(self:Blip):
+    "Make the decoder heed `encoder_attention_mask`, which transformers 5 takes, and loses on the way to the layers."
+    if not self.decoder: return
+    for layer in self.text_decoder.bert.encoder.layer:
+        layer.crossattention.self.register_forward_pre_hook(_pass_mask_on, with_kwargs=True)
 
 # %% ../../nbs/codes/04_blip.ipynb #07e83184
 def _check_images(images):
@@ -459,10 +475,12 @@ def itc_itm_losses(self:Blip,
 def lm_loss(self:Blip,
     pairs:Pairs, # images and their captions
     smoothing:float=0., # of the labels
+    states_mask:torch.Tensor=None, # (n,S) True where the decoder may look at `pairs.states`; None: everywhere
 )->torch.Tensor: # a number
     "Cross-entropy of the next token, in nats per token, the end token included."
     ids, mask = pairs.texts.begin_with(self.ids['[DEC]'])
-    read = self.text_decoder(input_ids=ids, attention_mask=mask, encoder_hidden_states=pairs.states)
+    read = self.text_decoder(input_ids=ids, attention_mask=mask, encoder_hidden_states=pairs.states,
+                             encoder_attention_mask=states_mask)
     logits = read.logits[:,:-1].float()
     following = ids[:,1:].masked_fill(~mask[:,1:], -100)             # cross_entropy passes -100 over
     of_all = F.cross_entropy(logits.flatten(0,1), following.flatten(), reduction='sum', label_smoothing=smoothing)
@@ -497,8 +515,10 @@ def _objectives(model, right, mismatched, hard_negatives, paraphrases, smoothing
     if model.encoder: losses.update(model.itc_itm_losses(right, mismatched, hard_negatives, paraphrases))
     if model.decoder: losses['lm'] = model.lm_loss(right, smoothing)
     if reconstruct and model.encoder and model.decoder:
-        states = model.encode_text(*right.texts)[1]
-        losses['reconstruct'] = model.lm_loss(Pairs(states, right.texts))
+        ids, mask = right.texts
+        states = model.encode_text(ids, mask)[1]
+        in_features = mask & (ids!=model.ids['[SEP]'])                   # what `text_features` leaves out is not read
+        losses['reconstruct'] = model.lm_loss(Pairs(states, right.texts), states_mask=in_features)
     return losses
 
 # %% ../../nbs/codes/04_blip.ipynb #54d7b248

@@ -14,6 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from fastcore.basics import patch
 from ..core.models import fetch_batch, fingerprint, require_package, tensor_digest, whole_number
+from ..core.rows import digest_of_list
 from ..core.train import locked
 from ..data.images import dataloader
 from ..diffusion.autoencoder import data_fingerprint
@@ -157,11 +158,20 @@ def _read_header(folder):
 
 # %% ../../nbs/codes/01_store.ipynb #96aadb5f
 def _data_identity(ds):
-    "A digest of the data, or of some of it."
+    "A digest of the data; of a set that is not in memory, of some of its items."
     if torch.is_tensor(getattr(ds, 'image', None)): return data_fingerprint(ds)
     some = fetch_batch(ds, torch.linspace(0, len(ds)-1, min(64,len(ds))).long().tolist())
     fields = [part for field in sorted(some.items()) for part in field]
     return tensor_digest(type(ds).__name__, len(ds), *fields)
+
+def _content_identity(ds):
+    """A digest of all files of a set that is not in memory, and of their captions; of a set without files, of the
+    captions alone. None where there are none either, or where `_data_identity` has read everything."""
+    if torch.is_tensor(getattr(ds, 'image', None)): return None
+    of_files = ds.digest() if hasattr(ds, 'digest') else None
+    if of_files is not None: return of_files
+    captions = getattr(ds, 'caption', None)
+    return None if captions is None else digest_of_list(captions)
 
 def _text_identity(text_features):
     "Name and fingerprint of a text encoder: its own, or those of the object whose method it is."
@@ -233,6 +243,7 @@ def _header(ds, model, text_features, precision=None):
         split=getattr(ds, 'split', None),
         model=codes_fingerprint(model),
         data=_data_identity(ds),
+        content=_content_identity(ds),
         text=text,
         precision=precision)
 
@@ -262,13 +273,15 @@ def _append(folder, env, done, records, header=None):
 
 # %% ../../nbs/codes/01_store.ipynb #91b791f6
 def _start(folder, header):
-    "The environment to write to, and how many records it has; `ValueError` where they are of something else."
+    """The environment to write to, and how many records it has; `ValueError` where they are of something else.
+    An earlier store has no `content`, and is compared without it."""
     folder.mkdir(parents=True, exist_ok=True)
     env = _environment(folder, write=True)
     env.reader_check()                                                   # forget readers that were killed
     found, done = _read_header(folder)
     if found is None: return env, _append(folder, env, 0, [], header)
-    changed = [k for k in {**found, **header} if found.get(k)!=header.get(k)]
+    names = [k for k in {**found, **header} if k!='content' or k in found]
+    changed = [k for k in names if found.get(k)!=header.get(k)]
     if changed:
         differences = '; '.join(f"{k} was {str(found.get(k))[:60]}, is {str(header.get(k))[:60]}" for k in changed)
         raise ValueError(f"{folder} holds codes of something else: {differences}. "
@@ -310,8 +323,9 @@ def write_codes(
     progress:bool=True, # show a bar
 )->Path: # the folder
     """Encode all of `ds` into LMDB, or what is missing of it.
-    Raises `ValueError` where `path` holds codes of something else, `OSError` for a full disk, and `Busy` while another
-    process writes there."""
+    Raises `ValueError` where `path` holds codes of something else, also of other captions or files of the same set,
+    `OSError` for a full disk, and `Busy` while another process writes there. A store of an earlier version, whose
+    header has no `content`, is resumed where 64 of its pictures are the same."""
     if precision not in (None,'bf16'): raise ValueError(f"precision={precision!r}: expected None or 'bf16'")
     batch_size = whole_number(batch_size, 'batch_size', 1)
     workers = whole_number(workers, 'workers', 0)

@@ -101,14 +101,14 @@ def _check_denoiser(denoiser, first_stage, text_encoder):
                          'train a denoiser with this text encoder')
 
 # %% ../../nbs/codes/05_text2image.ipynb #6475b361
-def _prompts(prompt, n):
-    "A list of `n` texts; `ValueError` for anything but texts, or for another number of them."
+def _prompts(prompt, n, name='prompt'):
+    "A list of `n` texts; `ValueError`, which names the argument, for anything else, or for another number of texts."
     if n is not None: n = whole_number(n, 'n', 1)
     if prompt is None or isinstance(prompt, str): return [prompt or '']*(n or 1)
     if not isinstance(prompt, (list,tuple)) or not prompt or not all(isinstance(p,str) for p in prompt):
-        raise ValueError(f'prompt={prompt!r:.60}: expected a text, or a list of texts, one an image')
+        raise ValueError(f'{name}={prompt!r:.60}: expected a text, or a list of texts, one an image')
     if n not in (None,len(prompt)):
-        raise ValueError(f'got {len(prompt)} prompts for n={n} images: give one text for all, or one an image')
+        raise ValueError(f'got {len(prompt)} {name}s for n={n} images: give one text for all, or one an image')
     return list(prompt)
 
 def _unique(texts):
@@ -265,6 +265,7 @@ def _features(self:TextToImage, prompts):
 @patch
 def _for_candidates(self:TextToImage, how, n, candidates):
     "The settings, in which what each of n images has for itself is repeated for all its candidates."
+    if how.get('negative_prompt'): _prompts(how['negative_prompt'], n, 'negative_prompt')   # n is what the user knows
     def repeated(value):
         has_one_each = isinstance(value, (list,tuple)) or torch.is_tensor(value) and value.ndim>0
         if not has_one_each or len(value)!=n: return value
@@ -295,9 +296,16 @@ def _encode(self:TextToImage, prompts, settings):
                          'give the text that guidance moves away from as negative_prompt')
     negative = settings.pop('negative_prompt', None)
     if not negative: return self._features(prompts), settings
-    both = self._features(prompts + _prompts(negative, len(prompts)))
+    both = self._features(prompts + _prompts(negative, len(prompts), 'negative_prompt'))
     text, negative = both.split(len(prompts))
     return text, settings | dict(negative_prompt=negative)
+
+def _check_seeds(seed, prior, n, first, candidates):
+    "As `check_seed`, for n images; several seeds are for the diffusion prior, and for images without candidates."
+    if isinstance(seed, (list,tuple)) and (prior=='codes' or candidates>1):
+        why = 'sampling by codes takes' if prior=='codes' else f'candidates={candidates} are sampled from'
+        raise ValueError(f'seed={seed!r:.60}: {why} one seed for all images: give a whole number')
+    return check_seed(seed, n, first)
 
 @patch
 def forward(self:TextToImage, *args, **kwargs):
@@ -312,7 +320,7 @@ def sample(self:TextToImage,
     n:int=None, # number of images; None: 1, or one per prompt
     *,
     prior:str=None, # 'codes' or 'diffusion'; None: the one that can do what is asked, diffusion where both can
-    seed=None, # whole number: the same seed gives the same images; or a `torch.Generator`; None: new ones each time
+    seed=None, # whole number: the same gives the same images; by diffusion also one an image; None: new ones each time
     candidates:int=1, # images sampled for each one kept; the text encoder chooses
     batch_size:int=64, # images at a time
     first:int=0, # index of the first of these images, to sample many in parts
@@ -340,12 +348,12 @@ def sample(self:TextToImage,
     if output_type!='pt' and how.get('latents') is True:
         raise ValueError(f'output_type={output_type!r} is for pictures: leave it out, or latents=True')
     how = self._for_candidates(how, len(prompts), candidates)
+    first = whole_number(first, 'first', 0)
+    seed = _check_seeds(seed, prior, len(prompts), first, candidates)
     prompts = [p for p in prompts for _ in range(candidates)]
-    seed = check_seed(seed)
     settings = {**self._defaults(prior, how), **how}
     text, settings = self._encode(prompts, settings)
-    first = whole_number(first, 'first', 0)*candidates
-    images = draw(text, seed=seed, first=first, batch_size=batch_size, progress=progress, **settings)
+    images = draw(text, seed=seed, first=first*candidates, batch_size=batch_size, progress=progress, **settings)
     if candidates>1: images = self._best(images, prompts, candidates)
     return to_output(images, output_type)
 

@@ -31,10 +31,13 @@ def as_texts(
     captions, # a text, or several
 )->list: # of strings
     "A list of strings; a single one becomes a list. Raises `ValueError` for anything else."
-    captions = [captions] if isinstance(captions, str) else list(captions)
+    if isinstance(captions, str): captions = [captions]
+    if isinstance(captions, dict) or not hasattr(captions, '__getitem__') and not hasattr(captions, '__iter__'):
+        raise ValueError(f"captions={captions!r:.60}: expected a string, or a list of strings")
+    captions = list(captions)
     for c in captions:
         if not isinstance(c, str):
-            raise ValueError(f"a caption is {c!r}, a {type(c).__name__}: give a string, or a list of strings")
+            raise ValueError(f"a caption is {c!r:.60} ({type(c).__name__}): give a string, or a list of strings")
     return [c.encode('utf-8', 'replace').decode() for c in captions]  # a shell passes invalid UTF-8 as half characters
 
 def word_piece_tokenizer(
@@ -98,12 +101,17 @@ class Tokens(NamedTuple):
 # %% ../../nbs/codes/03_text_encoder.ipynb #a94ea891
 class TextEncoder(Module):
     """Texts to (n,1+L,d): the whole, then its pieces.
-    A subclass has `d_text` and `encode_text(ids, mask) -> (wholes (n,·), states (n,T,d))`."""
+    A subclass has `d_text` and `encode_text(ids, mask) -> (wholes (n,·), states (n,T,d))`.
+    Raises `ValueError` for a `max_len` that the network has no places for."""
     def __init__(self,
         vocab, # word pieces
         max_len:int, # L: pieces of a text that are read
+        n_places:int=None, # position embeddings of the network; None: it reads texts of any length
     ):
         super().__init__()
+        most = max_len if n_places is None else n_places-2               # a token before the pieces, and `[SEP]`
+        if max_len>most:
+            raise ValueError(f"max_len={max_len}: this model has places for {most} word pieces: give {most} or fewer")
         self.vocab = list(vocab)
         self.max_len = max_len
         self.tokenizer = word_piece_tokenizer(self.vocab)
@@ -174,13 +182,15 @@ def _unknown_words(self:TextEncoder, caption):
     parts = zip(found.ids, found.offsets)
     return [caption[start:end] for piece,(start,end) in parts if piece==self.ids['[UNK]']]
 
+# %% ../../nbs/codes/03_text_encoder.ipynb #25f35fb1
 @patch
 @inference
 def text_features(self:TextEncoder,
     captions, # a text, or a list
     batch_size:int=256, # texts at a time
 )->torch.Tensor: # (n,1+max_len,d_text), on the model's device
-    "Row 0 is the whole text, then come its pieces, then zeros; all zeros where nothing is understood."
+    """Row 0 is the whole text, then come its pieces, then zeros; all zeros where nothing is understood.
+    Raises `ValueError` for what is no text, nor a list of texts."""
     captions = as_texts(captions)
     features = torch.zeros(len(captions), 1+self.max_len, self.d_text, device=self.device)
     tokens = self.tokens(captions)
@@ -198,13 +208,14 @@ def text_features(self:TextEncoder,
 
 # %% ../../nbs/codes/03_text_encoder.ipynb #159eb730
 class MiniLM(TextEncoder):
-    "all-MiniLM-L6-v2, frozen: texts to (n,1+L,384)."
+    """all-MiniLM-L6-v2, frozen: texts to (n,1+L,384).
+    Raises `ValueError` for a `max_len` above 510."""
     def __init__(self,
         vocab:list, # word pieces
         text:dict, # fields of transformers' `BertConfig`
         max_len:int=32, # word pieces of a text that are read
     ):
-        super().__init__(vocab, max_len)
+        super().__init__(vocab, max_len, text['max_position_embeddings'])
         T = require_transformers()
         self.d_text = text['hidden_size']
         self.bert = T.BertModel(T.BertConfig(**text), add_pooling_layer=False).requires_grad_(False).eval()
@@ -239,7 +250,7 @@ def from_pretrained(cls:MiniLM,
     max_len:int=32, # word pieces of a text that are read
 )->MiniLM: # frozen, in eval mode
     """Read the installed package's weights, or a folder's.
-    Raises `FileNotFoundError` where there are none."""
+    Raises `FileNotFoundError` where there are none, `ValueError` for a `max_len` above 510."""
     from safetensors.torch import load_file
     config_file, vocab_file, weights_file = _minilm_files(folder)
     config = json.loads(config_file.read_text())

@@ -28,6 +28,7 @@ from ..core.watch import DeadlineCB, TrackCB
 from ..diffusion.denoiser import check_interval
 from ..diffusion.ldm import available, load
 from .stages import RECIPES, captioned_set, every_stage, reading_options, with_article
+from .text import frozen_text_encoder
 
 # %% ../../nbs/recipes/06_commands.ipynb #7ff52052
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError, Busy) # their messages say what to do
@@ -344,7 +345,7 @@ def codes_cli(
     model:str, # whose codes: a model of texts or a VQ-VAE, shipped or a folder
     out:str, # folder of the database
     split:str='train', # or test
-    text_encoder:str=None, # a `Blip` that reads the captions (default: the model's own, if it has one)
+    text_encoder:str=None, # minilm, word_vectors, or that of a model (default: the model's own, if it has one)
     caption:str=None, # the column of captions of a table (default: as the model was trained, or one of the usual names)
     skip:store_true=False, # leave out pictures that are missing or damaged, with a warning
     root:str=None, # where a public set is looked for first
@@ -372,13 +373,9 @@ def codes_cli(
 
 # %% ../../nbs/recipes/06_commands.ipynb #680e80ce
 def _encoder_of(net, text_encoder):
-    "The text encoder by name, or the model's own; None where there is none."
+    "The text encoder by name, as `fastldm_train` takes it, or the model's own; None where there is none."
     if text_encoder is None: return getattr(net, 'text_encoder', None)
-    encoder = load(text_encoder, 'cpu')
-    if not hasattr(encoder, 'text_features'): encoder = getattr(encoder, 'text_encoder', encoder)
-    if hasattr(encoder, 'text_features'): return encoder
-    raise ValueError(f'--text_encoder {text_encoder} is {with_article(type(encoder).__name__)}: '
-                     'expected a model with a method `text_features`, such as a `Blip`, or a TextToImage that has one')
+    return frozen_text_encoder(text_encoder)
 
 def _size_of(net, name, size):
     "The side of the pictures that a model was trained on, checked against `size` where that is given."

@@ -601,8 +601,10 @@ def _own_distances(drawn, train, test, net, most=2000):
     return scores | {f'real_{name}': value for name,value in floor.items()}
 
 def _some_pictures(ds, most):
-    "(n,C,H,W) in [0,1]: all pictures of a set, or so many of them, spread over it."
-    return (fetch_batch(ds, spread_indices(len(ds), most))['image']+1)/2
+    "(n,C,H,W) in [0,1]: all pictures of a set, or so many of them, spread over it; each once, whatever its captions."
+    rows = getattr(ds, 'firsts', range(len(ds)))
+    chosen = [rows[i] for i in spread_indices(len(rows), most)]
+    return (fetch_batch(ds, chosen)['image']+1)/2
 
 # %% ../../nbs/recipes/05_evaluate.ipynb #c161bb81
 def _newness(drawn, known, unseen):

@@ -35,7 +35,7 @@ from ..diffusion.distill import save_student
 from ..diffusion.ldm import available, model_folder
 from .commands import command
 from .evaluate import held_out_pairs
-from .stages import RECIPES, diffusion_of
+from .stages import RECIPES, captioned_set, diffusion_of, digest_of, reading_options
 
 # %% ../../nbs/recipes/07_figures.ipynb #edb85ea7
 def processor_name()->str: # e.g. 'NVIDIA H100' or the model of the CPU
@@ -125,10 +125,14 @@ def held_out_prompts(
     n:int=32, # prompts
     folder=None, # as in `cached`
 )->list: # captions, in an order that is always the same
-    "Captions of held-out pictures. Raises what the set raises."
+    """Captions of held-out pictures. Those that are kept are of the same column of captions, and of a set of your own
+    with the same content. Raises what the set raises."""
     data = model.meta['data']
+    reading = reading_options(model, data)
+    is_own = Path(data).is_absolute()                                   # as `full_path` writes it on a card
+    if is_own: reading['digest'] = digest_of(captioned_set(data, None, 'test', model.size, **reading))
     def captions(): return dict(prompts=held_out_pairs(model, data, n)[1])
-    return cached(f'held-out prompts {data}', captions, folder, data=data, n=n)['prompts']
+    return cached(f'held-out prompts {data}', captions, folder, data=data, n=n, **reading)['prompts']
 
 # %% ../../nbs/recipes/07_figures.ipynb #d6213215
 def held_out_icons(
@@ -209,7 +213,7 @@ def missing_packages(
 def figures_cli(
     names:Param('figures to draw (default: all)', str, nargs='*'), # figures to draw
     train:store_true=False, # train the models first, into runs/ (hours), and draw with those
-    fresh:store_true=False, # measure anew what is kept in figures/measured.json (a day of one core; what is finished in runs/ is used)
+    fresh:store_true=False, # measure anew what is kept in figures/measured.json (a day; finished runs/ are used)
 ):
     "Draw the figures from the shipped weights."
     from tqdm import tqdm

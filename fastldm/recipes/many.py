@@ -9,6 +9,7 @@ __all__ = ['PER_SHARD', 'draw_shards', 'is_drawing', 'DrawnPictures']
 import json
 import tarfile
 from contextlib import nullcontext
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from PIL import Image
@@ -23,7 +24,7 @@ from ..data.shards import Shards, add_file
 from ..diffusion.ldm import load
 from ..metrics.images import (EfficientNetLite, Reference, fid, image_features, kid, label_accuracy,
                                     precision_recall)
-from .stages import comparable_set, trained_for
+from .stages import captioned_set, comparable_set, full_path, reading_options, trained_for
 
 # %% ../../nbs/recipes/17_many.ipynb #85784184
 _MAY_CHANGE = ('model','version','data')
@@ -145,16 +146,27 @@ def _features(ds, net, chosen, batch_size=1000):
     def features(part): return image_features(ds.pixels(list(chosen[part])), net)
     return map_parts(features, len(chosen), batch_size)
 
-def _real(data, root, size, net, n):
+def _real(data, root, size, net, n, open_set=comparable_set):
     """The features of up to `n` real pictures, spread over those for testing where there are some, and which they are.
-    Raises `ValueError` for pictures of another size."""
+    A picture counts once, however many captions it has. Raises `ValueError` for pictures of another size."""
     for split in ('test','train'):
-        try: ds = comparable_set(data, root, split, size)
+        try: ds = open_set(data, root, split, size)
         except FileNotFoundError: continue
-        return _features(ds, net, spread_indices(len(ds), n)), split
+        rows = getattr(ds, 'firsts', range(len(ds)))
+        return _features(ds, net, [rows[i] for i in spread_indices(len(rows), n)]), split
     raise FileNotFoundError(f'the pictures of {data} are not here, with which these could be compared: give --data')
 
 # %% ../../nbs/recipes/17_many.ipynb #b334b0e5
+@patch
+def _opener_of(self:DrawnPictures, data):
+    """What opens the real pictures: of a model of texts its own set as it was trained on it, so that pictures for
+    testing are those that it has not seen; else `comparable_set`."""
+    is_own = full_path(data)==self.meta.get('data')
+    if not is_own or 'prior' not in self.meta: return comparable_set      # only a model of texts has a kind of prior
+    try: model = load(self.meta['model'], 'cpu')
+    except FileNotFoundError: return captioned_set                         # how it read the set is not known any more
+    return partial(captioned_set, **reading_options(model, data))
+
 @patch
 def evaluate_command(self:DrawnPictures,
     data:str=None, # data set to compare with; None: the one that the model was trained on
@@ -168,7 +180,7 @@ def evaluate_command(self:DrawnPictures,
     if not data: raise ValueError('the card of the model that drew these names no data set: give --data')
     net, reference = _scorer(data)
     n = len(self) if n is None else min(whole_number(n, 'n', 1), len(self))
-    if reference is None: real, split = _real(data, root, self.size, net, 10_000)
+    if reference is None: real, split = _real(data, root, self.size, net, 10_000, self._opener_of(data))
     else: real, split = reference.features, 'test'
     drawn = _features(self, net, range(n))
     scores = dict(n=len(drawn), real_n=len(real), real=split, fid=float(fid(real, drawn)), kid=float(kid(real, drawn)))

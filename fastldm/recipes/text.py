@@ -31,7 +31,8 @@ from ..diffusion.unet import UNet
 from ..metrics.icons import IconClassifier, frequent_words, icon_classifier_loss, icon_scores
 from ..metrics.scenes import SceneClassifier, scene_classifier_loss
 from .stages import (begin, calls_begin, captioned_set, finish, licence_line, picture_set, recipe,
-                                    save_data_page, stage_folder, train_autoencoder, train_denoiser, train_stage)
+                                    save_data_page, stage_folder, train_autoencoder, train_denoiser, train_stage,
+                                    with_article)
 
 # %% ../../nbs/recipes/03_text.ipynb #8b12308c
 def train_text_encoder(
@@ -56,15 +57,17 @@ def train_text_encoder(
 
 # %% ../../nbs/recipes/03_text.ipynb #fe846fab
 def frozen_text_encoder(
-    name, # 'word_vectors', the table of `emoji`; 'minilm'; or a model that draws from texts, by name or folder
+    name, # 'word_vectors', the table of `emoji`; 'minilm'; or a text encoder or a model that has one, by name or folder
 )->TextEncoder: # in eval mode
     """A text encoder that is used as it is. Raises `FileNotFoundError` where MiniLM is not installed, `ValueError` for
     a model without a text encoder, and what `load` raises."""
     if name=='minilm': return MiniLM.from_pretrained()
     model = load('emoji' if name=='word_vectors' else name, 'cpu')
-    if hasattr(model, 'text_encoder'): return model.text_encoder.eval()
-    raise ValueError(f"text_encoder={str(name)!r} is a {type(model).__name__}, which reads no texts: "
-                     "expected 'minilm', 'word_vectors', or a model that draws from texts")
+    # a `Blip` is asked first: what it calls its `text_encoder` is a network without words
+    encoder = model if hasattr(model, 'text_features') else getattr(model, 'text_encoder', None)
+    if encoder is not None: return encoder.eval()
+    raise ValueError(f"text_encoder={str(name)!r} is {with_article(type(model).__name__)}, which reads no texts: "
+                     "expected 'minilm', 'word_vectors', a text encoder such as a `Blip`, or a model that has one")
 
 # %% ../../nbs/recipes/03_text.ipynb #65e98c73
 def train_vqvae(
@@ -192,7 +195,8 @@ def text_to_image(
     progress:bool=True, # show bars
     card:dict=None, # what else the card should say
 )->TextToImage: # saved in `folder`
-    "Train text encoder, VQ-VAE and priors. Raises what the data set raises, before work starts."
+    """Train text encoder, VQ-VAE and priors. Raises what the data set raises, and `ValueError` for a folder whose run
+    has another text encoder, before work starts."""
     prior_steps = _for_each_level(prior_steps, 'prior_steps', len(prior_channels))
     prior_dropout = _for_each_level(prior_dropout, 'prior_dropout', len(prior_channels))
     arguments = dict(locals())
@@ -202,7 +206,8 @@ def text_to_image(
     _check_networks(prior_channels, prior_dropout, channels, codes, diffusion)
     frozen = None if isinstance(text_encoder, (dict,type(None))) else frozen_text_encoder(text_encoder)
     stages = _stages_of_text(prior_channels, autoencoder, frozen)
-    folder = begin(folder, text_to_image, arguments, ds, multiple=8, stages=stages)
+    folder = begin(folder, text_to_image, arguments, ds, multiple=8, stages=stages,
+                   text_encoder_name=getattr(frozen, 'name', None)) # another may be saved under the same path
     save_data_page(ds, folder, progress)
     training = dict(seed=seed, precision=precision, progress=progress)
     encoder = frozen or train_text_encoder(ds, folder, steps=text_encoder_steps, network=text_encoder,

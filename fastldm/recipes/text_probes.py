@@ -10,14 +10,16 @@ __all__ = ['code_colours', 'changed_caption', 'same_scene', 'word_attention', 'u
 import time
 from dataclasses import replace
 from operator import itemgetter
+from unicodedata import category
 import numpy as np, torch
 from ..codes.pixelsnail import unigram_bits
 from ..codes.text2image import TextToImage
+from ..codes.text_encoder import TextEncoder
 from ..core.models import check_choice
 from ..data.captioned import shuffled_pictures
 from ..data.images import get_dataset
 from ..data.synthetic import BACKGROUNDS, COLOURS, KINDS, MIRROR, parse_scene
-from ..metrics.text import tokenise
+
 
 # %% ../../nbs/recipes/11_text_probes.ipynb #5977dd31
 def code_colours(
@@ -36,12 +38,14 @@ def changed_caption(
     caption:str, # of a scene
     part:str, # 'colour', 'thing', 'relation' or 'background'
     choose=itemgetter(0), # picks one of a list, e.g. `random.Random(0).choice`; else the first
-)->str: # the same form of sentence
+)->str: # the same form of sentence, or the first where none is spelled like this
     """A caption of which one part is wrong; a relation becomes its opposite.
-    Raises ValueError for another part, and as `parse_scene` does."""
+    Raises ValueError for another part, for the relation of a caption with one thing, and as `parse_scene` does."""
     check_choice(part, ['colour', 'thing', 'relation', 'background'], 'part')
     scene = parse_scene(caption)
-    form = next(i for i in range(8) if scene.caption(i)==caption)
+    if part=='relation' and scene.relation is None:
+        raise ValueError(f'{caption!r} has one thing, and so no relation: give a caption with two, or another part')
+    form = next((i for i in range(8) if scene.caption(i)==caption), 0)   # capitals or blanks may differ
     if part=='relation': return replace(scene, relation=MIRROR[scene.relation]).caption(form)
     if part=='background':
         places = [place for place in BACKGROUNDS if place!=scene.background]
@@ -91,11 +95,14 @@ def word_attention(
 
 # %% ../../nbs/recipes/11_text_probes.ipynb #0f489fb5
 def unknown_words(
-    text_encoder, # with a vocabulary, `ids`
+    text_encoder:TextEncoder, # with a vocabulary
     text:str, # a prompt
-)->list: # in their order
-    "Words of a text that are no single token."
-    return [word for word in tokenise(text) if word not in text_encoder.ids]
+)->list: # in their order, as the text encoder reads them: in lower case, without accents
+    "Words of a text that are no single token. Punctuation does not count."
+    tokenizer = text_encoder.tokenizer
+    parts = tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text))
+    words = [part for part,_ in parts if not all(category(letter).startswith('P') for letter in part)]
+    return [word for word in words if word not in text_encoder.ids]
 
 # %% ../../nbs/recipes/11_text_probes.ipynb #1bc539eb
 def count_calls(
