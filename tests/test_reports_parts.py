@@ -22,8 +22,8 @@ from fastldm.core.rows import read_rows, write_rows
 from fastldm.core.train import read_checkpoint
 from fastldm.data import (Captioned, Digits, DrawnFaces, ImageFolder, Part, SyntheticScenes, get_dataset, write_shards,
                           write_stream)
-from fastldm.diffusion import (Autoencoder, LatentDiffusion, add_lora, ddpm_step, inpaint, invert, load_lora, merge_lora,
-                               noise_from, remove_lora, sample, sample_generators, save, save_lora)
+from fastldm.diffusion import (Autoencoder, LatentDiffusion, add_lora, ddpm_step, inpaint, invert, load_lora,
+                               merge_lora, noise_from, remove_lora, sample, sample_generators, save, save_lora)
 from fastldm.diffusion.ldm import model_folder
 from fastldm.metrics import memorisation, retrieval
 from fastldm.recipes.pictures import check_same_weights, settings_of

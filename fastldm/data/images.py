@@ -333,7 +333,8 @@ class Digits(Pictures):
         super().__init__(to_uint8(x, lo=0.), label, '0123456789')
 
 # %% ../../nbs/data/00_images.ipynb #34c4eb16
-IMAGE_SUFFIXES = '.jpg','.jpeg','.png','.webp','.bmp','.gif','.tif','.tiff','.ppm','.pgm','.jfif','.jpe' # likeliest first
+IMAGE_SUFFIXES = ('.jpg','.jpeg','.png','.webp','.bmp','.gif','.tif','.tiff','.ppm','.pgm', # the likeliest first
+                  '.jfif','.jpe')
 
 def open_image(
     path, # a picture file, one in a zip file (`ZippedFile`), or an open binary file
@@ -580,12 +581,21 @@ def _divided(root, parts, test):
 # %% ../../nbs/data/00_images.ipynb #0da0dad6
 _UNREAD = '.heic','.heif','.avif','.jp2','.tga','.psd','.dng','.cr2','.nef','.svg' # pictures that are not read
 
+def _pictures_in(folder):
+    "The pictures of a folder, in order, with a warning where others are not read. FileNotFoundError without any."
+    found = [*_walk(folder)]
+    _warn_of_unread(folder, found)
+    files = sorted(f for f in found if _is_picture(f.name))
+    if files: return files
+    raise FileNotFoundError(f"{folder} has no pictures ({' '.join(IMAGE_SUFFIXES)}) in it or below it; put them there, "
+                            "one folder per class or all in one")
+
 def _warn_of_unread(folder, files):
     "Warn of pictures in other formats than those that are read."
     left_out = Counter(f.suffix.lower() for f in files if f.suffix.lower() in _UNREAD)
     if not left_out: return
     counts = ', '.join(f'{n} {suffix}' for suffix,n in left_out.items())
-    warnings.warn(f'{folder} has pictures that are not read ({counts}): save them as PNG or JPEG', stacklevel=4)
+    warnings.warn(f'{folder} has pictures that are not read ({counts}): save them as PNG or JPEG', stacklevel=5)
 
 def _warn_of_classes(folder, files, classes):
     "Warn of folders that are taken for classes, and look like something else."
@@ -622,12 +632,7 @@ class ImageFolder(Pictures):
         if split not in parts: raise no_part(root, split)
         train = parts.get('train')
         folder = parts[split]
-        found = [*_walk(folder)]
-        files = sorted(f for f in found if _is_picture(f.name))
-        _warn_of_unread(folder, found)
-        if not files:
-            raise FileNotFoundError(f"{folder} has no pictures ({' '.join(IMAGE_SUFFIXES)}) in it or below it; "
-                                    "put them there, one folder per class or all in one")
+        files = _pictures_in(folder)
         label,classes = _labels(_class_names(files, folder), train, folder)
         _warn_of_classes(folder, files, classes)
         good = self.choose_readable(files, skip)

@@ -13,6 +13,7 @@ import os
 import shutil
 import torch
 from PIL import Image
+from contextlib import contextmanager
 from fastcore.basics import patch
 from fastcore.script import Param
 from inspect import signature
@@ -411,14 +412,18 @@ def _draw_into(out, model, method, options, settings, per_shard=None, share=(0,1
         where = dict(n=n, first=begin+first)
         return method(**options | {k: v for k,v in where.items() if k in parameters})[0]
     def about(i): return settings | (dict(n=1, first=begin+i) if 'first' in parameters else {})
-    try: return draw_files(draw, n, out, part, about)
+    with _saying_what_is_left(out, n, begin): return draw_files(draw, n, out, part, about)
+
+# %% ../../nbs/recipes/18_draw.ipynb #42dfffe4
+@contextmanager
+def _saying_what_is_left(out, n, begin):
+    "After an interruption in the block, print how many pictures there are, and how to draw the others."
+    try: yield
     except KeyboardInterrupt:
         _say_what_is_left(out, n, begin)
         raise
 
-# %% ../../nbs/recipes/18_draw.ipynb #42dfffe4
 def _say_what_is_left(out, n, begin):
-    "After an interruption: how many pictures there are, and how to draw the others."
     done = len([*Path(out).glob('*.png')])
     if not done: return
     print(f'{done:,} of {n:,} pictures are in {out}; the others: --first {begin+done} --n {n-done}, and another --out')

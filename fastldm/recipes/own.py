@@ -74,6 +74,7 @@ def _warn_of_unused(data):
         warnings.warn(f'{folder} has texts beside its pictures ({len(texts)}), which are not used: '
                       '`fastldm_train captioned` trains on texts')
 
+# %% ../../nbs/recipes/16_own.ipynb #2d96d8a4
 def _counts_of_classes(ds):
     "{class: its pictures} of a set with labels; empty for one without."
     classes = list(getattr(ds, 'classes', None) or [])
