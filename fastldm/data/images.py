@@ -597,6 +597,7 @@ def _warn_of_unread(folder, files):
     counts = ', '.join(f'{n} {suffix}' for suffix,n in left_out.items())
     warnings.warn(f'{folder} has pictures that are not read ({counts}): save them as PNG or JPEG', stacklevel=5)
 
+# %% ../../nbs/data/00_images.ipynb #eaca25a0
 def _warn_of_classes(folder, files, classes):
     "Warn of folders that are taken for classes, and look like something else."
     if len(classes)==1:

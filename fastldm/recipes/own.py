@@ -93,6 +93,7 @@ def _warn_of_empty_classes(train):
         warnings.warn(f'{", ".join(empty[:10])}: no picture for training, as all are kept aside: add some, leave these '
                       'classes out, or give --test 0')
 
+# %% ../../nbs/recipes/16_own.ipynb #16ec76ca
 def _share_of(data, conditions):
     "The share that is kept aside where none was asked for."
     folder = Path(data).expanduser()
