@@ -242,6 +242,7 @@ def _introduce(ds, folder, progress):
     print_conditions(ds, progress)
     save_data_page(ds, folder, progress)
 
+# %% ../../nbs/recipes/16_own.ipynb #e6a691b4
 def _asked_share(folder, test):
     "The share to keep aside; 0 where a run of an earlier version is resumed, which kept nothing."
     file = Path(folder)/'recipe.json'
