@@ -353,7 +353,7 @@ def set_rows(self:PictureRows, rows, size=64, channels=3, cache=2., test=.1, pad
     if skip: rows = self._undamaged(rows)
     if not rows:
         raise EmptySplit(f"{type(self).__name__}: none of {n_rows} rows are for {self.split!r} (test={test:g}): "
-                         "ask for the other split, add pictures, or change `test`")
+                         "add pictures, or say in a column `split` which are for testing")
     self.rows = [{k:escape_text(v) for k,v in r.items() if k not in ('file','split','group')} for r in rows]
     self.name = [r['name'] for r in self.rows]
     if image is None: self._hold_pictures([r['file'] for r in rows], classes, size, channels, cache, pad)

@@ -581,6 +581,10 @@ def _divided(root, parts, test):
 # %% ../../nbs/data/00_images.ipynb #0da0dad6
 _UNREAD = '.heic','.heif','.avif','.jp2','.tga','.psd','.dng','.cr2','.nef','.svg' # pictures that are not read
 
+def _of_table(file):
+    "What to do about a table that was given in place of a folder, for a message."
+    return ', or for a table its columns, too (--conditions)' if file.suffix.lower() in ('.csv','.tsv','.jsonl') else ''
+
 def _pictures_in(folder):
     "The pictures of a folder, in order, with a warning where others are not read. FileNotFoundError without any."
     found = [*_walk(folder)]
@@ -626,7 +630,8 @@ class ImageFolder(Pictures):
     ):
         self.split = check_split(split, ('train','val','test'))
         root = Path(root).expanduser()
-        if not root.is_dir(): raise FileNotFoundError(f"{root} is not a folder; give a folder of pictures")
+        if not root.is_dir():
+            raise FileNotFoundError(f"{root} is not a folder; give a folder of pictures{_of_table(root)}")
         parts = _find_parts(root)
         test = real_number(test, 'test', 0, 1)
         if test: parts = _divided(root, parts, test)

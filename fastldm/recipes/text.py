@@ -187,7 +187,7 @@ def text_to_image(
     autoencoder:dict=None, # of the diffusion prior, as in `train_autoencoder`; None: it is of the codes' vectors
     class_field:str=None, # field with the class, that the diffusion prior is conditioned on too, e.g. 'style' of icons
     balance:float=0., # of icons, for the diffusion prior: 0: captions equally often; 1: things, as in `Balanced`
-    held_out:str='test', # part of the set that chooses among the PixelSNAIL's weights
+    held_out:str='test', # part of the set of which every second picture chooses among the PixelSNAIL's weights
     caption:str=None, # of a table: its column of captions; None: one of the usual names
     skip:bool=False, # leave out pictures that are missing or damaged, with a warning
     seed:int=0, # of everything
@@ -224,7 +224,8 @@ def text_to_image(
     priors = [train_prior(stored, stored_unseen, folder, level, width, most, network=dict(dropout=dropout), **training)
               for level,(width,most,dropout) in enumerate(zip(prior_channels, prior_steps, prior_dropout))]
     model = TextToImage(priors=priors, denoiser=denoiser, codes=codes, **parts)
-    return _finish_text(folder, model, stages, ds, unseen, data, dict(seed=seed) | reading | (card or {}))
+    return _finish_text(folder, model, stages, ds, unseen, data,
+                        dict(seed=seed, held_out=held_out) | reading | (card or {}))
 
 # %% ../../nbs/recipes/03_text.ipynb #d56d200d
 def _views(ds, copies, seed, mirror):
