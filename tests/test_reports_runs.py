@@ -734,7 +734,7 @@ def line_of(run, *args, **options):
     (labels.label_ldm, dict(lr=-1.), 'lr=-1.0: expected a number of at least 0'),
     (labels.label_ldm, dict(n_blocks=0), 'n_blocks=0: expected a whole number of at least 1'),
     (labels.label_ldm, dict(middle=2.), 'middle=2.0: expected a number of at least 0 and at most 1'),
-    (labels.label_ldm, dict(steps=20, middle=.99), 'middle=0.99 of 20 steps leaves none for the times near 0 and 1'),
+    (labels.label_ldm, dict(steps=20, middle=1.), 'middle=1.0 leaves no steps for the times near 0 and 1'),
     (labels.label_ldm, dict(middle=.5, middle_lr=-1.), 'middle_lr=-1.0: expected a number of at least 0'),
     (own_ldm, dict(data='digits', patience=-3), 'patience=-3: expected a whole number of at least 1'),
     (own_ldm, dict(data='digits', lr=float('inf')), 'lr=inf'),

@@ -115,6 +115,7 @@ class TextEncoder(Module):
         self.vocab = list(vocab)
         self.max_len = max_len
         self.tokenizer = word_piece_tokenizer(self.vocab)
+        self.has_warned_of_unknown = False
         self.ids = {piece:i for i,piece in enumerate(self.vocab)}
 
     @property
@@ -169,10 +170,14 @@ def _understood(self:TextEncoder, captions, tokens):
 @patch
 def _warn_of_unknown(self:TextEncoder, captions, most=1000):
     "Warn of the first text, of so many, that has a word without a known piece; signs that divide words do not count."
+    if self.has_warned_of_unknown: return                              # once is enough for a set of captions
     for caption in captions[:most]:
         words = [word for word in self._unknown_words(caption) if any(not category(c).startswith('P') for c in word)]
         if not words: continue
-        warnings.warn(f"{', '.join(map(repr, words))} in {caption[:60]!r} mean nothing to this model, and are left out")
+        unknown = ', '.join(map(repr, words))
+        warnings.warn(f"{unknown} in {caption[:60]!r} cannot be read by this model, nor be told from other words that it "
+                      "does not know")
+        self.has_warned_of_unknown = True
         return
 
 @patch

@@ -374,8 +374,9 @@ def accelerator(self:Learner):
     AcceleratorState._reset_state() # it refuses a second precision in one process
     shares_cpu = int(os.environ.get('WORLD_SIZE', 1))>1 and not torch.accelerator.is_available()
     on_cpu = os.environ.get('FASTLDM_DEVICE')=='cpu' or shares_cpu      # else Accelerate's choice: CUDA, MPS, ...
-    # attention to a single token has no use for its queries, which then get no gradient
-    together = DistributedDataParallelKwargs(find_unused_parameters=True)
+    # such as attention to a single token, which has no use for its queries; to look for them takes time
+    some_unused = any(getattr(module, 'may_leave_unused', False) for module in self.model.modules())
+    together = DistributedDataParallelKwargs(find_unused_parameters=some_unused)
     return Accelerator(cpu=on_cpu, mixed_precision=self.precision or 'no', gradient_accumulation_steps=self.accumulate,
                        kwargs_handlers=[together])
 

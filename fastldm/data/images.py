@@ -610,6 +610,7 @@ def _warn_of_classes(folder, files, classes):
         warnings.warn(f'all pictures are of one class, {classes[0]}: if the folders in it are the classes '
                       f'({", ".join(sorted(deeper)[:3])}), give {folder/classes[0]}', stacklevel=4)
     parts = [name for name in classes if part_in_name(name)]
+    if len({part_in_name(name) for name in parts})<2: parts = []         # two kinds of trains
     of_masks = [name for name in classes if name.lower() in ('image','images','mask','masks','annotations')]
     for names,what in ((parts,'parts of a set, which are called train, val and test'),
                        (of_masks,'pictures and their masks, which need a table (--conditions)')):
@@ -769,6 +770,11 @@ def has_one_size(
     return 'size' not in parameters and not any(p.kind==p.VAR_KEYWORD for p in parameters.values())
 
 # %% ../../nbs/data/00_images.ipynb #da45889d
+def _is_folder_of_pictures(folder):
+    "Whether there is a folder with pictures, other than those that a training left beside its model."
+    is_run = any((folder/name).exists() for name in ('config.json','recipe.json'))
+    return folder.is_dir() and not is_run and _layout(folder) is not None
+
 def get_dataset(
     name, # a key of `DATASETS`, or a folder of pictures, of tar shards, or of Parquet or Arrow files
     root=None, # where to look first
@@ -782,7 +788,7 @@ def get_dataset(
     if 'size' in kw and has_one_size(name):
         raise ValueError(f'the pictures of {name} have one size only, so none can be given: leave it out')
     if key in DATASETS:
-        if os.sep not in str(name) and Path(name).is_dir() and _layout(Path(name)):
+        if os.sep not in str(name) and _is_folder_of_pictures(Path(name)):
             warnings.warn(f'{name} is a set of the library, which is taken, and a folder here: write ./{name} for that')
         return DATASETS[key](root=root, split=split, download=download, **kw)
     for is_kind,open_set in OPENERS:

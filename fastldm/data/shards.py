@@ -407,6 +407,10 @@ def _by_name(folder):
     unnamed = []
     for file in _shards_in(folder): parts.get(part_in_name(file.name), unnamed).append(file)
     held_out = parts['test'] or parts['val']
+    if held_out and not unnamed and not parts['train']:
+        warnings.warn(f'{folder} has shards for testing by their names ({held_out[0].name}) and no others, so these '
+                      'are taken for training', stacklevel=4)
+        return _shards_in(folder), []
     if held_out and unnamed:
         raise ValueError(f'{held_out[0]} is for testing by its name, and that of {unnamed[0].name} does not say what '
                          'it is for: put a word into each name, such as train or test, or into none')

@@ -239,7 +239,8 @@ def choose_kind(
     if all(Path(text).suffix.lower() in IMAGE_SUFFIXES for text in given):
         missing = [text for text in given if not column.find(text)]
         if 2*len(missing)<len(given): return 'mask'                     # which names those that are missing
-        column.reject_all(f"has names of files that are not there, such as {missing[0]}: put them beside the table")
+        column.reject_all(f"has names of files that are not there, such as {missing[0]}: put them beside the table, or "
+                          f"say what they are, as in {column.name}:label")
     is_short = all(len(split_words(text))<4 for text in given)
     return 'label' if is_short and len({*given})<=max(2, len(given)//3) else 'text'
 

@@ -137,6 +137,7 @@ class SpatialTransformer(Module):
         super().__init__()
         self.double_residual = double_residual
         self.cross_on = bool(d_context)
+        self.may_leave_unused = bool(d_context)                 # one token: nothing depends on the queries
         self.place = nn.Linear(32, dim, bias=False) if position_embedding and d_context else None
         self.norm1 = nn.LayerNorm(dim) if self_attention else None
         self.attn = SelfAttention(dim, n_heads, project) if self_attention else None

@@ -134,9 +134,8 @@ def label_ldm(
 # %% ../../nbs/recipes/01_labels.ipynb #58057355
 def _first_steps(steps, share):
     "Of so many steps, those on times from the middle. Raises `ValueError` where none would be left after them."
-    first = round(real_number(share, 'middle', 0, 1)*whole_number(steps, 'steps', 1))
-    if first<steps: return first
-    raise ValueError(f'middle={share} of {steps} steps leaves none for the times near 0 and 1: give a smaller share')
+    if real_number(share, 'middle', 0, 1)<1: return int(share*whole_number(steps, 'steps', 1))
+    raise ValueError(f'middle={share} leaves no steps for the times near 0 and 1: give a share below 1')
 
 def _finish_labels(folder, ldm, data, ds, licence, stages=('autoencoder','denoiser'), **card):
     "Save the model, with pictures by label."

@@ -19,7 +19,7 @@ from ..core.models import json_text, spread_indices, whole_number, write_atomic
 from ..core.processes import map_parts
 from ..core.show import write_picture
 from ..core.train import locked
-from ..data.images import to_image
+from ..data.images import EmptySplit, to_image
 from ..data.shards import Shards, add_file
 from ..diffusion.ldm import load
 from ..metrics.images import (EfficientNetLite, Reference, fid, image_features, kid, label_accuracy,
@@ -28,6 +28,7 @@ from .stages import captioned_set, comparable_set, full_path, reading_options, t
 
 # %% ../../nbs/recipes/17_many.ipynb #85784184
 _MAY_CHANGE = ('model','version','data')
+_NEW_MARKS = ('own_settings','adapter_fingerprint')
 
 def _check_same_drawing(folder, asked):
     "Raises `ValueError` where a folder has other pictures than those that are asked for."
@@ -38,7 +39,9 @@ def _check_same_drawing(folder, asked):
         if others: raise FileExistsError(f'{folder} is there already, and has no drawing to resume: give a new folder')
         return
     was = json.loads(file.read_text(encoding='utf-8'))
-    names = [name for name in {**was, **asked} if name not in _MAY_CHANGE and was.get(name)!=asked.get(name)]
+    not_marked = [mark for mark in _NEW_MARKS if mark not in was]           # in a drawing that began before they were
+    free = {*_MAY_CHANGE, *not_marked}
+    names = [name for name in {**was, **asked} if name not in free and was.get(name)!=asked.get(name)]
     if not names: return
     def short(value): return repr(value) if len(repr(value))<60 else f'{repr(value)[:55]}...'
     changes = '; '.join(f'{name} was {short(was.get(name))}, is {short(asked.get(name))}' for name in names)
@@ -151,7 +154,7 @@ def _real(data, root, size, net, n, open_set=comparable_set):
     A picture counts once, however many captions it has. Raises `ValueError` for pictures of another size."""
     for split in ('test','train'):
         try: ds = open_set(data, root, split, size)
-        except FileNotFoundError: continue
+        except (FileNotFoundError,EmptySplit): continue
         rows = getattr(ds, 'firsts', range(len(ds)))
         return _features(ds, net, [rows[i] for i in spread_indices(len(rows), n)]), split
     raise FileNotFoundError(f'the pictures of {data} are not here, with which these could be compared: give --data')

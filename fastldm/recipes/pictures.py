@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NUMBERS', 'CONDITIONS', 'pack', 'packed_file', 'unpack', 'say_fitted', 'fit_mask', 'fit_region', 'pack_control',
            'fit_control', 'open_masks', 'sampling_of', 'settings_of', 'options_of', 'constraint_of',
-           'constraint_settings', 'weights_of', 'check_same_weights', 'command_line', 'Film', 'check_film',
-           'find_ffmpeg']
+           'constraint_settings', 'weights_of', 'own_settings', 'check_same_weights', 'command_line', 'Film',
+           'check_film', 'find_ffmpeg']
 
 # %% ../../nbs/recipes/13_pictures.ipynb #14824f0e
 import json
@@ -177,7 +177,7 @@ def settings_of(
     settings |= _negative_settings(options.get('negative') or {})
     control = options.get('constraint')
     weights = weights_of(model, 'calls' in options, control.parts[0].adapter if isinstance(control, Control) else None)
-    return settings | (constraint or _control_of(control, adapter)) | weights
+    return settings | (constraint or _control_of(control, adapter)) | weights | own_settings(model, settings)
 
 # %% ../../nbs/recipes/13_pictures.ipynb #161dda8e
 def _names_of(options):
@@ -273,14 +273,24 @@ def weights_of(
     in_few_calls:bool=False, # by its student
     adapter=None, # that controls it, if one does
 )->dict: # for the settings of a picture
-    "Fingerprints of the weights that draw, and the model's own settings of sampling, where it has some."
+    "Fingerprints of the weights that draw."
     found = dict(fingerprint=getattr(model, 'meta', {}).get('fingerprint') or fingerprint(model))
     is_student = in_few_calls and getattr(model, 'has_student', False)
     if is_student: found['student_fingerprint'] = fingerprint(diffusion_of(model).student())
     if adapter is not None: found['adapter_fingerprint'] = fingerprint(adapter)
-    if getattr(model, 'settings', None): found['own_settings'] = json.loads(json_text(model.settings))
     return found
 
+# %% ../../nbs/recipes/13_pictures.ipynb #47e29936
+def own_settings(
+    model, # that draws
+    settings:dict, # of a picture
+)->dict: # for the settings of the picture; empty where the model has none that count
+    "The model's own settings of its prior that the picture does not give itself, such as a temperature."
+    of_prior = (getattr(model, 'settings', None) or {}).get(settings.get('prior'), {})
+    own = {name: value for name,value in of_prior.items() if settings.get(name) is None}
+    return dict(own_settings=json.loads(json_text(own))) if own else {}
+
+# %% ../../nbs/recipes/13_pictures.ipynb #5b1733c7
 def check_same_weights(
     settings:dict, # of a picture
     model, # that was loaded
@@ -291,8 +301,8 @@ def check_same_weights(
     name = settings.get('model', 'a model that it does not name')
     adapter = load(settings['adapter']) if 'adapter_fingerprint' in settings else None
     now = weights_of(model, 'student_fingerprint' in settings, adapter)
-    is_marked = {what: what in settings or what=='fingerprint' for what in now}      # earlier pictures have few marks
-    changed = [what for what in now if is_marked[what] and now[what]!=settings.get(what)]
+    if 'own_settings' in settings: now['own_settings'] = own_settings(model, settings).get('own_settings')
+    changed = [what for what in now if now[what]!=settings.get(what)]
     if not changed: return
     what = changed[0]
     differ = f"{path} was drawn by {name} with {_WEIGHTS[what]} {settings.get(what)}"

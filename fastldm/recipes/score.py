@@ -40,7 +40,8 @@ def _about_evaluation(net, options):
     if isinstance(net, DrawnPictures): weights = net.meta
     elif isinstance(net, ControlAdapter): weights = [fingerprint(net), fingerprint(load(net.meta['base']))]
     else: weights = weights_of(net, options.get('calls') is not None)
-    return dict(model=weights, version=fastldm.__version__, **options)
+    own = getattr(net, 'settings', None)
+    return dict(model=weights, own_settings=own, version=fastldm.__version__, **options)
 
 _SPEEDS = ('images_per_second','seconds_per_picture')
 

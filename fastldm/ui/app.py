@@ -37,8 +37,8 @@ from ..data.images import open_image, to_image
 from ..diffusion.ldm import available, load, model_folder, weights_folders
 from ..diffusion.samplers import watched
 from ..recipes.commands import USER_ERRORS, command, command_method, use_device
-from ..recipes.pictures import (command_line, constraint_of, options_of, pack, sampling_of, unpack,
-                                      weights_of)
+from ..recipes.pictures import (command_line, constraint_of, options_of, own_settings, pack, sampling_of,
+                                      unpack, weights_of)
 from ..recipes.stages import diffusion_of
 from .paint import class_colours
 
@@ -815,8 +815,9 @@ def drawing(self:Page,
     settings = self.settings(values, tab)
     pictures = draw_settings(settings, self.load, show)
     adapter = self.load(settings['adapter']) if 'adapter' in settings else None
-    weights = weights_of(self.load(settings['model']), 'calls' in settings, adapter)
-    made_by = weights | dict(version=fastldm.__version__)
+    model = self.load(settings['model'])
+    weights = weights_of(model, 'calls' in settings, adapter)
+    made_by = weights | own_settings(model, settings) | dict(version=fastldm.__version__)
     folder = Path(tempfile.mkdtemp(dir=self.folder, prefix=''))
     return write_picture(grid_of(pictures), folder/f"{Path(settings['model']).name}.png", settings | made_by), settings
 
