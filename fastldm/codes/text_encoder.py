@@ -175,8 +175,8 @@ def _warn_of_unknown(self:TextEncoder, captions, most=1000):
         words = [word for word in self._unknown_words(caption) if any(not category(c).startswith('P') for c in word)]
         if not words: continue
         unknown = ', '.join(map(repr, words))
-        warnings.warn(f"{unknown} in {caption[:60]!r} cannot be read by this model, nor be told from other words that it "
-                      "does not know")
+        warnings.warn(f"{unknown} in {caption[:60]!r} cannot be read by this model, nor be told from other words that "
+                      "it does not know")
         self.has_warned_of_unknown = True
         return
 
