@@ -169,13 +169,14 @@ def test_figures(tmp_path, monkeypatch):
     assert picture.stat().st_mtime_ns==written
 
 def test_kept_numbers(tmp_path, monkeypatch, capsys):
-    "Rows of before there was provenance are valid; new ones say where they were made; FASTLDM_KEPT forbids to measure."
-    from fastldm.recipes import cached
+    "Rows of before there was provenance are valid, and say so; new ones say where they were made; FASTLDM_KEPT forbids to measure."
+    from fastldm.recipes import cached, figures
+    monkeypatch.setattr(figures, '_printed', set())
     rows = dict(old=dict(settings=dict(seed=0), numbers=dict(fid=1.5)))
     (tmp_path/'measured.json').write_text(json.dumps(rows))
     def never(): raise AssertionError('measured')
     assert cached('old', never, tmp_path, seed=0)==dict(fid=1.5)
-    assert capsys.readouterr().out==''
+    assert capsys.readouterr().out=='kept, undated\n'
     assert cached('new', lambda: dict(fid=2.5), tmp_path, peers=['numpy'], seed=0)==dict(fid=2.5)
     about = json.loads((tmp_path/'measured.json').read_text())['new']['provenance']
     assert about.keys()=={'date','processor','threads','versions','source'}

@@ -189,7 +189,7 @@ def test_names_that_sample_has(leaves, tmp_path):
     "A column called like an argument of `sample` cannot be asked for; one like a method of a dict can."
     rows = [dict(file=row['file'], seed=row['length'], type=row['species']) for row in map(leaf, range(40))]
     path = table(leaves, rows)
-    with pytest.raises(ValueError, match="argument 'seed' of its own: rename"):
+    with pytest.raises(ValueError, match="'seed' is a name that the library uses itself: rename"):
         own_ldm(path, tmp_path/'never', conditions='seed:number', **TINY)
     ldm = own_ldm(path, tmp_path/'types', conditions='type:label', **TINY)
     assert load(tmp_path/'types').sample(2, steps=1, type='oak').shape==ldm.sample(2, steps=1, type=1).shape

@@ -95,7 +95,6 @@ def train_stage(
     differ from those of the checkpoint, for more steps of a finished stage without `longer`, and for a model that could
     not be saved."""
     folder = Path(folder)
-    batch_size = _batch_size_for(data, batch_size)
     learner = learner | _COMMON['learner']
     watch = _watching(folder, learner['steps'], draw, held_out, patience)
     again = _ends_before(folder, learner['steps']) if longer else _check_not_longer(folder, learner['steps'])
@@ -106,8 +105,8 @@ def train_stage(
         model = build()
         check_saveable(model)
         if prepare is not None: model = prepare(model)
-        learn = Learner(model, data, loss_fn, folder=folder/'run', seed=seed, batch_size=batch_size,
-                        cbs=[*cbs, *watch, *_COMMON['cbs'], ResumeCB(folder.name)], **learner)
+        learn = Learner(model, data, loss_fn, folder=folder/'run', seed=seed,
+                        batch_size=_batch_size_for(data, batch_size), cbs=[*cbs, *watch, *_COMMON['cbs'], ResumeCB(folder.name)], **learner)
         learn.fit(resume=learn.checkpoint.exists(), longer=longer)
         model = learn.ema_model.eval()
         if finish is not None: model = finish(model)
