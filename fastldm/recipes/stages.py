@@ -106,7 +106,8 @@ def train_stage(
         check_saveable(model)
         if prepare is not None: model = prepare(model)
         learn = Learner(model, data, loss_fn, folder=folder/'run', seed=seed,
-                        batch_size=_batch_size_for(data, batch_size), cbs=[*cbs, *watch, *_COMMON['cbs'], ResumeCB(folder.name)], **learner)
+                        batch_size=_batch_size_for(data, batch_size),
+                        cbs=[*cbs, *watch, *_COMMON['cbs'], ResumeCB(folder.name)], **learner)
         learn.fit(resume=learn.checkpoint.exists(), longer=longer)
         model = learn.ema_model.eval()
         if finish is not None: model = finish(model)
