@@ -169,8 +169,7 @@ def test_figures(tmp_path, monkeypatch):
     assert picture.stat().st_mtime_ns==written
 
 def test_kept_numbers(tmp_path, monkeypatch, capsys):
-    """Rows of before there was provenance are valid, and say so; new ones say where they were made; FASTLDM_KEPT forbids
-    to measure."""
+    "Rows without provenance are valid, and say so; new ones say where they were made; FASTLDM_KEPT forbids to measure."
     from fastldm.recipes import cached, figures
     monkeypatch.setattr(figures, '_printed', set())
     rows = dict(old=dict(settings=dict(seed=0), numbers=dict(fid=1.5)))
