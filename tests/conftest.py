@@ -54,3 +54,15 @@ def real():
         try: return get_dataset(name, split=split, download=False, **kw)
         except FileNotFoundError as e: pytest.skip(f'{name} is not on this computer: {e}')
     return get
+
+@pytest.fixture
+def reads(monkeypatch):
+    "The number of each shard that is read in the test, in order."
+    from fastldm.data import Shards
+    read = []
+    load = Shards.load_shard
+    def counted(self, i):
+        if i not in self.loaded: read.append(i)
+        return load(self, i)
+    monkeypatch.setattr(Shards, 'load_shard', counted)
+    return read

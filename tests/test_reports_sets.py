@@ -337,17 +337,6 @@ def test_what_is_lost_in_shards(tmp_path):
 # ---- how often shards are read
 
 @pytest.fixture
-def reads(monkeypatch):
-    "The number of each shard that is read, in order."
-    read = []
-    load = Shards.load_shard
-    def counted(self, i):
-        if i not in self.loaded: read.append(i)
-        return load(self, i)
-    monkeypatch.setattr(Shards, 'load_shard', counted)
-    return read
-
-@pytest.fixture
 def shards(tmp_path):
     "Two hundred pictures in ten shards, of which four fit into memory."
     return Shards(write_shards(greys(0, 200), tmp_path/'shards', per_shard=20, shuffle=False), size=8, channels=1)

@@ -619,8 +619,7 @@ def in_any_process(self:Learner,
     flag:bool, # of this process
 )->bool: # the same in all
     "Whether a flag is true in at least one process."
-    if self.acc.num_processes==1: return flag
-    return self.acc.reduce(torch.tensor(float(flag), device=self.acc.device), 'sum').item()>0
+    return self.mean_of_processes(flag)>0
 
 # %% ../../nbs/core/02_train.ipynb #22426487
 @patch

@@ -7,7 +7,7 @@ __all__ = ['face_embedders', 'face_denoiser', 'face_ldm', 'train_face_classifier
 
 # %% ../../nbs/recipes/02_faces.ipynb #5b2801d5
 from functools import partial
-from ..core.models import check_choice, fingerprint, set_seed
+from ..core.models import check_choice, fingerprint, set_seed, spread_indices
 from ..core.train import differences
 from ..data.faces import EXCLUSIVE, Mirrored
 from ..diffusion.autoencoder import LatentDataset
@@ -54,10 +54,10 @@ def face_embedders(
     return embedders
 
 def _seen(ds, n):
-    "The attributes of the first `n` faces, packed as hexadecimal digits."
-    n = min(n, len(ds))
-    if not n: return ''
-    return pack_rows(ds.attrs[:n] if ds.attrs is not None else ds[:n]['attrs'])
+    "The attributes of `n` faces from all over the set, packed as hexadecimal digits."
+    rows = spread_indices(len(ds), n) if n and len(ds) else []
+    if not rows: return ''
+    return pack_rows(ds.attrs[rows] if ds.attrs is not None else ds.__getitems__(rows)['attrs'])
 
 # %% ../../nbs/recipes/02_faces.ipynb #736984b7
 def face_denoiser(

@@ -205,9 +205,8 @@ def text_to_image(
     _check_text_options(ds, unseen, data, class_field, autoencoder, copies, balance)
     _check_networks(prior_channels, prior_dropout, channels, codes, diffusion)
     frozen = None if isinstance(text_encoder, (dict,type(None))) else frozen_text_encoder(text_encoder)
-    stages = _stages_of_text(prior_channels, autoencoder, frozen)
-    folder = begin(folder, text_to_image, arguments, ds, multiple=8, stages=stages,
-                   text_encoder_name=getattr(frozen, 'name', None)) # another may be saved under the same path
+    marks = _marks_of_text(prior_channels, autoencoder, frozen)
+    folder = begin(folder, text_to_image, arguments, ds, multiple=8, **marks)
     save_data_page(ds, folder, progress)
     training = dict(seed=seed, precision=precision, progress=progress)
     encoder = frozen or train_text_encoder(ds, folder, steps=text_encoder_steps, network=text_encoder,
@@ -218,14 +217,12 @@ def text_to_image(
     own = train_autoencoder(ds, folder, **autoencoder, **training) if autoencoder else None
     latents = _own_latents(ds, own, encoder, folder, progress) if own else CodeLatents(stored, vqvae)
     parts = dict(text_encoder=encoder, vqvae=vqvae, size=size, diffusion=diffusion, autoencoder=own)
-    draw = partial(_draw_by_diffusion, parts=parts, captions=unseen.caption)
     denoiser = _train_text_denoiser(_balanced(latents, ds, balance), parts, ds, folder, channels, class_field, steps,
-                                    draw, training)
-    priors = [train_prior(stored, stored_unseen, folder, level, width, most, network=dict(dropout=dropout), **training)
-              for level,(width,most,dropout) in enumerate(zip(prior_channels, prior_steps, prior_dropout))]
+                                    unseen.caption, training)
+    priors = _train_priors(stored, stored_unseen, folder, prior_channels, prior_steps, prior_dropout, training)
     model = TextToImage(priors=priors, denoiser=denoiser, codes=codes, **parts)
-    return _finish_text(folder, model, stages, ds, unseen, data,
-                        dict(seed=seed, held_out=held_out) | reading | (card or {}))
+    about = dict(seed=seed, held_out=held_out) | reading | (card or {})
+    return _finish_text(folder, model, marks['stages'], ds, unseen, data, about)
 
 # %% ../../nbs/recipes/03_text.ipynb #d56d200d
 def _views(ds, copies, seed, mirror):
@@ -243,24 +240,32 @@ def _balanced(latents, ds, balance):
     "The latents, with rare things more often."
     return Balanced(latents, [row['thing'] for row in ds.rows], balance) if balance else latents
 
-def _train_text_denoiser(latents, parts, ds, folder, channels, class_field, steps, draw, training):
+def _train_text_denoiser(latents, parts, ds, folder, channels, class_field, steps, captions, training):
     "The diffusion prior of the latents of an autoencoder of its own, or of the VQ-VAE."
     set_seed(training['seed'])
     first_stage = parts['autoencoder'] or parts['vqvae']
     classes = {class_field: len(_class_names(ds, class_field))} if class_field else {}
     denoiser = text_denoiser(first_stage.c_latent, parts['text_encoder'].d_text, channels, **classes)
     loss_fn = partial(diffusion_loss, weight=edm_weight, sample_t=_text_times)
+    draw = partial(_draw_by_diffusion, parts=parts, captions=captions)
     return train_denoiser(latents, folder, denoiser, loss_fn, steps, draw=draw, **training)
 
 def _class_names(ds, field):
     "Names of the classes of a field: `groups` of 'group'; of the class itself, `classes`."
     return list(getattr(ds, f'{field}s', None) or ds.classes)
 
-def _stages_of_text(prior_channels, autoencoder, frozen):
-    "The names of the stages, in their order."
+# %% ../../nbs/recipes/03_text.ipynb #45c60a0b
+def _train_priors(stored, held_out, folder, channels, steps, dropout, training):
+    "A PixelSNAIL for each level of the codes."
+    return [train_prior(stored, held_out, folder, level, width, most, network=dict(dropout=rate), **training)
+            for level,(width,most,rate) in enumerate(zip(channels, steps, dropout))]
+
+def _marks_of_text(prior_channels, autoencoder, frozen):
+    "The names of the stages, in their order, and of a text encoder that is not trained: its path may get another."
     stages = ['vqvae', 'denoiser', *(f'prior_{level}' for level in range(len(prior_channels)))]
     if autoencoder: stages.insert(1, 'autoencoder')
-    return stages if frozen else ['text_encoder', *stages]
+    if frozen: return dict(stages=stages, text_encoder_name=frozen.name)
+    return dict(stages=['text_encoder', *stages], text_encoder_name=None)
 
 def _finish_text(folder, model, stages, ds, held_out, data, about):
     "Save the model, with held-out captions drawn by each prior."
