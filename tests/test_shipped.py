@@ -17,6 +17,9 @@ WEIGHTS = Path(__file__).parents[1]/'fastldm'/'weights'
 # FID in the evaluator's features: a little worse than two seeds had (two seeds of one setting differ by up to a tenth)
 FLOORS = [
     ('mnist', dict(steps=10, guidance_scale=1.5, interval=(.2,.7)), .985, .175),
+    ('mnist', dict(calls=1, guidance_scale=2.), .985, .21),
+    ('mnist', dict(calls=2, guidance_scale=2.), .985, .19),
+    ('mnist', dict(calls=4, guidance_scale=2.), .985, .19),
     ('fashion', dict(steps=10, guidance_scale=3.5, interval=(.2,.7)), .97, .19),
     ('fashion', dict(calls=1, guidance_scale=3.5), .96, .34),
     ('fashion', dict(calls=2, guidance_scale=3.5), .96, .24),
@@ -52,6 +55,12 @@ def test_the_pages_say_what_the_cards_of_labels_say(name):
     assert f'| {accuracy} (real' in line and f'| {distance} |' in line
     assert f"| {scores['precision']:.2f} / {scores['recall']:.2f} | {scores['psnr']:.1f} dB |" in line
     assert f'label accuracy {accuracy}, FID {distance} |' in line_of('README.md', f'| `{name}`, 10 steps')
+
+@pytest.mark.parametrize('name', ['mnist','fashion'])
+def test_the_pages_say_what_the_students_score(name):
+    scores = json.loads((WEIGHTS/name/'student'/'student.json').read_text())['metrics']
+    few = ' | '.join(f"{scores[calls]['fid']:.3f}" for calls in ('1 call','2 calls','4 calls'))
+    assert few+f" | {metrics_of(name)['fid']:.3f} |" in (ROOT/'RESULTS.md').read_text()
 
 def test_the_pages_say_what_the_other_cards_say():
     avatars, faces = metrics_of('avatars'), metrics_of('faces')
