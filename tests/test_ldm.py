@@ -220,7 +220,8 @@ def test_push_to_hub(tmp_path, ldm, monkeypatch):
     monkeypatch.setattr(RecordingApi, 'calls', [])
     folder = save(ldm, tmp_path/'m')
     assert push_to_hub(folder, 'me/model', private=True)=='address'
-    assert RecordingApi.calls==[('create','me/model',True), ('upload','me/model',['config.json','model.safetensors'])]
+    files = ['config.json', 'model.safetensors', 'student/difference.safetensors', 'student/student.json']
+    assert RecordingApi.calls==[('create','me/model',True), ('upload','me/model',files)]
     with pytest.raises(FileNotFoundError): push_to_hub(tmp_path/'nothing', 'me/model')
     assert len(RecordingApi.calls)==2
 

@@ -523,6 +523,16 @@ def memorisation(
     space = 'pixels' if net is None and not are_features else net_name(net)
     return Score(nearest_neighbours(samples, train, net)[0].mean()/base, f'memorisation_{space}')
 
+# %% ../../nbs/metrics/00_images.ipynb #08e56660
+def _to_bytes(features):
+    "Features as whole numbers that fit a byte, the least number of each feature, and its unit, a power of two."
+    least, most = features.amin(0), features.amax(0)
+    unit = 2**((most-least).clamp(min=1e-12)/254).log2().ceil()
+    least = (least/unit).floor()
+    return ((features/unit).round()-least).byte(), least, unit
+
+def _from_bytes(numbers, least, unit): return (numbers+least)*unit
+
 # %% ../../nbs/metrics/00_images.ipynb #f8d9ed6f
 class Reference:
     "Features of the real test pictures, their labels, and the scores of real training pictures beside them."
@@ -545,7 +555,7 @@ class Reference:
         sizes=(10000,2000), # numbers of training pictures that are scored
     ):
         "Compute the features of the test pictures, and score training pictures."
-        features = image_features(test, net).half().float()                     # as they are stored
+        features = _from_bytes(*_to_bytes(image_features(test, net)))           # as they are stored
         ref = cls(features, test.label, net_name(net), fingerprint(net), list(test.image.shape[1:]))
         if train is not None: ref.train_scores = _train_scores(ref, test, net, train, sizes)
         return ref
@@ -554,7 +564,8 @@ class Reference:
         "Write the reference beside its evaluator."
         from safetensors.torch import save_file
         info = dict(name=self.name, fingerprint=self.fingerprint, shape=self.shape, floor=self.train_scores)
-        tensors = dict(features=self.features.half(), labels=self.labels.short())
+        numbers, least, unit = _to_bytes(self.features)
+        tensors = dict(features=numbers, least=least, unit=unit, labels=self.labels.short())
         path = Path(folder)/'reference.safetensors'
         with write_atomic(path) as file: save_file(tensors, file, dict(info=json.dumps(info)))
         return path
@@ -608,7 +619,9 @@ def load(cls:Reference,
         with safe_open(path, 'pt') as f:
             info = json.loads(f.metadata()['info'])
             info['train_scores'] = info.pop('floor', None)                      # its name in the file
-            return cls(f.get_tensor('features').float(), f.get_tensor('labels').long(), **info)
+            features = f.get_tensor('features').float()                         # 16 bit each in older files
+            if 'unit' in f.keys(): features = _from_bytes(features, f.get_tensor('least'), f.get_tensor('unit'))
+            return cls(features, f.get_tensor('labels').long(), **info)
     except Exception as e:
         raise ValueError(f'{path} is damaged, or not written by `Reference.save` ({type(e).__name__}: {e}): '
                          'fetch or make it again') from e
