@@ -165,7 +165,7 @@ def test_cifar10_binary(tmp_path, layout):
 
 def test_unknown_names():
     with pytest.raises(ValueError, match="did you mean 'fashion'"): get_dataset('fasion')
-    with pytest.raises(ValueError, match='There are digits, mnist, fashion, cifar10') as e: get_dataset('zzz')
+    with pytest.raises(ValueError, match='Choose from digits, mnist, fashion, cifar10') as e: get_dataset('zzz')
     assert 'did you mean' not in str(e.value)
     with pytest.raises(ValueError, match="split is 'valid'"): get_dataset('digits', split='valid')
     assert type(get_dataset('Digits')) is Digits

@@ -127,7 +127,7 @@ def test_files_that_are_no_labels(tmp_path, data, says):
 
 @pytest.mark.parametrize('options,says', [
     (dict(split='all'), "split is 'all'; it can be 'train', 'val' or 'test'"),
-    (dict(styles='c'), "styles has 'c'; there are a, b"), (dict(styles=['a','x']), "styles has 'x'"),
+    (dict(styles='c'), "styles has 'c': choose from a, b"), (dict(styles=['a','x']), "styles has 'x'"),
     (dict(kind='old', split='test'), "kind is 'old'"), (dict(kind='new'), "is for split='val' or 'test'"),
     (dict(groups='animals'), "groups has 'animals'; it can have activities, animals-nature"),
     (dict(captions=()), r'captions is \(\)'), (dict(captions=('label','names')), "'keywords'"),

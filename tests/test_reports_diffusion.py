@@ -310,7 +310,7 @@ def test_classes_by_name(name):
     assert embedder.parse(list(model.meta['classes']), embedder.n_classes).tolist()==[*range(embedder.n_classes)]
 
 def test_a_misspelt_class_gets_the_nearest(flowers):
-    with pytest.raises(ValueError, match="unknown label 'dasy': did you mean 'daisy'\\? There are daisy, dandelion"):
+    with pytest.raises(ValueError, match="unknown label 'dasy': did you mean 'daisy'\\? Choose from daisy, dandelion"):
         flowers.sample(1, label='dasy')
     with pytest.raises(ValueError, match=r'a label from 0 to 4 or a name \(daisy, dandelion, rose, sunflower, tulip\)'):
         flowers.sample(1, label=9)

@@ -446,7 +446,7 @@ def test_an_own_adapter_is_found_beside_its_base(tmp_path, monkeypatch):
         (folder/'config.json').write_text(json.dumps(card | (dict(base='flowers') if name=='second' else {})))
     assert adapter_of('mnist')==str(Path('runs/first'))
     (tmp_path/'runs/second/config.json').write_text(json.dumps(card))
-    with pytest.raises(ValueError, match='there are runs/first, runs/second: choose one'): adapter_of('mnist')
+    with pytest.raises(ValueError, match='choose from runs/first, runs/second'): adapter_of('mnist')
 
 def test_advice_after_training_can_be_followed(tmp_path, capsys):
     "A classifier draws nothing, so nothing is said of samples."

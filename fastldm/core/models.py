@@ -593,7 +593,7 @@ def check_choice(
     nearest = difflib.get_close_matches(str(name), names, 1)
     hint = f'did you mean {nearest[0]!r}? ' if nearest else ''
     more = f' and {len(names)-60} more' if len(names)>60 else ''
-    raise ValueError(f"unknown {what} {name!r}: {hint}There are {', '.join(sorted(names)[:60])}{more}")
+    raise ValueError(f"unknown {what} {name!r}: {hint}Choose from {', '.join(sorted(names)[:60])}{more}")
 
 def check_flags(
     given:dict, # {name: true or false}

@@ -576,7 +576,7 @@ def _check_styles(self:IconSet, styles):
     "The names of the styles that are shown. Raises ValueError for an unknown one."
     styles = self.classes if styles is None else [styles] if isinstance(styles, str) else list(styles)
     for style in styles:
-        if style not in self.classes: raise ValueError(f"styles has {style!r}; there are {', '.join(self.classes)}")
+        if style not in self.classes: raise ValueError(f"styles has {style!r}: choose from {', '.join(self.classes)}")
     return sorted({*styles})
 
 @patch(as_prop=True)

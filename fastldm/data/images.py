@@ -796,7 +796,8 @@ def get_dataset(
     if isinstance(name, Path) or os.sep in str(name) or Path(name).is_dir(): return ImageFolder(name, split=split, **kw)
     similar = difflib.get_close_matches(key, DATASETS, n=1, cutoff=.5)
     hint = f'did you mean {similar[0]!r}? ' if similar else ''
-    raise ValueError(f"no data set {str(name)!r}: {hint}There are {', '.join(DATASETS)}; or give a folder of pictures")
+    raise ValueError(f"no data set {str(name)!r}: {hint}Choose from {', '.join(DATASETS)}; "
+                     'or give a folder of pictures')
 
 # %% ../../nbs/data/00_images.ipynb #e933a0b5
 def _blur(x, sigma):

@@ -52,7 +52,7 @@ def _sampler(given, kind):
         if given not in names:
             listed = [*SAMPLER_NAMES] if kind=='step' else names
             closest = get_close_matches(given, [*names, *listed], 1, .4)
-            hint = f'did you mean {closest[0]!r}?' if closest else f"there are {', '.join(listed)}"
+            hint = f'did you mean {closest[0]!r}?' if closest else f"choose from {', '.join(listed)}"
             what = 'sampler' if kind=='step' else 'time grid'
             raise ValueError(f'there is no {what} {given!r} in fastldm.diffusion.samplers; {hint}')
         given = getattr(samplers, given)

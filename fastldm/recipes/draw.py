@@ -323,7 +323,7 @@ def adapter_of(
     own = [str(file.parent) for file in sorted(Path('runs').glob('*/config.json')) if _is_adapter_of(file, model)]
     if len(own)==1: return own[0]
     train = f'fastldm_train local --model {model} --kinds edges'
-    advice = f"there are {', '.join(own)}: choose one" if own else f'there is none in runs; `{train}` trains one'
+    advice = f"choose from {', '.join(own)}" if own else f'there is none in runs; `{train}` trains one'
     raise ValueError(f'--control needs an adapter that was trained for {model}, as --adapter FOLDER: {advice}')
 
 def _is_adapter_of(file, model):
