@@ -50,14 +50,14 @@ class _Share:
         self.seed = _seed_of(*key)
         self.states = None                                 # of the generator, after what was drawn so far
 
-    def draw(self, draw):
-        "What `draw` draws, the same in all processes."
+    def draw(self, fn):
+        "What `fn` draws, the same in all processes."
         devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices):
             if self.states is None: torch.manual_seed(self.seed)
             else: torch.random.set_rng_state(self.states[0])
             if self.states and devices: torch.cuda.set_rng_state(self.states[1])
-            drawn = draw()
+            drawn = fn()
             self.states = [torch.random.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
         return drawn
 
@@ -124,7 +124,7 @@ class _Gathered(torch.autograd.Function):
 
 # %% ../../nbs/core/02_train.ipynb #44ba7d31
 def whole_batch(
-    x:torch.Tensor, # rows of this process (n,...); each may have another number of them
+    x:torch.Tensor, # rows of this process (n,...); their number may differ between processes
 )->torch.Tensor: # those of all processes that share the batch, (N,...)
     "What a loss needs that compares the examples of a batch with each other; gradients go back to where they belong."
     return x if _share is None else _Gathered.apply(x, _numbers_of_rows(len(x)), _share.rank)
@@ -139,7 +139,7 @@ def own_rows(
     return whole[start:start+n]
 
 def mean_count(
-    n, # what this process has a number of, such as words
+    n, # how many items this process has, such as words
 ): # the mean of that over processes; in one process `n` itself
     "What a sum is divided by, so that its mean over processes is the mean over the batch."
     return n if _share is None else sum(_numbers_of_rows(n))/_share.world

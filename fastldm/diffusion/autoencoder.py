@@ -69,7 +69,7 @@ def check(self:FirstStage,
     h,w = x.shape[2:]
     if min(h, w)<1 or h%self.factor or w%self.factor:
         reject(f'pictures of {h}×{w}', 'crop, pad or resize them')
-    if not x.abs().amax()<=1.01:                      # so written, it also finds what is not a number
+    if not x.abs().amax()<=1.01:                      # `not ... <=`, since NaN would pass `>`
         reject(f'values from {x.min():.4g} to {x.max():.4g}', 'use `from_image` for bytes, clamp what overshoots')
     warn_unsigned(x, type(self).__name__)
 
@@ -266,7 +266,7 @@ def kl_to_normal(
 def autoencoder_loss(
     perceptual=None, # a distance `(a, b) -> (B,)`, such as `FeatureDistance(net)`; None: pixels only
     perceptual_weight:float=1., # of that distance
-    kl_weight:float=1e-6, # of nats per pixel; `2*s**2/c_in` for pixel noise of deviation `s`
+    kl_weight:float=1e-6, # of nats per pixel; `2*s**2/c_in` for pixel noise of standard deviation `s`
     pixel:str='mse', # or 'l1'
 ): # `loss_fn(model, batch) -> dict(loss, mse, perceptual, kl)`
     "Pixels + perceptual + KL, each the mean over the batch. Raises `ValueError` for an unknown `pixel`."
@@ -340,14 +340,15 @@ def _by_name(fields):
     "Names and values in one list, in the order of the names."
     return list(chain.from_iterable(sorted(fields.items())))
 
-_MANY = 20_000 # items that are read at every start
+_MANY = 20_000 # a set of more items is not read in full at every start
 
 def data_fingerprint(
     ds, # a data set of dicts
     batch_size:int=256, # items to fetch at a time
 )->str: # 16 hexadecimal digits
     """A digest of the images, labels and other fields of a data set, in their order. Paths do not count.
-    Of a large set that is not in memory and has a `digest`, as files have: that, and some of its items."""
+    A larger set that is not in memory and has a `digest` of its files counts by that digest and by samples of its
+    items."""
     if torch.is_tensor(getattr(ds,'image',None)):                        # all is in memory: no need to fetch it
         fields = {name:value for name,value in vars(ds).items() if not _is_path(value)}
         fields |= {f'fields {name}':value for name,value in fields.pop('fields', {}).items()}
@@ -416,7 +417,7 @@ def __getitems__(self:LatentDataset,
 )->dict: # `latent` (B,c,h,w), and the other fields of the data set
     "A batch at once."
     indices = torch.as_tensor([int(i) for i in idxs])
-    mirrored = torch.zeros_like(indices)
+    mirrored = torch.zeros_like(indices)              # 0: the image, 1: its mirror image, the first index of `latent`
     if self.flip: mirrored = rows_of_batch(lambda n: torch.randint(2, (n,)), len(indices))
     latent = self.latent[mirrored,indices]
     if self.std is not None: latent = latent + self.std[mirrored,indices]*noise_of_batch(latent)

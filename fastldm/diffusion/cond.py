@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Cond', 'stack_conds', 'Embedder', 'LabelEmbedder', 'AttributeEmbedder', 'pack_rows', 'unpack_rows', 'MaskEmbedder',
-           'WordEmbedder', 'VectorEmbedder', 'NumberEmbedder', 'TextEmbedder', 'Conditioner']
+           'WordEmbedder', 'VectorEmbedder', 'NumberEmbedder', 'TextEmbedder', 'Conditioner', 'null_where']
 
 # %% ../../nbs/diffusion/03_cond.ipynb #e02db950
 import difflib, math, numpy as np, torch, warnings, torch.nn.functional as F
@@ -341,8 +341,8 @@ def sample_missing(self:AttributeEmbedder,
 # %% ../../nbs/diffusion/03_cond.ipynb #d053f182
 class MaskEmbedder(Embedder):
     """A mask of class ids as a token for each patch, as planes of the latent's size, or as one vector.
-    One more class, the last, means anything. Raises `ValueError` for an unknown slot, for a size that is not a
-    multiple of the patch, and for a rate outside 0 to 1."""
+    One more class, the last, means anything. Raises `ValueError` for an unknown slot and for a rate outside 0 to 1;
+    warns of a size that is not a multiple of the patch."""
     def __init__(self,
         classes, # their names
         dim:int, # the U-Net's `d_context`, or its `d_emb` for a vector
@@ -573,7 +573,7 @@ class TextEmbedder(Embedder):
         self.expects = f'an encoded text (1+L,{d_text}) for all, or (B,1+L,{d_text}), or None for no text'
 
     def forward(self, text):
-        whole = text[:,:1]*math.sqrt(self.d_text)                         # has length one, the tokens have this
+        whole = text[:,:1]*math.sqrt(self.d_text)                         # row 0 has length 1; the tokens have √d_text
         rows = self.rows(torch.cat([whole,text[:,1:]], 1).to(self.rows.weight.dtype))
         as_map = rows.transpose(1,2)[...,None]                            # (B,width,1+L,1)
         rows = self.layers(as_map)[...,0].transpose(1,2)
@@ -635,14 +635,11 @@ class Conditioner(Module):
         missing = [name for name in self.embedders if name not in batch]
         if missing:
             raise ValueError(f'the batch has {sorted(batch)} but not {missing}, which this model is conditioned on')
+        if self.training: batch = self.leave_out(batch)
         cond = Cond()
-        all_dropped = None
         for name,embedder in self.embedders.items():
             raw = batch[name]
-            if self.training and self.drop_all and all_dropped is None:
-                all_dropped = _uniform(raw)<self.drop_all
             if name in without: raw = embedder.null(raw)
-            elif self.training: raw = self._drop(name, raw, all_dropped)
             cond = cond + embedder(raw)
         return cond
 
@@ -651,15 +648,30 @@ def _uniform(raw):
     "A number from 0 to 1 for each example."
     return rows_of_batch(partial(torch.rand, device=raw.device), len(raw))
 
+def null_where(
+    dropped:torch.Tensor, # booleans, (B,)
+    raw:torch.Tensor, # raw field of a condition, (B,...)
+    embedder:Embedder, # of that condition
+)->torch.Tensor: # the field, null in the rows that are dropped
+    "Leave out a condition in some samples."
+    return torch.where(dropped.view(-1, *[1]*(raw.ndim-1)), embedder.null(raw), raw)
+
 @patch
-def _drop(self:Conditioner, name, raw, all_dropped):
-    "For training: drop a part of a condition in some samples, and all of it in others."
-    embedder = self.embedders[name]
-    raw = embedder.drop_part(raw)
-    if not self.drop[name]: return raw
-    dropped = _uniform(raw)<self.drop[name]
-    if all_dropped is not None: dropped = dropped|all_dropped
-    return torch.where(dropped.view(-1,*[1]*(raw.ndim-1)), embedder.null(raw), raw)
+def leave_out(self:Conditioner,
+    batch:dict, # has a field for each condition
+)->dict: # the same, with conditions left out in some samples
+    "For training: leave out parts of conditions, each condition at its rate, and at `drop_all` all that have a rate."
+    fields = {name: batch[name] for name in self.embedders}
+    all_dropped = None
+    if self.drop_all and fields: all_dropped = _uniform(next(iter(fields.values())))<self.drop_all
+    for name,embedder in self.embedders.items():
+        raw = embedder.drop_part(fields[name])
+        if self.drop[name]:
+            dropped = _uniform(raw)<self.drop[name]
+            if all_dropped is not None: dropped = dropped|all_dropped
+            raw = null_where(dropped, raw, embedder)
+        fields[name] = raw
+    return batch | fields
 
 # %% ../../nbs/diffusion/03_cond.ipynb #b4fe8c0c
 @patch

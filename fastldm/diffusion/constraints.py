@@ -31,10 +31,10 @@ def least_squares(
     f, # differentiable, from (B,...) to (B,...)
     z:torch.Tensor, # where to linearise it
     y:torch.Tensor, # what `f` should give
-    w:torch.Tensor, # weight of a small change against a small error, more than 0: a number, or (B,1,...)
+    damping:torch.Tensor, # penalty on the size of δ, above 0: a number, or (B,1,...)
     iters:int=4, # conjugate gradients
-)->torch.Tensor: # the change `δ` of `z` that solves `(JᵀJ + w) δ = Jᵀ(y - f(z))`, where J is the Jacobian of `f`
-    "One damped Gauss-Newton step, for each row by itself."
+)->torch.Tensor: # the change `δ` of `z` that solves `(JᵀJ + damping) δ = Jᵀ(y - f(z))`, where J is the Jacobian of `f`
+    "One damped Gauss-Newton step by conjugate gradients (Hestenes and Stiefel 1952), for each sample separately."
     _import_jvp()
     with torch.enable_grad(): out, times_Jᵀ = torch.func.vjp(f, z)
     def times_J(v): return torch.func.jvp(f, (z,), (v,))[1]
@@ -43,7 +43,7 @@ def least_squares(
     rr = _dot(r, r)
     δ = torch.zeros_like(z)
     for _ in range(iters):
-        Ap = times_Jᵀ(times_J(p))[0].detach() + w*p
+        Ap = times_Jᵀ(times_J(p))[0].detach() + damping*p
         k = rr/_dot(p, Ap).clamp(min=1e-30)
         δ = δ + k*p
         r = r - k*Ap

@@ -65,7 +65,8 @@ def distill_loss(
 def make_student(
     teacher, # a trained `Denoiser`
 )->Denoiser: # to be trained; `calls` and `guidance`, (B,1) each, are conditions beside the teacher's
-    """Copy a denoiser that will be told the number of calls and, where it has conditions, the guidance scale.
+    """Copy a denoiser that will be told the number of calls and, where it has conditions, the guidance scale (Meng et
+    al. 2023).
 
     Raises `ValueError` for a network without an embedding of the time that numbers can be added to."""
     net, conditioner = deepcopy((teacher.net, teacher.conditioner))
@@ -106,18 +107,6 @@ class GuidedRows:
         return without + w*(full-without)
 
 # %% ../../nbs/diffusion/09_distill.ipynb #e9f3bda0
-def _draw_conditions(conditioner, fields):
-    "Fields of a batch, parts of them and whole ones left out at random, as in training."
-    drawn = {}
-    n = len(next(iter(fields.values())))
-    all_dropped = torch.rand(n)<conditioner.drop_all if conditioner.drop_all else torch.zeros(n, dtype=torch.bool)
-    for name,embedder in conditioner.embedders.items():
-        raw = embedder.drop_part(fields[name])
-        dropped = torch.rand(n)<conditioner.drop[name]
-        if conditioner.drop[name]: dropped = dropped | all_dropped
-        drawn[name] = torch.where(dropped.view(-1, *[1]*(raw.ndim-1)), embedder.null(raw), raw)
-    return drawn
-
 @torch.no_grad()
 def record_paths(
     denoise, # the teacher, guided
@@ -204,7 +193,7 @@ def _draw(self:PathDataset, start, n):
     least, most = self.guidance
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(tensor_digest(self.seed, start)[:8], 16))
-        if fields: fields = _draw_conditions(self.teacher.conditioner, fields)
+        if fields: fields = self.teacher.conditioner.leave_out(fields)
         scale = least + (most-least)*torch.rand(self.part)
     return {name: values[:n] for name,values in fields.items()}, scale[:n]
 

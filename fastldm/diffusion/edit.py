@@ -14,7 +14,7 @@ from .ldm import Constraint, condition_fields
 
 # %% ../../nbs/diffusion/08_edit.ipynb #e7e207ed
 class BlendedDenoiser:
-    "A denoiser around a denoiser: outside of `region` the prediction is `z` (Avrahami et al. 2023)."
+    "A denoiser around a denoiser: outside `region` the prediction is `z` (after Avrahami et al. 2023, who blend noisy latents)."
     def __init__(self,
         denoise, # the denoiser, guided or not
         z:torch.Tensor, # the picture's latent, (B,c,h,w)

@@ -76,7 +76,7 @@ class LatentDiffusion(Module):
         shape, # of one latent, (c,h,w)
         steps:int=20, # number of steps, where `sample` is given none
         step:str='DPMSolverSDE', # name of the step
-        times:str='angle_times', # name of the time grid, for a step that names none itself, as `heun_step` does
+        times:str='angle_times', # name of the time grid, unless the step has its own, as `heun_step` has
     ):
         super().__init__()
         self.autoencoder = autoencoder
@@ -196,7 +196,7 @@ def argument_hint(
 
 # %% ../../nbs/diffusion/06_ldm.ipynb #c6b95dad
 def _check_call(n, batch_size, first, interval, precision, callback, output_type):
-    "The whole numbers among the arguments of `sample`. Raises `ValueError` for any that makes no sense."
+    "Check the plain arguments of `sample`; returns the whole numbers. Raises `ValueError` for any that makes no sense."
     check_choice(output_type, OUTPUTS, 'output_type')
     check_interval(interval)
     if precision not in (None,'bf16'): raise ValueError(f"precision={precision!r}: expected None or 'bf16'")
@@ -381,7 +381,7 @@ def repeat_rows(
     n:int, # samples
     times:int, # candidates for each
 )->torch.Tensor: # (n*times,...); one row stays one
-    "What each of `n` samples has for itself, for all its candidates."
+    "Repeat what belongs to each sample for each of its candidates."
     return rows.repeat_interleave(times, 0) if len(rows)==n and n>1 else rows
 
 class Constraint:
@@ -803,7 +803,8 @@ def from_pretrained(cls:Module,
     "`load`, by the name that it has elsewhere. Raises what `load` raises, and `ValueError` for another kind of model."
     model = load(name, device)
     if isinstance(model, cls): return model
-    raise ValueError(f'{name} is a {type(model).__name__}, not a {cls.__name__}: `fastldm.load` loads any model')
+    raise ValueError(f'{name} is of class {type(model).__name__}: expected a {cls.__name__} (`fastldm.load` loads any '
+                     'model)')
 
 @patch
 def save_pretrained(self:Module,

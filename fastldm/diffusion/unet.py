@@ -195,7 +195,7 @@ class ResBlock(Module):
         x:torch.Tensor, # (B,c_in,H,W)
         emb:torch.Tensor, # (B,d_emb)
     )->torch.Tensor: # (B,c_out,H,W)
-        "The embedding changes scale and shift, never the shape."
+        "Scale and shift of the second norm come from the embedding."
         scale,shift = self.emb(emb)[...,None,None].chunk(2, 1)
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.norm2(h)*(1+scale) + shift

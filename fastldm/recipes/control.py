@@ -9,7 +9,7 @@ __all__ = ['base_pictures', 'control_data', 'train_adapter']
 import torch
 from functools import partial
 from pathlib import Path
-from ..control.adapter import (CONTROLS, ControlAdapter, ControlData, check_interval, control_loss,
+from ..control.adapter import (CONTROLS, ControlAdapter, ControlData, check_adapter_interval, control_loss,
                                      random_region, times_within)
 from ..core.models import check_choice, fingerprint, n_params
 from ..diffusion.denoiser import edm_weight
@@ -91,7 +91,7 @@ def train_adapter(
     loss = dict(weight=edm_weight, sample_t=partial(times_within, interval=interval), drop=.2) | loss
     loss_fn = control_loss(ldm.denoiser, **loss)
     _check_regions(regions)
-    check_interval(interval)
+    check_adapter_interval(interval)
     _check_kinds(pictures, kinds)
     ds = base_pictures(base, root, n) if pictures is None else None
     folder = begin(folder, train_adapter, arguments, base=fingerprint(ldm.denoiser), content=digest_of(ds))

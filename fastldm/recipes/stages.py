@@ -97,7 +97,8 @@ def train_stage(
     folder = Path(folder)
     learner = learner | _COMMON['learner']
     watch = _watching(folder, learner['steps'], draw, held_out, patience)
-    again = _ends_before(folder, learner['steps']) if longer else _check_not_longer(folder, learner['steps'])
+    if not longer: _check_not_longer(folder, learner['steps'])
+    again = longer and _ends_before(folder, learner['steps'])
     is_finished = (folder/'config.json').exists() and not again
     if learner.get('progress', True): print(_heading(folder, learner['steps'], is_finished))
     def make():
@@ -171,11 +172,11 @@ def _report(card, learn):
         return dict(problem=problem)
 
 def _check_not_longer(folder, steps):
-    "False; `ValueError` for a finished stage that was asked for fewer steps, as it would end with those."
+    "Raises `ValueError` for more steps of a finished stage than it was asked for."
     checkpoint = folder/'run'/'checkpoint.safetensors'
-    if not (folder/'config.json').exists() or not checkpoint.exists(): return False
+    if not (folder/'config.json').exists() or not checkpoint.exists(): return
     asked = steps_asked(checkpoint)
-    if asked>=steps: return False
+    if asked>=steps: return
     raise ValueError(f'{folder} is finished, and was asked for {asked} steps: only a stage with longer=True is trained '
                      f'on. Give {asked} steps to load it, or another folder for {steps}')
 
