@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT/'fastldm'/'weights'
 MODEL = 'flowers5_evaluator'                           # 1.1 MB, for research only: not in the wheel
 FIRST_PROGRAM = re.search(r'```python\n(.*?)```', (ROOT/'README.md').read_text(encoding='utf-8'), re.S)[1]
-LARGEST = 45_000_000                                   # bytes of the wheel
+LARGEST = 46_000_000                                   # bytes of the wheel, as CONTRIBUTING.md says
 
 def in_manifest(): return re.findall(r'^graft fastldm/weights/(\w+)$', (ROOT/'MANIFEST.in').read_text(), re.M)
 

@@ -122,8 +122,9 @@ def _drop_aliases(model, state, prefix, meta):
     for name in model.aliases: state.pop(prefix+name, None)
 
 def _restore_aliases(model, state, prefix, *args):
+    names = {name for name,_ in model.named_parameters(remove_duplicate=False)}     # a parametrized weight has others
     for name, original in model.aliases.items():
-        if prefix+original in state: state[prefix+name] = state[prefix+original]
+        if name in names and prefix+original in state: state[prefix+name] = state[prefix+original]
 
 # %% ../../nbs/codes/04_blip.ipynb #5a9f0f87
 @patch
@@ -245,6 +246,7 @@ def match(self:Blip,
     if {len(images),len(captions)} - {1,n}:
         raise ValueError(f"{len(images)} images and {len(captions)} texts do not make pairs: "
                          "give as many of each, or one of one kind")
+    if not n: return torch.zeros(0, device=self.device)
     tokens = self.tokens(captions)
     shared = self.image_states(images) if len(images)==1 else None
     probabilities = []
@@ -269,6 +271,7 @@ def caption(self:Blip,
 )->list: # of strings
     "Describe images in words, in lower case. Raises `ValueError` for more pieces than the model has places for."
     self._require_part('decoder', 'describe images')
+    if not len(_check_images(images)): return []
     prefix = self.tokens([prompt], '[DEC]').ids[:,:-1]                # without `[SEP]`
     room = self.text_decoder.config.max_position_embeddings-prefix.shape[1]
     max_len = min(self.max_len, room) if max_len is None else whole_number(max_len, 'max_len', 1)

@@ -366,14 +366,24 @@ class CodeDataset:
         return f"CodeDataset({self.n} of {shapes}, {self.n_codes} codes)"
 
 # %% ../../nbs/codes/01_store.ipynb #f62a803a
+def _check_same_header(folder, found, opened):
+    "`ValueError` where a folder has another header than when it was opened: its codes were replaced."
+    found = {} if found is None else json.loads(found)
+    changed = [name for name in opened if found.get(name)!=opened[name]]
+    if not changed: return
+    raise ValueError(f"{folder} was replaced since it was opened, by codes that differ in {', '.join(changed)}: "
+                     "open it again with `CodeDataset`")
+
 @patch
 def _read_records(self:CodeDataset, idxs):
     "Codes, text features and fields of some records; an error for one that is not there, or not what was written."
     for i in idxs:
         if not 0<=i<self.n: raise IndexError(f"record {i} of {self.n}")
+    header, *records = _read(self.path, [_HEADER, *map(_key, idxs)])
+    _check_same_header(self.path, header, self.header)
     text_shape = self.header['text'] and self.header['text']['shape']
     rows = []
-    for i, record in zip(idxs, _read(self.path, map(_key, idxs))):
+    for i, record in zip(idxs, records):
         if not _is_whole(record):
             problem = 'missing' if record is None else 'damaged'
             raise ValueError(f"record {i} of {self.path} is {problem}: delete the folder and write the codes again")

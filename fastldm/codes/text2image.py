@@ -10,12 +10,14 @@ import inspect
 import math
 import torch
 import warnings
+from copy import copy
 from pathlib import Path
 from torch import nn
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 from ..core.models import Module, check_choice, model_digest, n_params, whole_number
 from ..core.rows import digest_of_list, read_rows, write_rows
+from ..diffusion.edit import Inversion, repeat_values
 from ..diffusion.ldm import (OUTPUTS, Constraint, LatentDiffusion, argument_hint, check_seed,
                                    describe_conditions, to_output)
 from .pixelsnail import sample_codes
@@ -46,6 +48,14 @@ class TextToImage(Module):
         self.autoencoder = autoencoder
         self.size = size
         self.settings = dict(codes=dict(codes or {}), diffusion=dict(diffusion or {}))
+
+# %% ../../nbs/codes/05_text2image.ipynb #77f7973d
+@patch
+def argument_now(self:TextToImage, name, value): # as `Recorded.argument_now`
+    "The settings of a prior as they are now."
+    now = self.settings.get(name)
+    if now is None or now==(value or {}): return super(TextToImage, self).argument_now(name, value)
+    return now
 
 # %% ../../nbs/codes/05_text2image.ipynb #65d32c36
 _SAMPLER = ('steps','step') # settings that say how the diffusion prior is best sampled
@@ -266,11 +276,7 @@ def _features(self:TextToImage, prompts):
 def _for_candidates(self:TextToImage, how, n, candidates):
     "The settings, in which what each of n images has for itself is repeated for all its candidates."
     if how.get('negative_prompt'): _prompts(how['negative_prompt'], n, 'negative_prompt')   # n is what the user knows
-    def repeated(value):
-        has_one_each = isinstance(value, (list,tuple)) or torch.is_tensor(value) and value.ndim>0
-        if not has_one_each or len(value)!=n: return value
-        if torch.is_tensor(value): return value.repeat_interleave(candidates, 0)
-        return [v for v in value for _ in range(candidates)]
+    def repeated(value): return repeat_values(value, n, candidates)
     of_images = {*self.other_conditions, 'negative_prompt', 'latents'} & {*how}
     how = how | {name: repeated(how[name]) for name in of_images}
     negative = how.get('negative')
@@ -288,17 +294,30 @@ def _best(self:TextToImage, images, prompts, candidates):
 # %% ../../nbs/codes/05_text2image.ipynb #1e4ecb24
 @patch
 def _encode(self:TextToImage, prompts, settings):
-    "The features of the prompts, and settings in which a negative prompt is its features, of the same length."
+    "The features of the prompts, and settings in which other texts are features: a negative prompt, of equal length."
     settings = dict(settings)
     others = settings.get('negative') or {}
     if not isinstance(others, dict) or 'text' in others:
         raise ValueError(f'negative={others!r:.60}: expected {{condition: value}}; '
                          'give the text that guidance moves away from as negative_prompt')
+    if 'constraint' in settings: settings['constraint'] = self._encode_inversion(settings['constraint'], len(prompts))
     negative = settings.pop('negative_prompt', None)
     if not negative: return self._features(prompts), settings
     both = self._features(prompts + _prompts(negative, len(prompts), 'negative_prompt'))
     text, negative = both.split(len(prompts))
     return text, settings | dict(negative_prompt=negative)
+
+# %% ../../nbs/codes/05_text2image.ipynb #6e526a5c
+@patch
+def _encode_inversion(self:TextToImage, constraint, n):
+    "The same constraint; of an inversion the `prompt` of its pictures is replaced by its features."
+    given = constraint.conditions if isinstance(constraint, Inversion) else {}
+    words = given.get('prompt', given.get('text'))
+    if words is None or torch.is_tensor(words): return constraint
+    others = {name: value for name,value in given.items() if name not in ('prompt','text')}
+    encoded = copy(constraint)
+    encoded.conditions = others | dict(text=self._features(_prompts(words, n)))
+    return encoded
 
 def _check_seeds(seed, prior, n, first, candidates):
     "As `check_seed`, for n images; several seeds are for the diffusion prior, and for images without candidates."

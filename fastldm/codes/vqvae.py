@@ -66,13 +66,15 @@ def nearest(self:VectorQuantizer,
 )->torch.Tensor: # (n,) codes
     "Find the nearest code of each vector."
     codebook = self.codebook.float()
+    center = codebook.mean(0)                                           # all is moved to the origin: far from it,
+    codebook = codebook-center                                          # small distances would be lost in rounding
     squares = codebook.square().sum(1)
     numbers = 2**19 if vectors.device.type=='cpu' else 2**25           # 2 MiB, or 128
     n = max(1, numbers//self.n_codes)
     distances = vectors.new_empty(min(len(vectors),n), self.n_codes)
     codes = torch.empty(len(vectors), dtype=torch.long, device=vectors.device)
     for part, out in zip(vectors.split(n), codes.split(n)):
-        d = torch.addmm(squares, part, codebook.T, alpha=-2, out=distances[:len(part)])
+        d = torch.addmm(squares, part-center, codebook.T, alpha=-2, out=distances[:len(part)])
         torch.argmin(d, 1, out=out)
     return codes
 

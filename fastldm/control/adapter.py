@@ -9,7 +9,7 @@ __all__ = ['BRANCHES', 'TIME_WEIGHTS', 'EDGES', 'CONTROLS', 'check_adapter_inter
            'picture_control', 'read_control', 'read_region', 'ControlData', 'Blended', 'BlendedControl']
 
 # %% ../../nbs/control/00_adapter.ipynb #51abda6d
-import numpy as np, torch, torch.nn.functional as F
+import numpy as np, torch, torch.nn.functional as F, warnings
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +17,7 @@ from itertools import zip_longest
 from PIL import Image
 from fastcore.basics import patch
 from torch import nn
-from ..core.models import Module, check_choice, evaluating, fingerprint, real_number, spread_indices
+from ..core.models import Module, check_choice, evaluating, real_number, spread_indices
 from ..core.train import noise_of_batch, rows_of_batch
 from ..data.faces import read_mask
 from ..data.images import edges as image_edges, from_image, plain_picture
@@ -25,6 +25,7 @@ from ..diffusion.autoencoder import LatentDataset
 from ..diffusion.cond import Cond, null_where
 from ..diffusion.denoiser import Guided, scales, uniform_weight
 from ..diffusion.ldm import Constraint, repeat_rows
+from ..diffusion.lora import has_fingerprint
 from ..diffusion.schedules import uniform_t
 
 # %% ../../nbs/control/00_adapter.ipynb #91ecafb3
@@ -63,6 +64,7 @@ def _check_control(control, channels, multiple, kinds):
 class ControlAdapter(Module):
     """Turns a control picture into features, one map for each level of a U-Net's encoder: a T2I-Adapter (Mou et al.
     2023), with the zero convolutions of ControlNet (Zhang et al. 2023)."""
+    settable = ('interval',)
     def __init__(self,
         kinds, # names of the controls it understands, in the order of their channels, e.g. ['edges']
         c_in:int, # channels of all of them together
@@ -94,12 +96,12 @@ class ControlAdapter(Module):
 @patch
 def forward(self:ControlAdapter,
     control:torch.Tensor, # (B,c_in,H,W) in [0,1]
-)->list: # features (B,c,h,w), one map per level
+)->list: # features (B,c,h,w), one map per level, in the precision of the adapter
     """The features of a control.
 
     Raises `ValueError` for another number of channels, or sides that are not multiples of `factor`."""
     _check_control(control, self.c_in, self.factor, self.kinds)
-    h = F.pixel_unshuffle(control, self.factor)
+    h = F.pixel_unshuffle(control.to(self.out[0].weight.dtype), self.factor)
     maps = []
     for i,(level,out) in enumerate(zip(self.levels, self.out)):
         if i>0: h = F.avg_pool2d(h, 2, ceil_mode=True)                        # an odd side keeps its last row
@@ -151,9 +153,14 @@ class Controlled:
         self.interval = interval
 
     def __call__(self, x, t, cond=None):
+        times = torch.as_tensor(t).double()
         lo, hi = self.interval
-        denoise = self.controlled if lo<=float(torch.as_tensor(t).max())<=hi else self.base
-        return denoise(x, t, cond)
+        acts = (lo<=times) & (times<=hi)
+        if not acts.any(): return self.base(x, t, cond)
+        controlled = self.controlled(x, t, cond)
+        if acts.all(): return controlled
+        acts = acts.to(x.device).view(-1, *[1]*(x.ndim-1))             # one time per sample, some outside
+        return torch.where(acts, controlled, self.base(x, t, cond))
 
 # %% ../../nbs/control/00_adapter.ipynb #6e9a533f
 def _add_features(denoise, features, branch):
@@ -168,9 +175,13 @@ def _add_features(denoise, features, branch):
     def with_features(x, t, cond=None): return denoise(x, t, (cond or Cond())+Cond(features=features))
     return with_features
 
+def _gets_features(guided, branch):
+    "Whether each prediction of a guided denoiser gets features, of those that are made within guidance's interval."
+    return [branch=='both' or (branch=='unconditional')==without for without in guided.is_unconditional]
+
 def _guided_with_features(guided, features, branch):
     "A guided denoiser, whose network sees all its predictions in one batch, with features in those of one branch."
-    gets = [branch=='both' or (branch=='unconditional')==without for without in guided.is_unconditional]
+    gets = _gets_features(guided, branch)
     stacked = [torch.cat([f if got else torch.zeros_like(f) for got in gets]) for f in features]
     result = copy(guided)
     result.stacked = guided.stacked+Cond(features=stacked)
@@ -223,7 +234,7 @@ class ControlPart:
         "Raises `ValueError` where the part does not fit the model, or `n` samples."
         trained_for = getattr(self.adapter, 'meta', {}).get('base_fingerprint')
         started_from = getattr(ldm, 'meta', {}).get('start_fingerprint')
-        if trained_for and trained_for not in (fingerprint(ldm.denoiser), started_from):
+        if trained_for and trained_for!=started_from and not has_fingerprint(ldm.denoiser, trained_for):
             raise ValueError('this adapter was trained for another model: '
                              'load the model that its card names, or train it again')
         widths = getattr(ldm.denoiser.net, 'widths', [None])
@@ -248,12 +259,13 @@ def features(self:ControlPart,
     picture = self.picture.to(ldm.device)
     if self.mask_control: picture = picture*(region>0)
     with evaluating(self.adapter.to(ldm.device)): maps = self.adapter(picture)
+    maps = [f.to(picture) for f in maps]                    # an adapter in half precision, for a model that is not
     return [self.weight*f.expand(n, -1, -1, -1) for f in mask_features(maps, region, self.mode)]
 
 # %% ../../nbs/control/00_adapter.ipynb #6b0259c8
 class Control(Constraint):
     """Controls for `sample(constraint=...)`; made by `control`, and several add up with `+`. With `calls`, the
-    student's only prediction gets the features, whatever the branch."""
+    student has one prediction, and it is the conditional one."""
     takes_calls = True # the student is a copy of the teacher, so the adapter's features fit its network
     def __init__(self,
         parts:list, # a `ControlPart` for each adapter
@@ -303,11 +315,19 @@ def prepare(self:Control, ldm, n):
 @patch
 def start(self:Control, ldm, denoise, x, ts, data):
     "The denoiser with the features of each interval."
+    _check_acts(denoise, self.branch)
     n_levels = len(data)//len(self.intervals)
     for i,interval in enumerate(self.intervals):
         features = list(data[i*n_levels:(i+1)*n_levels])
         denoise = Controlled(denoise, features, self.branch, interval)
     return denoise, x, ts
+
+def _check_acts(denoise, branch):
+    "Warn of a control that no prediction would get."
+    if not isinstance(denoise, Guided) or any(_gets_features(denoise, branch)): return
+    advice = "give a guidance_scale above 0, or branch='both'" if branch=='conditional' else "give branch='both'"
+    warnings.warn(f'where guidance acts, its scales leave out the {branch} prediction, the only one that this control '
+                  f'would change: {advice}')
 
 # %% ../../nbs/control/00_adapter.ipynb #46ef45bb
 def control(
@@ -322,12 +342,14 @@ def control(
 )->Control: # for `sample(constraint=...)`
     """Follow a control picture inside a region.
 
-    Raises `ValueError` for a control or a region of another size or range, or a kind that the adapter does not know."""
+    Raises `ValueError` for a control or a region of another size or range, a weight that is no number, or a kind that
+    the adapter does not know."""
     if kind is not None: check_choice(kind, adapter.kinds, 'control')
     check_choice(branch, BRANCHES, 'branch')
     picture = check_planes(picture, adapter.c_in, 'control')
     region = torch.ones(1, 1, *picture.shape[2:]) if region is None else check_planes(region, 1, 'region')
     _check_same_size(picture, region)
+    weight = real_number(weight, 'weight')
     resize_region(region, (1,1), mode)                                        # an unknown mode raises here
     return Control([ControlPart(adapter, picture, region, weight, mode, mask_control)], branch)
 
@@ -434,8 +456,11 @@ def _drop_conditions(base, batch, rate):
     if base.conditioner is None: return Cond()
     z = batch['latent']
     out = rows_of_batch(partial(torch.rand, device=z.device), len(z))<rate
-    raw = {name: null_where(out, batch[name], embedder) for name,embedder in base.conditioner.embedders.items()}
-    return base.conditioner(raw)
+    fields = {}
+    for name,embedder in base.conditioner.embedders.items():
+        raw = batch[name] if name in batch else embedder.empty(len(z)).to(z.device)    # a view, say: the set has none
+        fields[name] = null_where(out, raw, embedder)
+    return base.conditioner(fields)
 
 # %% ../../nbs/control/00_adapter.ipynb #85dbca76
 def random_region(
@@ -665,15 +690,17 @@ class ControlData:
 
     def __len__(self): return len(self.latents)
 
-    def __getitems__(self, idxs)->dict: # `latent`, `control` (B,c,H,W), `region` (B,1,H,W) and the conditions
-        "A batch at once."
-        batch = self.latents.__getitems__(idxs)
-        batch.pop('caption', None)
-        control = batch['control'].float()/255
-        draw = partial(random_region, size=control.shape[-1], kind=self.regions)
-        batch.update(control=control, region=rows_of_batch(draw, len(control)))
-        if self.text is not None: batch['text'] = self.text[[int(i) for i in idxs]]
-        return batch
+# %% ../../nbs/control/00_adapter.ipynb #d0e29a66
+@patch
+def __getitems__(self:ControlData, idxs)->dict: # `latent`, `control` (B,c,H,W), `region` (B,1,H,W) and the conditions
+    "A batch at once."
+    batch = self.latents.__getitems__(idxs)
+    if isinstance(batch.get('caption'), list): del batch['caption'] # texts; not a condition of this name
+    control = batch['control'].float()/255
+    draw = partial(random_region, size=control.shape[-1], kind=self.regions)
+    batch.update(control=control, region=rows_of_batch(draw, len(control)))
+    if self.text is not None: batch['text'] = self.text[[int(i) for i in idxs]]
+    return batch
 
 # %% ../../nbs/control/00_adapter.ipynb #22fff893
 @patch

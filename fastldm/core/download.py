@@ -65,7 +65,9 @@ def is_disk_error(
 def _append_rest(url, partial, size, bar, timeout):
     "Ask for the bytes that `partial` lacks, and write them there as they arrive."
     start = partial.stat().st_size if partial.exists() else 0
-    if start==size: return
+    if start==size:
+        partial.touch()                                                  # a file of no bytes is there at once
+        return
     headers = {'User-Agent':'fastldm', 'Accept-Encoding':'identity'}
     if start: headers['Range'] = f'bytes={start}-'
     with urlopen(Request(url, headers=headers), timeout=timeout) as response:

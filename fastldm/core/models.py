@@ -7,14 +7,15 @@ __all__ = ['RENAMED_CLASSES', 'RENAMED_ARGUMENTS', 'RENAMED_WEIGHTS', 'PICKLES',
            'upgrade_weights', 'from_config', 'write_atomic', 'clear_unfinished', 'Busy', 'json_text', 'fingerprint',
            'config_fingerprint', 'n_params', 'tensor_digest', 'model_digest', 'fits_half', 'check_folder', 'save_model',
            'check_weights', 'default_device', 'check_device', 'load_model', 'check_saveable', 'evaluating', 'inference',
-           'fetch_batch', 'spread_indices', 'cover_indices', 'set_seed', 'should_run', 'install_line',
+           'for_gradients', 'fetch_batch', 'spread_indices', 'cover_indices', 'set_seed', 'should_run', 'install_line',
            'require_package', 'check_choice', 'check_flags', 'whole_number', 'counted', 'real_number']
 
 # %% ../../nbs/core/00_models.ipynb #c0a18586
-import difflib, errno, hashlib, importlib, inspect, json, math, os, pkgutil, random, sys, time
+import difflib, errno, hashlib, importlib, inspect, json, math, os, pkgutil, random, sys, threading, time
 from contextlib import ExitStack, contextmanager, suppress
 from functools import wraps
 from glob import escape
+from fastcore.basics import patch
 from pathlib import Path
 import numpy as np, torch
 from torch import nn
@@ -32,6 +33,7 @@ def _plain(value):
 # %% ../../nbs/core/00_models.ipynb #230451ac
 class Recorded:
     "An object that records the arguments of its constructor, defaults included."
+    settable = () # names of arguments that are attributes, too, and may be set after the object was built
     def __new__(cls, *args, **kwargs):
         self = super().__new__(cls)
         call = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
@@ -44,19 +46,32 @@ class Recorded:
         self.__dict__['_record'] = record                      # a torch module takes no attribute before its __init__
         return self
 
-    def config(self)->dict: # `dict(cls, module, kwargs)`, fit for JSON; `kwargs['*']` are the arguments of a `*args`
-        """How to build this object again.
-        Raises `ValueError`, which names the argument, for one that cannot be written as JSON."""
-        parameters = inspect.signature(type(self).__init__).parameters
-        kwargs = {}
-        for name, value in self.__dict__['_record'].items():
-            is_default = name in parameters and value is parameters[name].default
-            try: kwargs[name] = _plain(value)
-            except TypeError as error:
-                if is_default: continue                        # a function, say: the default comes back by itself
-                raise ValueError(f"{type(self).__name__}: argument `{name}` is {error}, which cannot be saved; "
-                                 "use numbers, text, lists, dicts or fastldm Modules") from None
-        return dict(cls=type(self).__qualname__, module=type(self).__module__, kwargs=kwargs)
+# %% ../../nbs/core/00_models.ipynb #4639b18a
+@patch
+def config(self:Recorded)->dict: # `dict(cls, module, kwargs)`, fit for JSON; `kwargs['*']` are the arguments of a `*args`
+    """How to build this object again.
+    Raises `ValueError`, which names the argument, for one that cannot be written as JSON."""
+    parameters = inspect.signature(type(self).__init__).parameters
+    kwargs = {}
+    for name, value in self.__dict__['_record'].items():
+        value = self.argument_now(name, value)
+        is_default = name in parameters and value is parameters[name].default
+        try: kwargs[name] = _plain(value)
+        except TypeError as error:
+            if is_default: continue                        # a function, say: the default comes back by itself
+            raise ValueError(f"{type(self).__name__}: argument `{name}` is {error}, which cannot be saved; "
+                             "use numbers, text, lists, dicts or fastldm Modules") from None
+    return dict(cls=type(self).__qualname__, module=type(self).__module__, kwargs=kwargs)
+
+@patch
+def argument_now(self:Recorded,
+    name:str, # of an argument
+    value, # what it was when the object was built
+): # what it would be now
+    "An argument with what has happened since: a part that was replaced, or an attribute that was set."
+    now = getattr(self, name, None)
+    is_part = isinstance(value, Recorded) and isinstance(now, Recorded)
+    return now if is_part or name in self.settable else value
 
 # %% ../../nbs/core/00_models.ipynb #b924d976
 class Module(Recorded, nn.Module):
@@ -446,6 +461,7 @@ def _devices_here():
     return names if len(names)>1 else ['only cpu']
 
 # %% ../../nbs/core/00_models.ipynb #57b47f22
+@torch.inference_mode(False)                                   # weights that are made there cannot have gradients
 def load_model(
     folder, # as `save_model` made it
     device=None, # `default_device()` if not given
@@ -484,16 +500,30 @@ def check_saveable(
         raise ValueError(f"a {kind} like this could be trained, but not saved and loaded again: {error}") from error
 
 # %% ../../nbs/core/00_models.ipynb #ab2bb9fe
+_evaluations = {} # of parts that will train again: in how many blocks they are now
+_evaluations_lock = threading.Lock()
+
 @contextmanager
 def evaluating(
     model:nn.Module, # whatever mode it is in
 ):
-    "The model in eval mode inside the block; afterwards each part of it has the mode that it had."
-    in_training = [part for part in model.modules() if part.training]
-    if in_training: model.eval()
+    """The model in eval mode inside the block; afterwards each part of it has the mode that it had.
+    Where several threads use a part, that is when the last of them has left its block."""
+    with _evaluations_lock:
+        in_training = [part for part in model.modules() if part.training or part in _evaluations]
+        for part in in_training: _evaluations[part] = _evaluations.get(part, 0)+1
+        if in_training: model.eval()
     try: yield model
     finally:
-        for part in in_training: part.training = True
+        with _evaluations_lock:
+            for part in in_training: _leave_evaluation(part)
+
+def _leave_evaluation(part):
+    "One block less; after the last, the part is in training mode."
+    _evaluations[part] -= 1
+    if _evaluations[part]: return
+    del _evaluations[part]
+    part.training = True
 
 def inference(
     method, # of a module
@@ -503,6 +533,14 @@ def inference(
     def run(self, *args, **kwargs):
         with torch.no_grad(), evaluating(self): return method(self, *args, **kwargs)
     return run
+
+# %% ../../nbs/core/00_models.ipynb #14e7df07
+def for_gradients(
+    tensor:torch.Tensor, # any
+)->torch.Tensor: # the same; of one that was made in `torch.inference_mode`, a copy
+    "A tensor that can take part in a computation of gradients."
+    if torch.compiler.is_compiling() or not tensor.is_inference(): return tensor   # the compiler knows no such mode
+    with torch.inference_mode(False): return tensor.detach().clone()
 
 # %% ../../nbs/core/00_models.ipynb #459c8eec
 def fetch_batch(
@@ -610,17 +648,22 @@ def check_flags(
     return chosen
 
 # %% ../../nbs/core/00_models.ipynb #5f684710
+def _as_number(value):
+    "A finite number of Python, from one of Python, numpy or torch; None for anything else, or what no float can hold."
+    number = value.item() if getattr(value, 'ndim', None)==0 else value
+    is_number = isinstance(number, (int,float)) and not isinstance(number, bool)
+    return number if is_number and abs(number)<=sys.float_info.max else None
+
 def whole_number(
     value, # what was given: a number of Python, numpy or torch
     name:str, # of the argument, for the message
     least:int=None, # smallest that makes sense; None: any
 )->int: # the same number
     "Raises `ValueError` for anything but a whole number, or for one that is too small."
-    number = value.item() if getattr(value, 'ndim', None)==0 else value
-    is_number = isinstance(number, (int,float)) and not isinstance(number, bool) and math.isfinite(number)
-    if is_number and number==int(number) and (least is None or number>=least): return int(number)
+    number = _as_number(value)
+    if number is not None and number==int(number) and (least is None or number>=least): return int(number)
     size = '' if least is None else f' of at least {least}'
-    raise ValueError(f'{name}={value!r}: expected a whole number{size}')
+    raise ValueError(f'{name}={value!r:.80}: expected a whole number{size}')
 
 def counted(
     n:int, # how many
@@ -637,9 +680,8 @@ def real_number(
     advice:str='', # for the message
 )->float: # the same number
     "Raises `ValueError` for anything but a finite number from `least` to `most`."
-    number = value.item() if getattr(value, 'ndim', None)==0 else value
-    is_number = isinstance(number, (int,float)) and not isinstance(number, bool) and math.isfinite(number)
-    if is_number and least<=number<=most: return float(number)
+    number = _as_number(value)
+    if number is not None and least<=number<=most: return float(number)
     lower = '' if least==-math.inf else f' of at least {least:g}'
     upper = '' if most==math.inf else f'{" and" if lower else " of"} at most {most:g}'
-    raise ValueError(f'{name}={value!r}: expected a number{lower}{upper}{advice}')
+    raise ValueError(f'{name}={value!r:.80}: expected a number{lower}{upper}{advice}')

@@ -66,14 +66,16 @@ class RowWriter:
     def add(self,
         fields:dict, # {name: tensor (B,...) or list of B}; names, types and shapes of rows as in the first batch
     ):
-        "Write the next rows. Raises `ValueError` for fields that differ from the first batch's, and too many rows."
+        """Write the next rows. Raises `ValueError` for fields that differ from the first batch's, and too many rows,
+        and `TypeError` for an item that JSON cannot hold; then nothing is written."""
         n_rows = _count_rows(fields)
         if self.done+n_rows>self.n: raise ValueError(f'given {self.done+n_rows} rows for a file of {self.n}')
+        encoded = {name: _encoded(values) for name,values in fields.items() if not torch.is_tensor(values)}
         if not self.header: self._lay_out(fields)
         self._check_layout(fields)
         for name,values in fields.items():
             if torch.is_tensor(values): self._put(name, values)
-            else: self._put_texts(name, values)
+            else: self._put_texts(name, *encoded[name])
         self.done += n_rows
 
 # %% ../../nbs/core/07_rows.ipynb #87136a68
@@ -125,9 +127,8 @@ def _put(self:RowWriter, name, values):
     self.file.write(_bytes_of(values))
 
 @patch
-def _put_texts(self:RowWriter, name, items):
-    "Write items of a list, and where each ends."
-    raw, lengths = _encoded(items)
+def _put_texts(self:RowWriter, name, raw, lengths):
+    "Write items of a list, as `_encoded` gives them, and where each ends."
     before = self.texts[name].tell()
     self.texts[name].write(raw)
     self._put(f'{name}.ends', before+torch.tensor(lengths, dtype=torch.int64).cumsum(0))

@@ -686,6 +686,19 @@ def run(self:Learner):
     if self.asked_to_stop: raise Interrupted(self)
 
 # %% ../../nbs/core/02_train.ipynb #409d44d4
+@contextmanager
+def _keep_accelerator_state():
+    """Accelerate has one state per process, which a `Learner` that is fitted in the block sets.
+    Afterwards it is as before."""
+    from accelerate.state import AcceleratorState, GradientState
+    states = (AcceleratorState._shared_state, GradientState._shared_state)
+    before = [dict(state) for state in states]
+    try: yield
+    finally:
+        for state, kept in zip(states, before):
+            state.clear()
+            state.update(kept)
+
 @patch
 def call(self:Learner,
     hook:str, # 'before_fit', 'after_step' or 'after_fit'
@@ -694,7 +707,8 @@ def call(self:Learner,
     reverse, so that the checkpoint is written before another puts the best weights in place of the last."""
     stopped = False
     for cb in reversed(self.cbs) if hook=='after_fit' else self.cbs:
-        try: getattr(cb, hook)(self)
+        try:
+            with _keep_accelerator_state(): getattr(cb, hook)(self)
         except StopTraining: stopped = True
     if stopped: raise StopTraining
 

@@ -51,9 +51,11 @@ def upright(
 def _white_level(im, values):
     "The value of white in a picture of 16 or 32 bits."
     if im.mode.startswith('I;16') or im.format in ('PNG','PPM'):
-        if 255<values.max()<4096:
-            warnings.warn('a picture of 16 bits has no value above 4,095 and is nearly black: if it has 12 bits, '
-                          'multiply it by 16')
+        for most,bits,factor in ((255,8,257), (4095,12,16)):
+            if not 0<values.max()<=most: continue
+            warnings.warn(f'a picture of 16 bits has no value above {most:,} and is nearly black: if it has {bits} '
+                          f'bits, multiply it by {factor}')
+            break
         return 65535
     lowest,highest = values.min(),values.max()
     levels = (1,255) if im.mode=='F' else (255,65535)

@@ -8,7 +8,7 @@ __all__ = ['CONDITION_KINDS', 'MAX_WORDS', 'MAX_CLASSES', 'READERS', 'parse_cond
            'choose_kind', 'PictureTable', 'condition_line']
 
 # %% ../../nbs/data/10_table.ipynb #39f436e5
-import json,math,re
+import json,math,re,warnings
 from pathlib import Path
 from typing import NamedTuple
 import torch
@@ -97,10 +97,21 @@ def _in_order(name):
     except ValueError: value = math.nan
     return (1,0.,name) if math.isnan(value) else (0,value,name)
 
+_MISSING = {'na','n/a','nan','null','none','-','?'}
+
+def _warn_of_missing(column, classes):
+    "Warn of classes by names that look like no value, as a class may be called so."
+    odd = [name for name in classes if name.casefold() in _MISSING]
+    if not odd: return
+    warnings.warn(f"{column.table}: {', '.join(map(repr, odd))} in the column {column.name} is taken for a class: "
+                  "where it means that the class is not known, leave the cell empty")
+
+# %% ../../nbs/data/10_table.ipynb #c86b6952
 def read_classes(
     column:Column, # of words
 )->tuple: # numbers (N,), and {'classes': their names}
-    "Classes, by number. Raises ValueError for a column that has fewer than two, or two that differ in capitals only."
+    """Classes, by number; warns of names that look like no value. Raises ValueError for a column that has fewer than
+    two, or two that differ in capitals only."""
     given = [cell for cell in column.given if cell.casefold()!='nan']
     classes = sorted({*given}, key=_in_order)
     if len(classes)<2: column.reject_all(f"has {'the one value '+classes[0] if classes else 'no value'}: leave it out")
@@ -112,12 +123,11 @@ def read_classes(
     if len(classes)==len(given)>20:
         column.reject_all("has another value in each row, so it is no label: give it another kind, such as "
                           f"{column.name}:text")
+    _warn_of_missing(column, classes)
     number = {name:i for i,name in enumerate(classes)}
     return torch.tensor([number.get(c, len(classes)) for c in column.cells]), dict(classes=[*map(escape_text, classes)])
 
 # %% ../../nbs/data/10_table.ipynb #78af98a3
-_MISSING = {'na','n/a','nan','null','none','-','?'}
-
 def _number(column, i):
     "The number in a cell; `nan` where there is none."
     text = column.cells[i]

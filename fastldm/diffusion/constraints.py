@@ -11,7 +11,7 @@ import numpy as np, torch, torch.nn.functional as F, warnings
 from copy import copy
 from functools import cache
 from PIL import Image
-from ..core.models import real_number, whole_number
+from ..core.models import for_gradients, real_number, whole_number
 from ..core.show import warn_unsigned
 from ..data.images import from_image
 from .denoiser import scales
@@ -27,6 +27,9 @@ def _import_jvp():
 
 def _dot(a, b): return (a*b).flatten(1).sum(1).view(-1, *[1]*(a.ndim-1))
 
+# %% ../../nbs/diffusion/07_constraints.ipynb #5afff9a4
+@torch.inference_mode(False)
+@torch.no_grad()
 def least_squares(
     f, # differentiable, from (B,...) to (B,...)
     z:torch.Tensor, # where to linearise it
@@ -36,6 +39,7 @@ def least_squares(
 )->torch.Tensor: # the change `δ` of `z` that solves `(JᵀJ + damping) δ = Jᵀ(y - f(z))`, where J is the Jacobian of `f`
     "One damped Gauss-Newton step by conjugate gradients (Hestenes and Stiefel 1952), for each sample separately."
     _import_jvp()
+    z = for_gradients(z)
     with torch.enable_grad(): out, times_Jᵀ = torch.func.vjp(f, z)
     def times_J(v): return torch.func.jvp(f, (z,), (v,))[1]
     r = times_Jᵀ(y-out)[0].detach()                             # what is left to explain
@@ -69,11 +73,13 @@ class PosteriorDenoiser:
         self.noise = noise
         self.iters = iters
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def __call__(self, x, t, cond=None):
         α, σ = scales(self, t, x)
         r2 = σ**2/(α**2+σ**2)                                   # variance of `x0` given `x`
         with torch.enable_grad():
-            x = x.detach().requires_grad_()
+            x = for_gradients(x).detach().requires_grad_()
             x0 = self.denoise(x, t, cond)
         δ = least_squares(self.measure, x0.detach(), self.y, self.noise**2/r2, self.iters)
         gradient = torch.autograd.grad(x0, x, δ/r2)[0]
@@ -199,6 +205,7 @@ class LinearInverse(PictureConstraint):
         "The denoiser of the posterior."
         autoencoder = ldm.autoencoder
         scale, shift = autoencoder.scale, autoencoder.shift
+        data = [for_gradients(d) for d in data]
         def measure_latent(z):
             raw = z.to(scale.dtype)*scale + shift                       # in the precision of the weights, and back
             with torch.autocast(z.device.type, enabled=False):          # which Jacobians cannot pass

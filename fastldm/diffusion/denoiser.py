@@ -9,7 +9,7 @@ __all__ = ['scales', 'eps_of', 'score_of', 'GaussianDenoiser', 'precondition', '
 # %% ../../nbs/diffusion/04_denoiser.ipynb #a96dba5a
 import torch
 from functools import partial
-from ..core.models import Module, real_number
+from ..core.models import Module, for_gradients, real_number
 from ..core.train import noise_of_batch
 from .schedules import uniform_t
 from .cond import Cond, stack_conds
@@ -93,14 +93,16 @@ def _precision(net):
     first = next(net.parameters(), None) if hasattr(net, 'parameters') else None
     return None if first is None else first.dtype
 
-def _in_precision(value, dtype):
-    "A tensor, or a list of them, in a network's precision."
-    if isinstance(value, list): return [_in_precision(v, dtype) for v in value]
-    return value.to(dtype)
+def _as_input(value, dtype=None):
+    "A tensor, or a list of them, as a network takes it: in its precision, and fit for gradients where they are wanted."
+    if isinstance(value, list): return [_as_input(v, dtype) for v in value]
+    if torch.is_grad_enabled(): value = for_gradients(value)
+    return value if dtype is None else value.to(dtype)
 
 # %% ../../nbs/diffusion/04_denoiser.ipynb #a7b46a7b
 class Denoiser(Module):
     "A network, the process it was trained on and its conditions: `denoise(x, t, cond) -> x0_hat`."
+    settable = ('predict', 'sigma_data', 'scale_input')
     def __init__(self,
         net, # `(x, t, **slots) -> output of the shape of x`
         schedule, # a `Schedule`
@@ -128,12 +130,11 @@ class Denoiser(Module):
         c_skip, c_out = precondition(self.predict, α, σ, self.sigma_data)
         c_in = ((α*self.sigma_data)**2 + σ**2).rsqrt() if self.scale_input else 1.
         t = torch.as_tensor(t, device=x.device, dtype=torch.float32).expand(x.shape[0])
-        slots = cond.slots() if cond else {}
-        net_input = c_in*x
         dtype = _precision(self.net)
-        if dtype not in (None, torch.float32):                          # float32: as it is, or cast by autocast
-            net_input = net_input.to(dtype)
-            slots = {slot: _in_precision(value, dtype) for slot,value in slots.items()}
+        net_input = _as_input(c_in*x, dtype)
+        slots = cond.slots() if cond else {}
+        slots_dtype = None if dtype==torch.float32 else dtype           # float32: as they are, or cast by autocast
+        slots = {slot: _as_input(value, slots_dtype) for slot,value in slots.items()}
         return c_skip*x + c_out*self.net(net_input, t, **slots).to(x.dtype)
 
 # %% ../../nbs/diffusion/04_denoiser.ipynb #f5b05d7f

@@ -101,10 +101,14 @@ class GuidedRows:
 
     def __call__(self, x, t, cond=None):
         first, last = self.interval
-        if not first<=float(t)<=last: return self.model(x, t, self.full)
-        without, full = self.model(torch.cat([x,x]), t, self.cond).chunk(2)
-        w = self.scale.to(x).view(-1, *[1]*(x.ndim-1))
-        return without + w*(full-without)
+        t = torch.as_tensor(t)
+        acts = (first<=t.double()) & (t.double()<=last)
+        if not acts.any(): return self.model(x, t, self.full)
+        times = t.repeat(2) if t.numel()>1 else t
+        without, full = self.model(torch.cat([x,x]), times, self.cond).chunk(2)
+        each_row = (-1, *[1]*(x.ndim-1))
+        w = self.scale.to(x).view(each_row)
+        return torch.where(acts.to(x.device).view(each_row), without + w*(full-without), full)
 
 # %% ../../nbs/diffusion/09_distill.ipynb #e9f3bda0
 @torch.no_grad()

@@ -70,6 +70,8 @@ def _name_of(given):
 # %% ../../nbs/diffusion/06_ldm.ipynb #c1335fe8
 class LatentDiffusion(Module):
     "An autoencoder and a denoiser of its latents: `sample`, `encode`, `decode` (Rombach et al. 2022)."
+    settable = ('steps', 'step', 'times')
+    student_folder = None # where the student for few calls is, see `add_student`
     def __init__(self,
         autoencoder, # an `Autoencoder`, with its scale fitted
         denoiser, # a `Denoiser`
@@ -88,16 +90,16 @@ class LatentDiffusion(Module):
         _sampler(step, 'step')                                          # a misspelt name raises now
         _sampler(times, 'times')
 
-    student_folder = None # where the student for few calls is, see `add_student`
-
     def config(self): # as `Recorded.config`
-        "The record as the model is now: `steps`, `step` and `times` can be set after it was built."
-        _sampler(self.step, 'step')                                     # what cannot be loaded again raises now
+        "The record as the model is now. Raises `ValueError` for a step or a time grid that cannot be loaded again."
+        _sampler(self.step, 'step')
         _sampler(self.times, 'times')
-        now = dict(steps=self.steps, step=_name_of(self.step), times=_name_of(self.times))
-        record = self.__dict__['_record']                               # of a class of your own, perhaps without these
-        record.update({name: value for name,value in now.items() if name in record})
         return super().config()
+
+    def argument_now(self, name, value): # as `Recorded.argument_now`
+        "Functions of `samplers` by their names, as a record can hold them."
+        now = super().argument_now(name, value)
+        return _name_of(now) if name in ('step','times') else now
 
     @property
     def device(self): return next(self.denoiser.parameters()).device

@@ -12,10 +12,11 @@ __all__ = ['ddpm_step', 'sample_generators', 'noise_from', 'noise_like', 'check_
 import hashlib, math, torch, numpy as np
 from contextlib import contextmanager
 from contextvars import ContextVar
+from copy import copy
 from fastcore.basics import patch
 from functools import partial
 from tqdm.auto import tqdm
-from ..core.models import real_number, whole_number
+from ..core.models import for_gradients, real_number, whole_number
 from .schedules import drift, diffusion, time_of_log_snr
 from .denoiser import scales, score_of
 
@@ -87,7 +88,7 @@ def sample(
     denoise, # `denoise(x, t, cond) -> x0_hat`, with `.schedule`
     x:torch.Tensor, # where to start, (B,...), usually `sigma(1)` times unit noise
     ts:torch.Tensor, # times to visit, falling: n+1 of them for n steps
-    step, # `step(denoise, x, t, s, cond) -> x_s`; its method `reset`, if it has one, is called first
+    step, # `step(denoise, x, t, s, cond) -> x_s`; one with a method `reset` is copied, and the copy reset
     cond=None, # passed to the denoiser
     cb=None, # called as `cb(x, t, s)` with the result of each step
     progress:bool=False, # show a bar
@@ -96,9 +97,11 @@ def sample(
 )->torch.Tensor: # `x` at the last time
     """Take one step after the other. Raises `ValueError` for times that do not fall, or are not from 1 to 0.
 
-    Each call begins a path: what a solver of higher order remembers of earlier steps is forgotten."""
+    Each call begins a path with a solver of its own, so that one object can be used in several calls at once."""
     ts = check_falling(ts)
-    if hasattr(step, 'reset'): step.reset()
+    if hasattr(step, 'reset'):
+        step = copy(step)
+        step.reset()
     if generators is None: generators = _generators.get()
     with torch.set_grad_enabled(grad and torch.is_grad_enabled()), noise_from(generators):
         for t,s in tqdm(list(zip(ts[:-1], ts[1:])), disable=not progress, leave=False):
@@ -123,6 +126,22 @@ class WatchedDenoiser:
         self.watch(predicted)
         return predicted
 
+# %% ../../nbs/diffusion/05_samplers.ipynb #7f14dd58
+class _WatchedStep:
+    "A step that calls `watch` with each prediction."
+    def __init__(self, step, watch):
+        self.step = step
+        self.watch = watch
+        self.times = getattr(getattr(step, 'func', step), 'times', None)    # the grid that the step names, or None
+
+    def reset(self):
+        "Begin a path, with a solver of its own."
+        self.step = copy(self.step)
+        if hasattr(self.step, 'reset'): self.step.reset()
+
+    def __call__(self, denoise, x, t, s, cond=None):
+        return self.step(WatchedDenoiser(denoise, self.watch), x, t, s, cond)
+
 def watched(
     step, # of a sampler, or its name in this module
     watch, # called with each prediction of the clean latents, (B,c,h,w)
@@ -130,11 +149,7 @@ def watched(
     "A step of a sampler whose predictions can be watched."
     if isinstance(step, str): step = globals()[step]
     if isinstance(step, type): step = step()
-    def watched_step(denoise, x, t, s, cond=None): return step(WatchedDenoiser(denoise, watch), x, t, s, cond)
-    if hasattr(step, 'reset'): watched_step.reset = step.reset
-    times = getattr(getattr(step, 'func', step), 'times', None)
-    if times is not None: watched_step.times = times                # the grid that the step names
-    return watched_step
+    return _WatchedStep(step, watch)
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #3aca24fe
 def _with_zero(ts): return torch.cat([ts, torch.zeros(1).double()])
@@ -430,10 +445,11 @@ def _update(self:UniPC, denoise, x, t, s, newest=None):
     return out
 
 # %% ../../nbs/diffusion/05_samplers.ipynb #a564bfad
+@torch.inference_mode(False)
 def _velocity(denoise, y, t, θ, cond, signs):
     "dy/dθ, and one estimate of its divergence for each probe, (probes,B)."
     with torch.enable_grad():
-        y = y.detach().requires_grad_()
+        y = for_gradients(y).detach().requires_grad_()
         α, σ = scales(denoise, t, y)
         x0 = denoise(y*(α**2+σ**2).sqrt(), t, cond)
         products = [v*torch.autograd.grad(x0, y, v, retain_graph=True)[0] for v in signs]

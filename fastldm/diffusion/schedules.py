@@ -8,7 +8,7 @@ __all__ = ['ExactBuffers', 'Schedule', 'drift', 'diffusion', 'time_of_log_snr', 
 
 # %% ../../nbs/diffusion/01_schedules.ipynb #9a8bc22d
 import torch, math
-from ..core.models import Module
+from ..core.models import Module, for_gradients
 from ..core.train import rows_of_batch
 
 # %% ../../nbs/diffusion/01_schedules.ipynb #5d0adbc4
@@ -45,10 +45,11 @@ class Schedule(ExactBuffers):
         return 2*(self.alpha(t).log() - self.sigma(t).log())
 
 # %% ../../nbs/diffusion/01_schedules.ipynb #d16efa33
+@torch.inference_mode(False)
 def _derivative(function, t):
     "Differentiate a function of time, elementwise."
     with torch.enable_grad():
-        t = t.detach().requires_grad_()
+        t = for_gradients(t).detach().requires_grad_()
         value = function(t) + 0*t                      # a constant has a derivative too
         return torch.autograd.grad(value.sum(), t)[0]
 

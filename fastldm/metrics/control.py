@@ -22,7 +22,8 @@ def _check_edges(edges, target, region):
     if region.shape[1:]!=edges.shape[1:] or len(region) not in (1, len(edges)):
         raise ValueError(f'given a region of {tuple(region.shape)} for edges of {tuple(edges.shape)}: '
                          'expected one, or one per picture, of their size')
-    return edges.float(), target.float(), region.to(edges.device).float().expand(len(edges),-1,-1,-1)
+    edges, target = (given.float().clamp(0, 1) for given in (edges,target))
+    return edges, target, region.to(edges.device).float().expand(len(edges),-1,-1,-1)
 
 def _dilate(edges, radius):
     "The largest value of the square around each pixel."
@@ -41,8 +42,8 @@ def edge_f1(
     n_edges = (m*edges).sum()
     n_target = (m*target).sum()
     if not n_edges+n_target: return 1.
-    precision = (m*edges*_dilate(target, tolerance)).sum()/n_edges.clamp(min=1)
-    recall = (m*target*_dilate(edges, tolerance)).sum()/n_target.clamp(min=1)
+    precision = (m*torch.minimum(edges, _dilate(target, tolerance))).sum()/n_edges.clamp(min=1e-9)
+    recall = (m*torch.minimum(target, _dilate(edges, tolerance))).sum()/n_target.clamp(min=1e-9)
     return (2*precision*recall/(precision+recall).clamp(min=1e-9)).item()
 
 # %% ../../nbs/metrics/02_control.ipynb #013568b2
@@ -90,9 +91,9 @@ def leakage(
 
     Raises `ValueError` for other shapes, or edges that are not from 0 to 1."""
     edges, target, m = _check_edges(edges, target, region)
-    outside = target*(1-_dilate(m, margin))
-    found = (outside*_dilate(edges, tolerance)).sum()
-    return (found/outside.sum()).item()
+    outside = 1-_dilate(m, margin)
+    found = (outside*torch.minimum(target, _dilate(edges, tolerance))).sum()
+    return (found/(outside*target).sum()).item()
 
 # %% ../../nbs/metrics/02_control.ipynb #3413df6c
 def coloured_edges(

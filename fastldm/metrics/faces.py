@@ -65,7 +65,7 @@ def blur_some(
     std:float=.05, # of the noise
 )->torch.Tensor: # the same shape
     "Blur half of the pictures and add noise to all, so that a classifier does not need what a decoder cannot draw."
-    blurred = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode='bilinear')
+    blurred = F.interpolate(F.avg_pool2d(x, 2), x.shape[2:], mode='bilinear')
     chosen = rows_of_batch(lambda n: torch.rand(n, 1, 1, 1, device=x.device), len(x))<.5
     return torch.where(chosen, blurred, x) + std*noise_of_batch(x)
 
@@ -85,7 +85,7 @@ def iou_per_class(
 )->torch.Tensor: # IoU (n,), nan for a class that is in neither
     "Intersection over union of each class."
     target, predicted = target.long(), predicted.long()                           # bytes would overflow below
-    counted = target<n
+    counted = (target>=0)&(target<n)
     pairs = (target*n+predicted)[counted].flatten()
     confusion = torch.bincount(pairs, minlength=n*n).view(n,n).double()           # target by predicted
     both = confusion.diag()

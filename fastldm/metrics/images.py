@@ -97,7 +97,8 @@ def random_affine(
     dy = (uniform()*(shift+.5)).round()*2/h
     cos = scale*angle.cos()
     sin = scale*angle.sin()
-    matrix = torch.stack([mirror*cos, -sin, dx, mirror*sin, cos, dy], 1).view(-1,2,3)
+    # in coordinates from -1 to 1, whose unit is half a side
+    matrix = torch.stack([mirror*cos, -sin*(h/w), dx, mirror*sin*(w/h), cos, dy], 1).view(-1,2,3)
     grid = F.affine_grid(matrix, x.shape, align_corners=False)
     return F.grid_sample(x, grid, padding_mode='border', align_corners=False)
 
@@ -282,7 +283,9 @@ def precision_recall(
 
     Raises `ValueError` as `fid` does."""
     fidelity = require_package('torch_fidelity.metric_prc', 'Precision and recall')
-    real_features, fake_features = (f.float() for f in _both_features(real, fake, net, least=k+1))
+    both = _both_features(real, fake, net, least=k+1)
+    centre = both[0].mean(0)                                            # around 0 the distances are more precise
+    real_features, fake_features = ((features-centre).float() for features in both)
     options = dict(prc_neighborhood=k, prc_batch_size=2000, save_cpu_ram=True, verbose=False)
     # the generated set first, as of 0.4.0
     result = fidelity.prc_features_to_metric(fake_features, real_features, **options)
@@ -502,7 +505,9 @@ def nearest_neighbours(
     if a.shape[1]!=b.shape[1]:
         raise ValueError(f'samples have {a.shape[1]} values each, training pictures {b.shape[1]}: '
                          'give pictures of one shape')
-    nearest = torch.cat([torch.cdist(part, b).argmin(1) for part in a.split(batch_size)])
+    centre = b.mean(0)                                                  # around 0 the distances are more precise
+    around = b-centre
+    nearest = torch.cat([torch.cdist(part-centre, around).argmin(1) for part in a.split(batch_size)])
     # the fast distances can cancel, so the smallest is computed once more
     return (a-b[nearest]).norm(dim=1), nearest
 

@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from fastcore.script import Param
 from inspect import signature
 from pathlib import Path
+from shlex import quote
 
 # %% ../../nbs/recipes/18_draw.ipynb #cb2070b9
 from ..codes.text2image import TextToImage
@@ -30,8 +31,8 @@ from ..data.images import to_image
 from ..diffusion.cond import (AttributeEmbedder, Embedder, LabelEmbedder, MaskEmbedder, NumberEmbedder,
                                     WordEmbedder)
 from ..diffusion.ldm import LatentDiffusion, available, load
-from .commands import (command, command_method, given, import_module_of, one_name, read_interval,
-                                      refused, use_device)
+from .commands import (command, command_method, expand_user, given, import_module_of, one_name,
+                                      read_interval, refused, use_device)
 from .conditions import (conditions_of_options, known_conditions, named_values, split_negative,
                                         words_left)
 from .many import draw_shards
@@ -322,7 +323,7 @@ def adapter_of(
     if name in _adapters() or Path(name).exists(): return name
     own = [str(file.parent) for file in sorted(Path('runs').glob('*/config.json')) if _is_adapter_of(file, model)]
     if len(own)==1: return own[0]
-    train = f'fastldm_train local --model {model} --kinds edges'
+    train = f'fastldm_train local --model {quote(str(model))} --kinds edges'
     advice = f"choose from {', '.join(own)}" if own else f'there is none in runs; `{train}` trains one'
     raise ValueError(f'--control needs an adapter that was trained for {model}, as --adapter FOLDER: {advice}')
 
@@ -371,6 +372,7 @@ def sample_cli(
     """Draw pictures into a grid, or into a file each. A condition of the model is an option, too, as in --species oak;
     guidance moves away from another one by --negative_species pine."""
     import_module_of(module)
+    out, animate = expand_user(out), expand_user(animate)
     share = _share_of(device, per_shard, out)
     step = one_name(sampler, step)
     options = given(prompt=prompt, n=n, first=first, label=label, attributes=attributes, mask=mask, style=style,
@@ -451,7 +453,7 @@ def _draw_into_shards(out, model, method, options, settings, per_shard, share):
     def about(i): return settings | dict(n=1, first=begin+i)
     data = getattr(model, 'meta', {}).get('data')
     return draw_shards(draw, n, out, settings | given(data=data), about, _texts_beside(model, options, begin),
-                       per_shard, PART, share)
+                       per_shard, PART, share, classes=_classes_beside(model, options))
 
 # %% ../../nbs/recipes/18_draw.ipynb #6af33d6d
 def _texts_beside(model, options, begin):
@@ -463,6 +465,15 @@ def _texts_beside(model, options, begin):
     if texts.get(name) is None: return lambda i: dict(cls=(begin+i)%n_labels)
     number = embedders_of(model)[name].number_of(texts[name])
     return lambda i: dict(cls=number)
+
+def _classes_beside(model, options):
+    "The names of the classes whose numbers `_texts_beside` gives; empty where it gives none."
+    texts = options.get('condition', {}) | options
+    name = _first_label(model)[0] if isinstance(model, LatentDiffusion) and not texts.get('prompt') else None
+    if name is None: return []
+    embedder = embedders_of(model)[name]
+    of_card = model.meta.get('classes') if name=='label' else None
+    return list(embedder.names or of_card or map(str, range(embedder.n_classes)))
 
 # %% ../../nbs/recipes/18_draw.ipynb #802be56c
 def _load_for(model, past, like):
@@ -501,7 +512,9 @@ def _as_before(past, model, options):
 def _with_names(options, words, model):
     "Options, with those among the conditions that are called like one. Raises as `conditions_of_options`."
     known = signature(sample_cli).parameters
-    values, away = split_negative(named_values(words), model)
+    typed = named_values(words)
+    _check_not_negated(typed, model)
+    values, away = split_negative(typed, model)
     texts = conditions_of_options(values, model, known)
     if isinstance(model, LatentDiffusion):
         for name in refused(model.sample_command, options):
@@ -513,6 +526,15 @@ def _with_names(options, words, model):
     if 'text' in negative and isinstance(model, TextToImage):
         options = _merged(options, dict(negative_prompt=negative.pop('text')))
     return options | dict(negative=negative)
+
+# %% ../../nbs/recipes/18_draw.ipynb #24e58a27
+def _check_not_negated(names, model):
+    "Raises `ValueError` for `--no_NAME` of an attribute, which is asked to be absent by `--NAME=0`."
+    conditions, attributes = known_conditions(model)
+    negations = {f'no_{attribute}': attribute for attribute in attributes}
+    for name in names:
+        if name in {*conditions, *attributes} or name not in negations: continue
+        raise ValueError(f'there is no option --{name}: give --{negations[name]}=0')
 
 def _negative_texts(away, named, model):
     "What follows --negative_NAME and --negative NAME=, by condition."

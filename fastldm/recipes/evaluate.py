@@ -25,7 +25,7 @@ from ..core.processes import map_parts
 from ..core.perceptual import perceptual
 from ..data.captioned import shuffled_pictures
 from ..data.icons import ICON_KINDS, in_style
-from ..data.images import get_dataset
+from ..data.images import EmptySplit, get_dataset
 from ..diffusion.ldm import Constraint, LatentDiffusion, available, load
 from ..metrics.control import edge_f1, leakage, lfmse
 from ..metrics.faces import FaceClassifier
@@ -465,7 +465,7 @@ def evaluate_control(
     model, # the base of the adapter
     adapter:ControlAdapter, # of local control
     method:str='features', # a name of `CONTROL_METHODS`
-    n:int=1000, # held-out pictures
+    n:int=1000, # held-out pictures, or where none were kept aside, training pictures
     region=None, # (1 or n,1,H,W) of 0 and 1; None: the square in the middle, half as wide as the picture
     use_conditions:bool=True, # condition the base model on captions or attributes as well
     weight:float=1., # of the features
@@ -480,7 +480,7 @@ def evaluate_control(
     n = check_count(n, diffusion_of(model), needs=())
     constrain = CONTROL_METHODS[check_choice(method, CONTROL_METHODS, 'method')]
     size = diffusion_of(model).shape[-1]*adapter.factor
-    ds = training_set(model, 'test', size, root)
+    ds = _held_out_or_seen(model, size, root)
     batch = ds.__getitems__(cover_indices(len(ds), n))
     if region is None: region = _middle(size)
     picture = picture_control(adapter.kinds, batch, len(getattr(ds, 'mask_classes', ())))
@@ -493,6 +493,15 @@ def evaluate_control(
     scores |= _edge_scores(drawn, real, region)
     scores |= _classifier_scores(model.meta['data'], drawn, batch)
     return scores | _fid(real, drawn)
+
+# %% ../../nbs/recipes/05_evaluate.ipynb #9147c2a1
+def _held_out_or_seen(model, size, root):
+    "The pictures that were kept aside; where none were, those of training, which a printed line says."
+    try: return training_set(model, 'test', size, root)
+    except (FileNotFoundError,EmptySplit):
+        seen = training_set(model, 'train', size, root)
+        print('no pictures were kept aside: the controls are those of training pictures')
+        return seen
 
 def _middle(size):
     "The square in the middle, half as wide as the picture."

@@ -18,7 +18,8 @@ from ..data.images import has_one_size
 from ..diffusion.cond import LabelEmbedder
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.ldm import LatentDiffusion, load
-from ..diffusion.lora import add_lora, load_lora, merge_lora, read_lora, save_lora
+from ..diffusion.lora import (add_lora, base_fingerprint, has_fingerprint, load_lora, merge_lora, read_lora,
+                                    save_lora)
 from ..metrics.images import check_pictures
 from .stages import embedders_of, full_path, train_autoencoder, with_article
 
@@ -51,7 +52,7 @@ class FromNothing:
     def multiple(self, ae_channels): return 2**len(ae_channels) # of which sides of pictures must be multiples
     def denoiser(self, new, ds): return new # the denoiser to train; `new` has random weights
     def autoencoder(self, ds, folder, **settings): return train_autoencoder(ds, folder, **settings) # a trained one
-    def hooks(self, folder): return {} # for `train_stage`
+    def hooks(self, folder, autoencoder, shape): return {} # for `train_stage`
     def licence(self, line): return line # of the model
     def card(self): return {} # what else the card says
 
@@ -293,8 +294,9 @@ def autoencoder(self:FromModel, ds, folder, **settings):
 
 # %% ../../nbs/recipes/14_finetune.ipynb #39a7ac09
 @patch
-def hooks(self:FromModel, folder):
-    "What `train_stage` does before and after training: with `lora`, add changes, then save and merge them."
+def hooks(self:FromModel, folder, autoencoder, shape):
+    """What `train_stage` does before and after training: with `lora`, add changes, then save and merge them. The file
+    says for which autoencoder, and for which shape of a latent."""
     if self.lora is None: return {}
     def prepare(model):
         model.requires_grad_(False)
@@ -305,7 +307,7 @@ def hooks(self:FromModel, folder):
         record = None if model.conditioner is None else model.conditioner.config()
         names = {name: _names(e) for name,e in getattr(model.conditioner, 'embedders', {}).items()}
         save_lora(model, Path(folder)/'adapter.safetensors', ('conditioner.',), start=full_path(self.name),
-                  conditioner=record, names=names)
+                  conditioner=record, names=names, shape=shape, autoencoder=base_fingerprint(autoencoder))
         merge_lora(model.net)
         return model
     return dict(prepare=prepare, finish=finish)
@@ -318,8 +320,13 @@ def with_adapter(
     name:str='lora', # of the adapter, to tell several apart
 )->LatentDiffusion: # a new model, which shares the autoencoder; `merge_lora` makes a plain one of it, to be saved
     """A model with an adapter and its conditions; those of several add up, and the last one's conditions are taken.
-    Raises what `load_lora` raises."""
+    Raises what `load_lora` raises, and `ValueError` for a model whose autoencoder is another than in training."""
     about = read_lora(file)[0]
+    mark = about.get('autoencoder')                                     # files of earlier versions have none
+    if mark is not None and not has_fingerprint(ldm.autoencoder, mark):
+        raise ValueError(f'{file} was trained with another autoencoder than that of this model: load the folder of '
+                         f"its run ('{Path(file).parent}'), which has both")
+    shape = tuple(about.get('shape', ldm.shape))
     old = ldm.denoiser
     conditioner = None if about['conditioner'] is None else from_config(about['conditioner'])
     denoiser = Denoiser(deepcopy(old.net), old.schedule, conditioner, old.predict, old.sigma_data, old.scale_input)
@@ -327,7 +334,7 @@ def with_adapter(
     for condition,names in about['names'].items():
         embedder = conditioner.embedders[condition]
         if isinstance(embedder, LabelEmbedder): embedder.names = names
-    return LatentDiffusion(ldm.autoencoder, denoiser.eval(), ldm.shape, ldm.steps, ldm.step, ldm.times)
+    return LatentDiffusion(ldm.autoencoder, denoiser.eval(), shape, ldm.steps, ldm.step, ldm.times)
 
 # %% ../../nbs/recipes/14_finetune.ipynb #6b9df45b
 def _first_of_alike(distances, share=.05):

@@ -20,7 +20,7 @@ from ..core.processes import map_parts
 from ..core.show import write_picture
 from ..core.train import locked
 from ..data.images import EmptySplit, to_image
-from ..data.shards import Shards, add_file
+from ..data.shards import Shards, add_file, write_index
 from ..diffusion.ldm import load
 from ..metrics.images import (EfficientNetLite, Reference, fid, image_features, kid, label_accuracy,
                                     precision_recall)
@@ -76,6 +76,7 @@ def draw_shards(
     part:int=256, # pictures at a time
     share=(0,1), # number of this process, and how many draw
     progress:bool=True, # show a bar
+    classes=(), # the names of the classes whose numbers stand beside the pictures as `cls`
 )->int: # pictures that are there now, of all processes
     """Draw pictures into WebDataset shards, those that are missing. Raises `ValueError` where the folder has pictures
     of other settings, `FileExistsError` where it has something else, `Busy` while another process draws there."""
@@ -96,14 +97,14 @@ def draw_shards(
             for file in mine:
                 _write_shard(file, draw, rows[file], part, about or (lambda i: settings), texts)
                 bar.update(len(rows[file]))
-        return _finish_drawing(folder, rows)
+        return _finish_drawing(folder, rows, classes)
 
 # %% ../../nbs/recipes/17_many.ipynb #9585cea8
-def _finish_drawing(folder, rows):
+def _finish_drawing(folder, rows, classes):
     "Write the index where all shards are there, and clear what killed processes left. The number of pictures there."
     counts = {file.name: len(numbers) for file,numbers in rows.items() if file.exists()}
     if len(counts)<len(rows): return sum(counts.values())
-    with write_atomic(folder/'index.json') as file: file.write_text(json.dumps(counts))
+    write_index(folder, counts, classes)
     for unfinished in folder.glob('.0*.tar'): unfinished.unlink(missing_ok=True)
     return sum(counts.values())
 

@@ -47,18 +47,20 @@ def own_pictures(
     root=None, # where a public set is looked for first
     size:int=None, # side of the pictures
     conditions=None, # columns of the table, as `PictureTable` takes them
-    test:float=None, # share that is kept aside; None: a tenth of `KEPT_FROM` or more without a part `test`
+    test:float=None, # share that is kept aside; None: a tenth of a table, or of `KEPT_FROM` without a part `test`
     skip:bool=False, # leave out pictures that are missing or damaged, with a warning
 )->OwnPictures: # the set in its parts
     """Divide a set. Raises what the set raises, and `ValueError` for a share where the set has a part `test`, or one
     that keeps a single picture."""
     if conditions is None: _warn_of_unused(data)
     part = partial(picture_set, data, root, size=size, conditions=conditions, skip=skip)
-    if test is None: test = _share_of(data, conditions)
-    train = part(split='train', test=test)
-    _warn_of_empty_classes(train)
-    if test==0 and not _has_test_part(part): return OwnPictures(train, None, None, 0.)
-    return OwnPictures(train, *validation_and_test(part(split='test', test=test)), test)
+    share = _share_of(data, conditions) if test is None else test
+    part = partial(part, test=share)
+    train = part(split='train')
+    keeps = bool(share) or _has_test_part(part)
+    _warn_of_empty_classes(train, keeps)
+    if not keeps: return OwnPictures(train, None, None, 0.)
+    return OwnPictures(train, *validation_and_test(part(split='test')), share or 0.)
 
 # %% ../../nbs/recipes/16_own.ipynb #55983673
 def _warn_of_unused(data):
@@ -69,7 +71,8 @@ def _warn_of_unused(data):
     texts = {path.stem for path in folder.rglob('*.txt')} & {Path(path).stem for path in find_pictures(folder)}
     if tables:
         warnings.warn(f'{tables[0]} lies beside the pictures, and its columns are not used: name those that are '
-                      'conditions (--conditions species,length), if any should be')
+                      'conditions (--conditions species,length), if any should be; `fastldm_train captioned` trains '
+                      'on a column of captions')
     elif texts:
         warnings.warn(f'{folder} has texts beside its pictures ({len(texts)}), which are not used: '
                       '`fastldm_train captioned` trains on texts')
@@ -82,23 +85,27 @@ def _counts_of_classes(ds):
     if not classes or labels is None: return {}
     return dict(zip(classes, torch.as_tensor(labels).bincount(minlength=len(classes)).tolist()))
 
-def _warn_of_empty_classes(train):
-    "Warn of classes, of labels and of columns, whose pictures were all kept aside."
+def _warn_of_empty_classes(train, keeps):
+    "Warn of classes, of labels and of columns, whose pictures were all kept aside (if some are), or left out."
     empty = [name for name,n in _counts_of_classes(train).items() if not n]
     for column,facts in getattr(train, 'conditions', {}).items():
         classes = facts.get('classes', []) if facts['kind']=='label' else []
         numbers = {*train.fields[column].flatten().tolist()}
         empty += [f'{column} {name}' for number,name in enumerate(classes) if number not in numbers]
-    if empty:
-        warnings.warn(f'{", ".join(empty[:10])}: no picture for training, as all are kept aside: add some, leave these '
-                      'classes out, or give --test 0')
+    if not empty: return
+    reasons = ['kept aside'] if keeps else []
+    if train.failed: reasons.append('missing or damaged')
+    why = f', as all are {" or ".join(reasons)}' if reasons else ''
+    advice = 'add some, leave these classes out, or give --test 0' if keeps else 'add some, or leave these classes out'
+    warnings.warn(f'{", ".join(empty[:10])}: no picture for training{why}: {advice}')
 
 # %% ../../nbs/recipes/16_own.ipynb #16ec76ca
 def _share_of(data, conditions):
-    "The share that is kept aside where none was asked for."
+    "The share that is kept aside where none was asked for; None of a table, which has a share of its own."
     folder = Path(data).expanduser()
     is_folder = folder.is_dir() and dataset_key(data) not in DATASETS
-    if conditions is not None or not is_folder: return 0.                        # it has a split of its own, or none
+    if conditions is not None: return None
+    if not is_folder: return 0.                                                 # it has a split of its own, or none
     return .1 if len(find_pictures(folder))>=KEPT_FROM and not _is_divided(folder) else 0.
 
 def _is_divided(folder): return any(entry.name.lower()=='test' for entry in folder.iterdir())
@@ -209,7 +216,7 @@ def own_ldm(
     and the start raise, before work starts."""
     arguments = dict(locals())
     base = beginning(start, lora, tune_autoencoder)
-    own = own_pictures(data, root, base.size(data, size), conditions, _asked_share(folder, test), skip)
+    own = own_pictures(data, root, base.size(data, size), conditions, _asked_share(folder, test, conditions), skip)
     _check_patience(patience, own)
     base.check(own.train)
     arguments |= _choices(base, own, arguments)
@@ -229,7 +236,7 @@ def own_ldm(
     shape = ae.latent_shape(*own.train[0]['image'].shape[1:])
     denoiser = train_denoiser(encoded(ds), folder, denoiser, partial(diffusion_loss, weight=weight), chosen.steps,
                               lr=lr, draw=partial(_draw, ae, shape), held_out=_held_out(own, views, encoded),
-                              patience=patience, cbs=cbs, **base.hooks(folder), **training)
+                              patience=patience, cbs=cbs, **base.hooks(folder, ae, shape), **training)
     ldm = LatentDiffusion(ae, denoiser, shape)
     about = _facts(own, views) | base.card() | dict(seed=seed) | (dict(skip=True) if skip else {}) | (card or {})
     return _finish(folder, base, ldm, own, data, about)
@@ -243,10 +250,10 @@ def _introduce(ds, folder, progress):
     save_data_page(ds, folder, progress)
 
 # %% ../../nbs/recipes/16_own.ipynb #e6a691b4
-def _asked_share(folder, test):
-    "The share to keep aside; 0 where a run of an earlier version is resumed, which kept nothing."
+def _asked_share(folder, test, conditions):
+    "The share to keep aside; 0 where a run of an earlier version is resumed, which kept nothing of a folder."
     file = Path(folder)/'recipe.json'
-    if test is not None or not file.exists(): return test
+    if test is not None or conditions is not None or not file.exists(): return test
     return None if 'test' in json.loads(file.read_text(encoding='utf-8')) else 0.
 
 def _record(base, own, arguments):
@@ -281,7 +288,7 @@ def _facts(own, views):
     kept = 0 if own.test is None else len(own.validation)+len(own.test)
     facts = dict(n_pictures=len(own.train), n_kept_aside=kept)
     if kept: facts['n_validation'] = len(own.validation)
-    if own.share: facts['test'] = own.share
+    if own.share or not kept: facts['test'] = own.share
     if views>1: facts['views'] = views
     classes = list(getattr(own.train, 'classes', None) or [])
     return facts | dict(classes=classes) | table_card(getattr(own.train, 'conditions', {}))

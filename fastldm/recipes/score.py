@@ -21,10 +21,11 @@ from ..codes.text2image import TextToImage
 from ..control.adapter import ControlAdapter
 from ..core.models import fingerprint, write_atomic
 from ..core.processes import process_share, shared_work
+from ..data.images import EmptySplit
 from ..diffusion.ldm import LatentDiffusion, load, weights_folders
 from ..metrics.images import Reference
-from .commands import (command, command_method, given, import_module_of, one_name, read_interval,
-                                      use_device)
+from .commands import (command, command_method, expand_user, given, import_module_of, one_name,
+                                      read_interval, use_device)
 from .draw import check_output
 from .evaluate import (evaluate_conditions, evaluate_control, evaluate_faces, evaluate_icons,
                                       evaluate_ldm, evaluate_pictures, evaluate_texts, picture_shape, print_scores,
@@ -99,7 +100,7 @@ def _parts_of(ldm, data, root):
     train = part('train')
     check_same_classes(train, ldm)
     try: return train, part('test')
-    except FileNotFoundError: return train, None
+    except (FileNotFoundError,EmptySplit): return train, None
 
 # %% ../../nbs/recipes/19_score.ipynb #c3a01fc6
 @patch
@@ -128,7 +129,7 @@ def evaluate_command(self:TextToImage,
 
 @patch
 def evaluate_command(self:ControlAdapter,
-    n:int=1000, # held-out pictures
+    n:int=1000, # held-out pictures, or where none were kept aside, training pictures
     root=None, # where the data set of the base is looked for first
     seed:int=0, # of the pictures
     steps:int=None, # as in `sample`
@@ -167,6 +168,7 @@ def eval_cli(
     import_module_of(module)
     use_device(device)
     net = DrawnPictures(model) if is_drawing(model) else load(model)
+    out = expand_user(out)
     if out: check_output(out)
     if card: check_output(_record_of(model))
     step = one_name(sampler, step)

@@ -97,8 +97,7 @@ def train_stage(
     folder = Path(folder)
     learner = learner | _COMMON['learner']
     watch = _watching(folder, learner['steps'], draw, held_out, patience)
-    if not longer: _check_not_longer(folder, learner['steps'])
-    again = longer and _ends_before(folder, learner['steps'])
+    again = _is_trained_on(folder, learner['steps'], longer)
     is_finished = (folder/'config.json').exists() and not again
     if learner.get('progress', True): print(_heading(folder, learner['steps'], is_finished))
     def make():
@@ -179,6 +178,13 @@ def _check_not_longer(folder, steps):
     if asked>=steps: return
     raise ValueError(f'{folder} is finished, and was asked for {asked} steps: only a stage with longer=True is trained '
                      f'on. Give {asked} steps to load it, or another folder for {steps}')
+
+# %% ../../nbs/recipes/00_stages.ipynb #9c439138
+def _is_trained_on(folder, steps, longer):
+    "Whether a finished stage goes on to more steps. Raises `ValueError` where it would have to and may not."
+    if longer: return _ends_before(folder, steps)
+    _check_not_longer(folder, steps)
+    return False
 
 def _ends_before(folder, steps):
     "Whether a finished stage has had fewer steps. Raises `FileNotFoundError` where it cannot be trained on."
@@ -683,7 +689,7 @@ def picture_set(
     split:str='train', # or 'test'
     size:int=None, # side of the pictures; None: the set's own
     needs=(), # attributes that the set must have, e.g. ('attributes','mask_classes')
-    test:float=0., # share of a folder's pictures that is the part `test`, where it has none
+    test:float=None, # share of a folder's pictures that is the part `test`, where it has none; None: the set's own
     conditions=None, # columns of the table beside the pictures, as `PictureTable` takes them
     skip:bool=False, # leave out pictures of a folder, table or shards that are missing or damaged, with a warning
 ): # the data set
@@ -736,8 +742,8 @@ def _tabled(data, split, size, test, conditions, skip):
     "A folder with a table. Raises `ValueError` for the name of a set, and for conditions that `sample` could not take."
     if dataset_key(data) in DATASETS:
         raise ValueError(f'{data} has no table: conditions are columns beside pictures of your own')
-    options = {name: value for name,value in dict(size=size, test=test, skip=skip).items() if value}
-    ds = PictureTable(data, conditions, split, **options)
+    given = {name: value for name,value in dict(size=size, test=test, skip=skip).items() if value is not None}
+    ds = PictureTable(data, conditions, split, **given)
     taken = {*signature(LatentDiffusion.sample).parameters, 'model', 'batch', 'drop', 'drop_all', 'augment', *_USED}
     for name in ds.conditions:
         if name in taken:
@@ -780,6 +786,7 @@ def reading_options(
     if full_path(data)!=card.get('data'): return {}
     return {name: card[name] for name in ('caption','skip') if card.get(name)}
 
+# %% ../../nbs/recipes/00_stages.ipynb #2251568d
 def _set_of_card(model, split, size, root, n):
     "The whole set that the card of a model names."
     data = model.meta['data']
@@ -787,8 +794,9 @@ def _set_of_card(model, split, size, root, n):
     options = reading_options(model, data)
     if hasattr(model, 'text_encoder'): return captioned_set(data, root, split, size, **options)
     if has_one_size(data): return get_dataset(data, root, split=split)                  # mnist, digits, ...
-    if model.meta.get('test'): options['test'] = model.meta['test']
+    share = model.meta.get('test')
     columns = model.meta.get('columns')
+    if share or columns and share is not None: options['test'] = share        # of a table 0 is not the same as none
     if columns: return PictureTable(data, columns, split, size, **options)
     return get_dataset(data, root, split=split, size=size, **options)
 

@@ -36,7 +36,7 @@ from ..core.show import image_grid, read_settings, write_picture
 from ..data.images import open_image, to_image
 from ..diffusion.ldm import available, load, model_folder, weights_folders
 from ..diffusion.samplers import watched
-from ..recipes.commands import USER_ERRORS, command, command_method, use_device
+from ..recipes.commands import USER_ERRORS, command, command_method, expand_user, use_device
 from ..recipes.pictures import (command_line, constraint_of, options_of, own_settings, pack, sampling_of,
                                       unpack, weights_of)
 from ..recipes.stages import diffusion_of
@@ -179,7 +179,7 @@ def adapters_of(
     for adapter in list_models('ControlAdapter'):
         info = read_config(adapter)
         kinds = info['config']['kwargs']['kinds']
-        is_for_it = info.get('base') in (name, str(Path(name).absolute()))
+        is_for_it = info.get('base') in (name, str(Path(name).resolve()))
         if is_for_it and len(kinds)==1 and kinds[0] in PAINTED_KINDS: found[adapter] = kinds[0]
     return found
 
@@ -964,7 +964,7 @@ def app_cli(
     use_device(device)
     names = list_models()
     if model is not None: names = [model, *(name for name in names if name!=model)]
-    page = Page(names, out)
+    page = Page(names, expand_user(out))
     check_port(host, port)
     import uvicorn
     address = f'http://{host}:{port}'
