@@ -81,7 +81,7 @@ def test_processes_share_the_shards(here, drawing, monkeypatch):
         monkeypatch.setenv('RANK', str(rank))
         before = contents(here/'shared')
         sample_cli('mnist', out='shared', **SETTINGS)
-        assert sorted(contents(here/'shared').keys()-before.keys()-{'index.json','drawing.json'})==shards
+        assert sorted(contents(here/'shared').keys()-before.keys()-{'index.json','drawing.json','classes.json'})==shards
     assert contents(here/'shared')==contents(drawing)
 
 def test_scored_from_the_files(here, drawing, capsys):

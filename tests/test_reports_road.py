@@ -9,6 +9,7 @@ from PIL import Image
 from fastldm import load
 from fastldm.data import PictureTable, get_dataset
 from fastldm.data.images import open_image
+from fastldm.diffusion import LabelEmbedder
 from fastldm.recipes import evaluate_control, own_ldm, own_pictures, sample_cli, train_cli, with_adapter
 from fastldm.recipes.draw import adapter_of
 from fastldm.recipes.stages import training_set
@@ -162,3 +163,11 @@ def test_a_low_rank_file_alone(model, leaves, tmp_path):
     own_ldm(leaves/'data', tmp_path/'tuned', size=16, tune_autoencoder=True, **settings)
     with pytest.raises(ValueError, match='another autoencoder .* load the folder of its run'):
         with_adapter(load(model), tmp_path/'tuned'/'adapter.safetensors')
+
+def test_classes_that_are_named_by_numbers():
+    "A number that is no name is no class, whatever stands at that place; zeros before it do not count."
+    label = LabelEmbedder(5, 4, names=['1','10','2','20','3'])
+    assert [label.number_of(text, 'label') for text in ('1','02','3','20')]==[0, 2, 4, 3]
+    for text in ('4','0'):
+        with pytest.raises(ValueError, match=f"unknown label '{text}'"): label.number_of(text, 'label')
+    assert LabelEmbedder(5, 4, names=list('abcde')).number_of('4', 'label')==4

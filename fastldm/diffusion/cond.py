@@ -189,12 +189,17 @@ def number_of(self:LabelEmbedder,
 # %% ../../nbs/diffusion/03_cond.ipynb #0c003199
 @patch
 def _number_of_name(self:LabelEmbedder, text, name):
-    "The number of a class by name, whatever its capitals; of digits that are no name, the number itself."
+    """The number of a class by name, whatever its capitals; of digits that are no name, the number itself, unless
+    all names are digits: of the classes 1, 2 and 10, `4` is none, and `02` is 2."""
     if text in self.names: return self.names.index(text)              # some differ in capitals only
     wanted = text.strip().casefold()
     for number,known in enumerate(self.names):
         if known.casefold()==wanted: return number
-    if wanted.isdecimal(): return self.number_of(int(wanted), name)
+    are_digits = all(known.strip().isdecimal() for known in self.names)
+    if wanted.isdecimal() and self.names and are_digits:
+        values = [int(known) for known in self.names]
+        if int(wanted) in values: return values.index(int(wanted))
+    elif wanted.isdecimal(): return self.number_of(int(wanted), name)
     if not self.names: self.reject(f'{name}={text!r}: the classes of this model have no names')
     check_choice(text, self.names, name)
 
