@@ -48,7 +48,7 @@ class Recorded:
 
 # %% ../../nbs/core/00_models.ipynb #4639b18a
 @patch
-def config(self:Recorded)->dict: # `dict(cls, module, kwargs)`, fit for JSON; `kwargs['*']` are the arguments of a `*args`
+def config(self:Recorded)->dict: # `dict(cls, module, kwargs)`, fit for JSON; those of a `*args` are `kwargs['*']`
     """How to build this object again.
     Raises `ValueError`, which names the argument, for one that cannot be written as JSON."""
     parameters = inspect.signature(type(self).__init__).parameters

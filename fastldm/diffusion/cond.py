@@ -195,11 +195,11 @@ def _number_of_name(self:LabelEmbedder, text, name):
     wanted = text.strip().casefold()
     for number,known in enumerate(self.names):
         if known.casefold()==wanted: return number
-    are_digits = all(known.strip().isdecimal() for known in self.names)
-    if wanted.isdecimal() and self.names and are_digits:
-        values = [int(known) for known in self.names]
-        if int(wanted) in values: return values.index(int(wanted))
-    elif wanted.isdecimal(): return self.number_of(int(wanted), name)
+    if wanted.isdecimal():
+        values = [int(known) for known in self.names if known.strip().isdecimal()]
+        are_digits = bool(values) and len(values)==len(self.names)
+        if are_digits and int(wanted) in values: return values.index(int(wanted))
+        if not are_digits or int(wanted)>=self.n_classes: return self.number_of(int(wanted), name)
     if not self.names: self.reject(f'{name}={text!r}: the classes of this model have no names')
     check_choice(text, self.names, name)
 
