@@ -1,6 +1,7 @@
 "What is saved is the model as it is now: parts that were replaced, and settings that were set, after it was built."
 import pytest, torch
 from fastldm import load
+from fastldm.codes import TextToImage
 from fastldm.diffusion import Denoiser, Flow, save
 
 @pytest.fixture
@@ -46,3 +47,10 @@ def test_settings_of_a_prior_and_of_an_adapter(tmp_path):
     adapter = load('local_scenes', 'cpu')
     adapter.interval = (0.,1.)
     assert tuple(saved_and_loaded(adapter, tmp_path/'adapter').interval)==(0.,1.)
+
+def test_a_model_with_one_prior_is_saved(tmp_path):
+    "Its other prior, a property that raises where there is none, is not asked for."
+    scenes = load('scenes', 'cpu')
+    alone = TextToImage(scenes.text_encoder, scenes.vqvae, list(scenes.priors), codes=scenes.settings['codes'])
+    assert alone.config()['kwargs']['denoiser'] is None
+    assert saved_and_loaded(alone, tmp_path/'codes').kinds==['codes']

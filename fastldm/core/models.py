@@ -69,9 +69,10 @@ def argument_now(self:Recorded,
     value, # what it was when the object was built
 ): # what it would be now
     "An argument with what has happened since: a part that was replaced, or an attribute that was set."
+    may_differ = isinstance(value, Recorded) or name in self.settable
+    if not may_differ: return value                            # an attribute of this name may be something else
     now = getattr(self, name, None)
-    is_part = isinstance(value, Recorded) and isinstance(now, Recorded)
-    return now if is_part or name in self.settable else value
+    return now if isinstance(now, Recorded) or name in self.settable else value
 
 # %% ../../nbs/core/00_models.ipynb #b924d976
 class Module(Recorded, nn.Module):
