@@ -23,7 +23,7 @@ from ..data.faces import read_mask
 from ..data.images import edges as image_edges, from_image, plain_picture
 from ..diffusion.autoencoder import LatentDataset
 from ..diffusion.cond import Cond, null_where
-from ..diffusion.denoiser import Guided, scales, uniform_weight
+from ..diffusion.denoiser import Guided, by_interval, scales, uniform_weight
 from ..diffusion.ldm import Constraint, repeat_rows
 from ..diffusion.lora import has_fingerprint
 from ..diffusion.schedules import uniform_t
@@ -153,14 +153,8 @@ class Controlled:
         self.interval = interval
 
     def __call__(self, x, t, cond=None):
-        times = torch.as_tensor(t).double()
-        lo, hi = self.interval
-        acts = (lo<=times) & (times<=hi)
-        if not acts.any(): return self.base(x, t, cond)
-        controlled = self.controlled(x, t, cond)
-        if acts.all(): return controlled
-        acts = acts.to(x.device).view(-1, *[1]*(x.ndim-1))             # one time per sample, some outside
-        return torch.where(acts, controlled, self.base(x, t, cond))
+        inside, outside = partial(self.controlled, cond=cond), partial(self.base, cond=cond)
+        return by_interval(self.interval, x, torch.as_tensor(t), inside, outside)
 
 # %% ../../nbs/control/00_adapter.ipynb #6e9a533f
 def _add_features(denoise, features, branch):

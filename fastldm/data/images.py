@@ -51,11 +51,10 @@ def upright(
 def _white_level(im, values):
     "The value of white in a picture of 16 or 32 bits."
     if im.mode.startswith('I;16') or im.format in ('PNG','PPM'):
-        for most,bits,factor in ((255,8,257), (4095,12,16)):
-            if not 0<values.max()<=most: continue
-            warnings.warn(f'a picture of 16 bits has no value above {most:,} and is nearly black: if it has {bits} '
-                          f'bits, multiply it by {factor}')
-            break
+        bits, factor = (8,257) if values.max()<=255 else (12,16)
+        if 0<values.max()<2**bits:
+            warnings.warn(f'a picture of 16 bits has no value above {2**bits-1:,} and is nearly black: if it has '
+                          f'{bits} bits, multiply it by {factor}')
         return 65535
     lowest,highest = values.min(),values.max()
     levels = (1,255) if im.mode=='F' else (255,65535)

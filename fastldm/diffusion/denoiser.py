@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['scales', 'eps_of', 'score_of', 'GaussianDenoiser', 'precondition', 'Denoiser', 'uniform_weight', 'min_snr_weight',
-           'p2_weight', 'edm_weight', 'mean_one', 'diffusion_loss', 'Guided', 'check_interval', 'check_order', 'guide']
+           'p2_weight', 'edm_weight', 'mean_one', 'diffusion_loss', 'by_interval', 'Guided', 'check_interval',
+           'check_order', 'guide']
 
 # %% ../../nbs/diffusion/04_denoiser.ipynb #a96dba5a
 import torch
@@ -201,6 +202,23 @@ def diffusion_loss(
     err = (weight(snr)*snr*(x0_hat.float()-x0)**2).flatten(1)
     return dict(loss=(err.sum(1) if total else err.mean(1)).mean())
 
+# %% ../../nbs/diffusion/04_denoiser.ipynb #fca6ccca
+def by_interval(
+    interval:tuple, # first and last time
+    x:torch.Tensor, # noisy latent, (B,...)
+    t:torch.Tensor, # one time, or one per sample
+    inside, # `(x, t) -> prediction`
+    outside, # the same
+)->torch.Tensor: # the prediction of `inside` for samples with times in the interval, of `outside` for others
+    "Choose between two denoisers by the time, for each sample; one that no sample needs is not called."
+    first, last = interval
+    times = t.double()
+    acts = (first<=times) & (times<=last)
+    if not acts.any(): return outside(x, t)
+    if acts.all(): return inside(x, t)
+    acts = acts.to(x.device).view(-1, *[1]*(x.ndim-1))                 # one time per sample, some outside
+    return torch.where(acts, inside(x, t), outside(x, t))
+
 # %% ../../nbs/diffusion/04_denoiser.ipynb #7ddcfcb4
 class Guided:
     "A denoiser around a denoiser: conditions encoded once, predictions combined by coefficients. Made by `guide`."
@@ -221,13 +239,7 @@ class Guided:
 
     def __call__(self, x, t, cond=None):
         t = torch.as_tensor(t)
-        lo, hi = self.interval
-        acts = (lo<=t.double()) & (t.double()<=hi)
-        if not acts.any(): return self.model(x, t, self.full)
-        guided = _combined(self, x, t)
-        if acts.all(): return guided
-        acts = acts.to(x.device).view(-1, *[1]*(x.ndim-1))             # one time per sample, some outside
-        return torch.where(acts, guided, self.model(x, t, self.full))
+        return by_interval(self.interval, x, t, partial(_combined, self), partial(self.model, cond=self.full))
 
 # %% ../../nbs/diffusion/04_denoiser.ipynb #94d2672c
 def _combined(guided, x, t):

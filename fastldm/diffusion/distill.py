@@ -9,6 +9,7 @@ __all__ = ['path_points', 'with_calls', 'distill_loss', 'make_student', 'GuidedR
 # %% ../../nbs/diffusion/09_distill.ipynb #41d97876
 import json, math, torch, warnings, zlib
 from copy import deepcopy
+from functools import partial
 from fastcore.basics import patch
 from pathlib import Path
 from tqdm.auto import tqdm
@@ -16,7 +17,7 @@ from ..core.models import (check_folder, evaluating, fingerprint, json_text, mod
                                  tensor_digest, whole_number, write_atomic)
 from ..core.train import once_in_batch, rows_of_batch
 from .cond import Conditioner, VectorEmbedder, stack_conds
-from .denoiser import Denoiser, check_interval, scales
+from .denoiser import Denoiser, by_interval, check_interval, scales
 from .samplers import DPMSolver2M, angle_times, noise_from, noise_like, sample, sample_generators
 
 # %% ../../nbs/diffusion/09_distill.ipynb #cc87a582
@@ -100,15 +101,14 @@ class GuidedRows:
         self.cond = stack_conds([nothing, self.full])
 
     def __call__(self, x, t, cond=None):
-        first, last = self.interval
-        t = torch.as_tensor(t)
-        acts = (first<=t.double()) & (t.double()<=last)
-        if not acts.any(): return self.model(x, t, self.full)
+        return by_interval(self.interval, x, torch.as_tensor(t), self.guided, partial(self.model, cond=self.full))
+
+    def guided(self, x, t):
+        "Both predictions in one call, and from the first past the second, as far as each sample is told."
         times = t.repeat(2) if t.numel()>1 else t
         without, full = self.model(torch.cat([x,x]), times, self.cond).chunk(2)
-        each_row = (-1, *[1]*(x.ndim-1))
-        w = self.scale.to(x).view(each_row)
-        return torch.where(acts.to(x.device).view(each_row), without + w*(full-without), full)
+        w = self.scale.to(x).view(-1, *[1]*(x.ndim-1))
+        return without + w*(full-without)
 
 # %% ../../nbs/diffusion/09_distill.ipynb #e9f3bda0
 @torch.no_grad()

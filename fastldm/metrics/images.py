@@ -529,14 +529,14 @@ def memorisation(
     return Score(nearest_neighbours(samples, train, net)[0].mean()/base, f'memorisation_{space}')
 
 # %% ../../nbs/metrics/00_images.ipynb #08e56660
-def _to_bytes(features):
+def _round_features(features):
     "Features as whole numbers that fit a byte, the least number of each feature, and its unit, a power of two."
     least, most = features.amin(0), features.amax(0)
     unit = 2**((most-least).clamp(min=1e-12)/254).log2().ceil()
     least = (least/unit).floor()
     return ((features/unit).round()-least).byte(), least, unit
 
-def _from_bytes(numbers, least, unit): return (numbers+least)*unit
+def _restore_features(numbers, least, unit): return (numbers+least)*unit
 
 # %% ../../nbs/metrics/00_images.ipynb #f8d9ed6f
 class Reference:
@@ -560,7 +560,7 @@ class Reference:
         sizes=(10000,2000), # numbers of training pictures that are scored
     ):
         "Compute the features of the test pictures, and score training pictures."
-        features = _from_bytes(*_to_bytes(image_features(test, net)))           # as they are stored
+        features = _restore_features(*_round_features(image_features(test, net)))           # as they are stored
         ref = cls(features, test.label, net_name(net), fingerprint(net), list(test.image.shape[1:]))
         if train is not None: ref.train_scores = _train_scores(ref, test, net, train, sizes)
         return ref
@@ -569,7 +569,7 @@ class Reference:
         "Write the reference beside its evaluator."
         from safetensors.torch import save_file
         info = dict(name=self.name, fingerprint=self.fingerprint, shape=self.shape, floor=self.train_scores)
-        numbers, least, unit = _to_bytes(self.features)
+        numbers, least, unit = _round_features(self.features)
         tensors = dict(features=numbers, least=least, unit=unit, labels=self.labels.short())
         path = Path(folder)/'reference.safetensors'
         with write_atomic(path) as file: save_file(tensors, file, dict(info=json.dumps(info)))
@@ -625,7 +625,7 @@ def load(cls:Reference,
             info = json.loads(f.metadata()['info'])
             info['train_scores'] = info.pop('floor', None)                      # its name in the file
             features = f.get_tensor('features').float()                         # 16 bit each in older files
-            if 'unit' in f.keys(): features = _from_bytes(features, f.get_tensor('least'), f.get_tensor('unit'))
+            if 'unit' in f.keys(): features = _restore_features(features, f.get_tensor('least'), f.get_tensor('unit'))
             return cls(features, f.get_tensor('labels').long(), **info)
     except Exception as e:
         raise ValueError(f'{path} is damaged, or not written by `Reference.save` ({type(e).__name__}: {e}): '
